@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up what they need; everything else is a part of them.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test setup proto format lint types check cluster clean
+
+demo: setup
+	collage generate examples/bento --out out/demo --images 2 --seed 0
+	@echo "Look at out/demo/sheet.png: the composite, then the pictures."
+
+test: setup check
+	$(PYTHON) -m pytest
+
+# One virtual environment with exact versions; made again when the pins or the package change.
+setup: $(VENV)/.ready
+$(VENV)/.ready: constraints.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt torch numpy
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+check: setup lint types
+	@$(MAKE) --no-print-directory proto
+	@git diff --exit-code --stat -- protos || (echo "stubs differ from the protos: commit what make proto wrote" && false)
+
+# The stubs stand beside the contract; --grpc_python_out only where there is a service.
+proto: setup
+	cd protos && buf lint && buf format --diff --exit-code
+	cd protos && $(abspath $(PYTHON)) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. collage/v1/*.proto
+	cd protos && $(abspath $(PYTHON)) -m grpc_tools.protoc -I. --grpc_python_out=. --mypy_grpc_out=. collage/v1/*_service.proto
+
+format: setup
+	ruff check --fix .
+	ruff format .
+
+lint: setup
+	ruff format --check .
+	ruff check .
+	lint-imports
+
+types: setup
+	mypy
+
+# The production shape as processes on loopback; Ctrl-C stops them in order.
+cluster: setup
+	collage cluster
+
+clean:
+	rm -rf out data .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,166 @@
+"""Bar 2: without control and with one noise for all, we are diffusers' img2img pipeline, bit for bit.
+
+Three model folders are made on the spot; every sampler, several strengths, with and without guidance, two pictures a
+call, fp32, one thread. First columns: largest difference of latents and pictures to `StableDiffusionImg2ImgPipeline`.
+Last columns: the noise map against the exact-level injection of `inject`, with strengths 0 and 1 only, and with five.
+Exit code 1 if anything differs. (UniPC's corrector would undo a hold that ends midway; ours leaves held cells alone,
+which a stock pipeline cannot be told, so for it the five strengths are not compared.)
+
+    python -m benchmarks.parity
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.common.collage import Sampling
+from services.common.plate import Plate
+from services.generator.conditioning import prepare
+from services.generator.models import SAMPLERS, load
+from services.generator.sampler import Run, step
+from services.generator.stages import TorchStages
+from tests import toy
+
+PROMPT = "a photo of sushi and cake on the table"
+NEGATIVE = "a box"
+STEPS = 10
+# 0.7 is one that float32 would turn into 6 steps of 10.
+STRENGTHS = (0.3, 0.7, 1.0)
+GUIDANCE_SCALES = (1.0, 5.0)
+SEEDS = (0, 1)
+
+
+class Case:
+    """One model folder, loaded twice: by us, and by diffusers' pipeline. Twice as wide as high: nothing is square."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stages = TorchStages(load(folder, dtype=torch.float32, device=torch.device("cpu")))
+        self.facts = self.stages.facts
+        self.pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.rng = np.random.default_rng(0)
+        shape = (self.facts.native.height, 2 * self.facts.native.width, 3)
+        self.composite = self.rng.integers(0, 256, shape, dtype=np.uint8)
+        self.z0 = self.stages.encode_image(torch.from_numpy(self.composite)[None])
+        self.grid = tuple(self.z0.shape[2:])
+
+    def ours(
+        self, sampler: str, strength_hw: NDArray[np.float64], scale: float
+    ) -> tuple[Tensor, NDArray[np.uint8]]:
+        """Latents and pictures, by the code that the service runs."""
+        plate = Plate(
+            composite_HWC=self.composite,
+            visible_Lhw=np.zeros((0, *self.grid), np.float32),
+            strength_hw=strength_hw,
+            release_HW=np.full(self.composite.shape[:2], 255, np.uint8),
+        )
+        conditioning = prepare(
+            self.stages,
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            guidance_scale=scale,
+            layers=(),
+        )
+        sampling = Sampling(
+            model="toy",
+            sampler=sampler,
+            steps=STEPS,
+            guidance_scale=scale,
+            images=len(SEEDS),
+            seed=SEEDS[0],
+        )
+        run = Run.begin(self.stages, plate=plate, conditioning=conditioning, sampling=sampling)
+        while not run.is_done:
+            step(self.stages, [run])
+        return run.latents_NChw, np.stack(run.finish(self.stages))
+
+    def stock(self, sampler: str, strength: float, scale: float, **options: Any) -> Any:
+        """Latents, or what `output_type` says, by the stock pipeline."""
+        self.pipeline.scheduler = self.facts.scheduler(sampler)
+        return self.pipeline(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            image=self.z0.expand(len(SEEDS), -1, -1, -1),
+            strength=strength,
+            num_inference_steps=STEPS,
+            guidance_scale=scale,
+            num_images_per_prompt=len(SEEDS),
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            **{"output_type": "latent", **options},
+        ).images
+
+    def inject(self, sampler: str, strength_hw: NDArray[np.float64], scale: float) -> Any:
+        """Latents by exact-level injection: after each step of a stock pipeline, cells not yet free are put back."""
+        shape = (1, *self.z0.shape[1:])
+        noise = torch.cat(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
+        )
+        free_from = torch.tensor(
+            [[STEPS - int(STEPS * s) for s in row] for row in strength_hw.tolist()]
+        )
+
+        def put_back(pipeline: Any, index: int, _: Any, tensors: dict[str, Tensor]) -> Any:
+            state, scheduler = index + 1, pipeline.scheduler
+            kept = self.z0
+            if state < STEPS:
+                kept = scheduler.add_noise(kept, noise, scheduler.timesteps[state : state + 1])
+            return {"latents": torch.where(free_from >= state, kept, tensors["latents"])}
+
+        return self.stock(sampler, 1.0, scale, callback_on_step_end=put_back)
+
+    def differences(
+        self, sampler: str, scales: Sequence[float] = GUIDANCE_SCALES
+    ) -> dict[str, float]:
+        """Largest difference of each kind over all settings."""
+        found: dict[str, list[float]] = {}
+
+        def note(kind: str, one: Any, other: Any) -> None:
+            found.setdefault(kind, []).append(float(abs(one - other).max()))
+
+        maps = {"map 0/1": self.rng.choice([0.0, 1.0], self.grid)}
+        if sampler != "unipc":
+            maps["map 0..1"] = self.rng.choice([0.0, 0.3, 0.7, 0.95, 1.0], self.grid)
+        for scale in scales:
+            for strength in STRENGTHS:
+                latents, pictures = self.ours(sampler, np.full(self.grid, strength), scale)
+                note("latents", latents, self.stock(sampler, strength, scale))
+                theirs = self.stock(sampler, strength, scale, output_type="np")
+                note("pictures", pictures, (theirs * 255).round())
+            for kind, strength_hw in maps.items():
+                latents, _ = self.ours(sampler, strength_hw, scale)
+                note(kind, latents, self.inject(sampler, strength_hw, scale))
+        return {kind: max(values) for kind, values in found.items()}
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Model, sampler, differences."""
+    with tempfile.TemporaryDirectory() as folder:
+        for make in (toy.sd1, toy.sd2, toy.mini):
+            case = Case(make(Path(folder) / make.__name__))
+            for sampler in SAMPLERS:
+                yield make.__name__, sampler, case.differences(sampler)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    kinds = ("latents", "pictures", "map 0/1", "map 0..1")
+    print(f"{'model':6} {'sampler':16}" + "".join(f"{kind:>10}" for kind in kinds))
+    is_equal = True
+    for model, sampler, differences in rows():
+        cells = [f"{differences[kind]:.3g}" if kind in differences else "–" for kind in kinds]
+        print(f"{model:6} {sampler:16}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+        is_equal &= not any(differences.values())
+    print("equal" if is_equal else "NOT equal")
+    return 0 if is_equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""What each subcommand does: one coroutine each, from parsed arguments to paths on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from collage.v1 import collage_pb2
+from collage.v1 import collage_service_pb2 as pb
+from collage_client import files, report, results
+from collage_client.client import AsyncCollageClient, Events, JobResult
+from collage_client.errors import CollageError, InvalidInput
+from collage_client.progress import Progress
+
+# Seconds. After an interrupt the user waits at most this long for the job to be cancelled.
+_CANCEL_TIMEOUT_S = 5.0
+# Command-line options and the fields of `Sampling` they set.
+_SAMPLING_OPTIONS = {
+    "sampler": "sampler",
+    "steps": "steps",
+    "guidance": "guidance_scale",
+    "images": "images",
+    "seed": "seed",
+}
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Runs all services in this process until it is told to stop."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    _note("starting (the model is loaded and tried once)")
+    server = await _embedded(args, args.address, log_level="INFO")
+    try:
+        print(f"collage service on {server.address}, data in {args.data}; Ctrl-C stops it")
+        sys.stdout.flush()
+        await ended.wait()
+        _note("stopping")
+    finally:
+        await server.stop()
+
+
+async def generate(args: argparse.Namespace) -> None:
+    """Draws a collage and writes a results folder."""
+    collage = files.attach(files.load(args.path))
+    results.prepare(args.out)
+    async with _service(args) as client:
+        sampling = _sampling(args)
+        result = await _follow(client, client.generate(collage, sampling), "")
+        drawn = await results.plan_pictures(client, result.job.plan)
+    work = pb.GenerateWork(collage=collage, sampling=sampling)
+    written = results.write_result(args.out, collage, work, result, drawn)
+    print(report.result(result, collage.size))
+    print(report.paths(written))
+
+
+async def plan(args: argparse.Namespace) -> None:
+    """Resolves a collage without drawing it and writes what is known."""
+    collage = files.attach(files.load(args.path))
+    results.prepare(args.out)
+    async with _service(args) as client:
+        made = await client.plan(collage, _sampling(args))
+        drawn = await results.plan_pictures(client, made)
+    written = results.write_plan(args.out, collage, made, drawn)
+    print(report.plan(made, collage.size))
+    print(report.cost(made))
+    print(report.paths(written))
+
+
+async def redo(args: argparse.Namespace) -> None:
+    """Draws layers of an earlier result again and writes a results folder."""
+    if args.out.resolve() == args.folder.resolve():
+        text = "must differ from the folder that is redone, which keeps the parent picture"
+        raise InvalidInput.in_field("--out", text, reason="FILE")
+    earlier = results.read(args.folder, args.image)
+    collage, sampling = earlier.collage, earlier.sampling
+    for name in args.layer:
+        layer = _layer(collage, name)
+        if args.noise is not None:
+            layer.noise = args.noise
+        # The layer's own seed would draw the same again, whatever the picture's seed.
+        layer.ClearField("seed")
+    sampling.ClearField("seed")
+    sampling.ClearField("preview_every")
+    sampling.images = 1
+    if args.model:
+        sampling.ClearField("model")
+    sampling.MergeFrom(_sampling(args))
+    results.prepare(args.out)
+    work = pb.RedoWork(collage=collage, layers=args.layer, sampling=sampling)
+    async with _service(args) as client:
+        events = client.redo(collage, earlier.parent, args.layer, sampling)
+        result = await _follow(client, events, "")
+        drawn = await results.plan_pictures(client, result.job.plan)
+    written = results.write_result(args.out, collage, work, result, drawn)
+    print(report.result(result, collage.size))
+    print(report.paths(written))
+
+
+async def sweep(args: argparse.Namespace) -> None:
+    """Draws a collage once for each value of one dial of one layer, all with one seed."""
+    collage = files.attach(files.load(args.path))
+    layer = _layer(collage, args.layer)
+    results.prepare(args.out)
+    name, values = args.dial
+    written: list[Path] = []
+    rows: list[list[tuple[str, bytes]]] = []
+    async with _service(args) as client:
+        # The plan checks the request before the first picture and draws the seed that all share.
+        sampling = (await client.plan(collage, _sampling(args))).sampling
+        for value in values:
+            setattr(layer, name, value)
+            title = f"{args.layer} {name} {value:g}"
+            result = await _follow(client, client.generate(collage, sampling), title)
+            drawn = await results.plan_pictures(client, result.job.plan)
+            folder = args.out / f"{args.layer}-{name}-{value:g}"
+            results.prepare(folder)
+            work = pb.GenerateWork(collage=collage, sampling=sampling)
+            written += results.write_result(folder, collage, work, result, drawn)[-1:]
+            rows = rows or [[("composite", drawn.composite)] for _ in result.images]
+            for row, data in zip(rows, result.images, strict=True):
+                row.append((title, data))
+    written += results.write_sweep(args.out, args.layer, name, values, written, rows)
+    print(report.sampling(collage.size, sampling))
+    print(report.paths(written))
+
+
+async def learn(args: argparse.Namespace) -> None:
+    """Learns words for layers of a collage."""
+    collage = files.attach(files.load(args.path))
+    for name in args.layer:
+        _layer(collage, name)
+    async with _service(args) as client:
+        model = _sampling(args).model
+        result = await _follow(client, client.learn(collage, args.layer, model=model), "")
+    print(report.table(("layer", "word"), result.words.items(), left=2))
+    print("use a word with  appearance: {word: NAME}  in a layer")
+
+
+async def words(args: argparse.Namespace) -> None:
+    """Lists the learned words."""
+    async with _service(args) as client:
+        found = await client.words()
+    print(report.words(found) if found else "no words yet; `collage learn` makes one")
+
+
+async def models(args: argparse.Namespace) -> None:
+    """Lists the models served."""
+    async with _service(args) as client:
+        found = await client.models()
+    print("\n\n".join(report.model(model) for model in found))
+
+
+async def jobs(args: argparse.Namespace) -> None:
+    """Lists the newest jobs."""
+    async with _service(args) as client:
+        found = await client.jobs(args.limit)
+    print(report.jobs(found) if found else "no jobs yet")
+
+
+def _sampling(args: argparse.Namespace) -> collage_pb2.Sampling:
+    """The sampling named on the command line; what was not named stays unset."""
+    sampling = collage_pb2.Sampling()
+    if not _is_served_here(args):
+        sampling.model = getattr(args, "model", "")
+    for option, field in _SAMPLING_OPTIONS.items():
+        value = getattr(args, option, None)
+        if value is not None:
+            try:
+                setattr(sampling, field, value)
+            except ValueError as error:
+                text = f"{value} is out of range"
+                raise InvalidInput.in_field(f"--{option}", text, reason="OPTION") from error
+    return sampling
+
+
+def _is_served_here(args: argparse.Namespace) -> bool:
+    """Does --model name a folder or hub id that an embedded server is to load, rather than a served model?"""
+    model = getattr(args, "model", "")
+    return not args.server and bool(model) and ("/" in model or Path(model).is_dir())
+
+
+def _layer(collage: collage_pb2.Collage, name: str) -> collage_pb2.Layer:
+    for layer in collage.layers:
+        if layer.name == name:
+            return layer
+    names = ", ".join(layer.name for layer in collage.layers)
+    text = f"no layer {name!r}; this collage has {names}"
+    raise InvalidInput.in_field("--layer", text, reason="LAYER_NAME")
+
+
+@asynccontextmanager
+async def _service(args: argparse.Namespace) -> AsyncIterator[AsyncCollageClient]:
+    """A client of the named server, or of one started here for the call."""
+    if args.server:
+        async with AsyncCollageClient(args.server) as client:
+            yield client
+        return
+    _note(f"starting an embedded server, data in {args.data} (--server ADDR uses a running one)")
+    server = await _embedded(args, "127.0.0.1:0", log_level="ERROR")
+    try:
+        async with AsyncCollageClient(server.address) as client:
+            yield client
+    finally:
+        await server.stop()
+
+
+async def _embedded(args: argparse.Namespace, address: str, *, log_level: str) -> Any:
+    # Only here: a machine that calls a server needs none of the services installed.
+    try:
+        from local import embedded
+        from services.common.settings import InvalidSetting
+        from services.common.telemetry import start_logging
+    except ModuleNotFoundError as error:
+        raise CollageError(
+            f"no embedded server here, {error.name} is not installed; name a server with --server",
+            code=grpc.StatusCode.UNAVAILABLE,
+            reason="NOT_INSTALLED",
+        ) from error
+    start_logging("embedded", level=log_level)
+    model = args.model if _is_served_here(args) else ""
+    try:
+        return await embedded.start(args.data, address=address, model=model)
+    except InvalidSetting as error:
+        raise InvalidInput.in_field("", str(error), reason="SETTING") from error
+
+
+async def _follow(client: AsyncCollageClient, events: Events, title: str) -> JobResult:
+    """Shows a job to its end. An interrupt cancels the job, not only the wait for it."""
+    progress = Progress(sys.stderr, title)
+    seen: list[pb.JobEvent] = []
+    try:
+        async with aclosing(events):
+            async for event in events:
+                progress.show(event)
+                if event.WhichOneof("kind") != "preview":
+                    seen.append(event)
+    except asyncio.CancelledError:
+        progress.close()
+        if seen:
+            with suppress(CollageError):
+                await client.cancel(seen[0].job, timeout_s=_CANCEL_TIMEOUT_S)
+                _note(f"cancelled {seen[0].job}")
+        raise
+    finally:
+        progress.close()
+    return await client.result(seen)
+
+
+def _note(text: str) -> None:
+    """Something on the way: standard error, so that standard output holds results only."""
+    print(text, file=sys.stderr, flush=True)

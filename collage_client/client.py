@@ -1,0 +1,304 @@
+"""The asynchronous client: `AsyncCollageClient`, every call of `CollageService` as a method.
+
+Pictures go up by digest and only when the server lacks them, a broken event stream is taken up again where it
+broke, and every error is a `CollageError`. Knows nothing of files, terminals or pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from collage.v1 import blob_pb2, collage_pb2
+from collage.v1 import collage_service_pb2 as pb
+from collage_client.calls import Calls, Span
+from collage_client.errors import error_of_job
+
+# Seconds. A call that runs no model answers within this or not at all.
+CALL_TIMEOUT_S = 60.0
+# Seconds. A job may stand in a queue; a caller who means to wait longer says so.
+JOB_TIMEOUT_S = 3600.0
+
+Work = pb.GenerateWork | pb.RedoWork | pb.LearnWork
+Events = AsyncGenerator[pb.JobEvent, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """A finished job: its record, its pictures as PNG bytes in order of index, what it learned, its timings.
+
+    `words` maps layer names to word names; `stage_seconds` stage names to wall-clock seconds.
+    """
+
+    job: pb.Job
+    images: tuple[bytes, ...]
+    words: dict[str, str]
+    stage_seconds: dict[str, float]
+
+
+class AsyncCollageClient:
+    """A connection to one collage service. Make it inside a running event loop; close it, or use `async with`.
+
+    `address` is `host:port`. `credentials` unset means plain text. Collages may carry inline picture bytes of
+    any size up to 64 MiB; they are uploaded before the call. Every method raises `CollageError`.
+    """
+
+    def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._calls = Calls(address, credentials)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; calls still going on are cancelled."""
+        await self._calls.close()
+
+    # Collages and jobs
+
+    async def plan(
+        self,
+        collage: collage_pb2.Collage,
+        sampling: collage_pb2.Sampling | None = None,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> pb.Plan:
+        """Resolved dials, composite, masks, warnings and cost of a collage. Runs no model."""
+        span = Span(timeout_s)
+        request = pb.PlanCollageRequest(collage=collage, sampling=sampling)
+        await self._upload(_pictures(request.collage), span)
+        answer: pb.PlanCollageResponse = await self._calls.call("PlanCollage", request, span)
+        return answer.plan
+
+    def generate(
+        self,
+        collage: collage_pb2.Collage,
+        sampling: collage_pb2.Sampling | None = None,
+        *,
+        request_id: str = "",
+        cancel_on_disconnect: bool = False,
+        timeout_s: float = JOB_TIMEOUT_S,
+    ) -> Events:
+        """Creates a job and yields its events to the last one, over broken streams.
+
+        `request_id` (a UUID) names the job across calls; "" draws one. With `cancel_on_disconnect` the server
+        cancels the job when the stream breaks, and this call then raises instead of resuming.
+        """
+        span = Span(timeout_s, request_id)
+        request = pb.GenerateImagesRequest(
+            request_id=span.request_id,
+            collage=collage,
+            sampling=sampling,
+            on_disconnect=(
+                pb.DISCONNECT_POLICY_CANCEL if cancel_on_disconnect else pb.DISCONNECT_POLICY_DETACH
+            ),
+        )
+
+        async def start() -> Any:
+            await self._upload(_pictures(request.collage), span)
+            return self._calls.stub.GenerateImages(request, **span.options())
+
+        return self._calls.follow(span, start=start, resumes=not cancel_on_disconnect)
+
+    def redo(
+        self,
+        collage: collage_pb2.Collage,
+        parent: bytes,
+        layers: Sequence[str],
+        sampling: collage_pb2.Sampling | None = None,
+        *,
+        feather: float | None = None,
+        restore_cutout: bool | None = None,
+        request_id: str = "",
+        timeout_s: float = JOB_TIMEOUT_S,
+    ) -> Events:
+        """Draws some layers of `parent` (an encoded picture of the canvas' size) again; yields the events."""
+        work = pb.RedoWork(
+            collage=collage,
+            parent=blob_pb2.Image(data=parent),
+            layers=layers,
+            sampling=sampling,
+            feather=feather,
+            restore_cutout=restore_cutout,
+        )
+        return self._run(work, request_id, timeout_s)
+
+    def learn(
+        self,
+        collage: collage_pb2.Collage,
+        layers: Sequence[str] = (),
+        *,
+        model: str = "",
+        request_id: str = "",
+        timeout_s: float = JOB_TIMEOUT_S,
+    ) -> Events:
+        """Learns a word for each named layer (none: each whose appearance says learn); yields the events."""
+        work = pb.LearnWork(collage=collage, layers=layers, model=model)
+        return self._run(work, request_id, timeout_s)
+
+    async def create_job(
+        self,
+        work: Work,
+        *,
+        request_id: str = "",
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> pb.Job:
+        """Queues work and returns at once; the same `request_id` and work give the same job."""
+        span = Span(timeout_s, request_id)
+        return await self._create(_creation(work, span), span)
+
+    def watch(
+        self, name: str, *, after_sequence: int = 0, timeout_s: float = JOB_TIMEOUT_S
+    ) -> Events:
+        """Yields a job's events after a sequence number up to the last one, over broken streams."""
+        return self._calls.follow(Span(timeout_s), name=name, after_sequence=after_sequence)
+
+    async def result(
+        self, events: Iterable[pb.JobEvent], *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> JobResult:
+        """The record and the pictures of a job whose events are given to the last one.
+
+        Raises `JobFailed` when the job failed or was cancelled.
+        """
+        words: dict[str, str] = {}
+        for event in events:
+            match event.WhichOneof("kind"):
+                case "word" if event.word.word:
+                    words[event.word.layer] = event.word.word
+                case "failed":
+                    raise error_of_job(event.job, event.failed)
+                case "cancelled":
+                    raise error_of_job(event.job, event.cancelled)
+                case "done":
+                    job = await self.job(event.job, timeout_s=timeout_s)
+                    images = [await self.fetch(image.blob) for image in job.images]
+                    return JobResult(
+                        job=job,
+                        images=tuple(images),
+                        words=words,
+                        stage_seconds=dict(event.done.stage_seconds),
+                    )
+        raise ValueError("these events do not reach the job's end")
+
+    async def job(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> pb.Job:
+        """A job's present state."""
+        answer = await self._calls.call("GetJob", pb.GetJobRequest(name=name), Span(timeout_s))
+        job: pb.Job = answer.job
+        return job
+
+    async def cancel(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> pb.Job:
+        """Stops exactly this job; a finished one stays as it is."""
+        answer = await self._calls.call(
+            "CancelJob", pb.CancelJobRequest(name=name), Span(timeout_s)
+        )
+        job: pb.Job = answer.job
+        return job
+
+    async def jobs(self, limit: int = 20, *, timeout_s: float = CALL_TIMEOUT_S) -> list[pb.Job]:
+        """The newest jobs, at most `limit`, without plans and images."""
+
+        def page(token: str) -> pb.ListJobsRequest:
+            return pb.ListJobsRequest(page_size=min(limit, 100), page_token=token)
+
+        return await self._calls.pages("ListJobs", page, "jobs", limit, Span(timeout_s))
+
+    # Blobs
+
+    async def put(self, data: bytes, *, timeout_s: float = CALL_TIMEOUT_S) -> blob_pb2.BlobRef:
+        """Stores bytes under their digest, sending them only when the server lacks them."""
+        (ref,) = await self._calls.put_all([data], Span(timeout_s))
+        return ref
+
+    async def fetch(
+        self, blob: blob_pb2.BlobRef | str, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> bytes:
+        """The bytes of a blob, named by reference or SHA-256; the digest is verified."""
+        sha256 = blob if isinstance(blob, str) else blob.sha256
+        return await self._calls.fetch(sha256, Span(timeout_s))
+
+    # Models and words
+
+    async def models(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[pb.Model]:
+        """Every model served, with its limits and defaults."""
+
+        def page(token: str) -> pb.ListModelsRequest:
+            return pb.ListModelsRequest(page_token=token)
+
+        return await self._calls.pages("ListModels", page, "models", None, Span(timeout_s))
+
+    async def words(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[pb.Word]:
+        """Every learned word, by name."""
+
+        def page(token: str) -> pb.ListWordsRequest:
+            return pb.ListWordsRequest(page_token=token)
+
+        return await self._calls.pages("ListWords", page, "words", None, Span(timeout_s))
+
+    async def import_word(
+        self, text: str, vectors: bytes, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S
+    ) -> pb.Word:
+        """Takes in a word learned elsewhere: a safetensors file in diffusers' form."""
+        span = Span(timeout_s)
+        (ref,) = await self._calls.put_all([vectors], span)
+        request = pb.ImportWordRequest(text=text, model=model, vectors=ref)
+        word: pb.Word = (await self._calls.call("ImportWord", request, span)).word
+        return word
+
+    async def delete_word(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Forgets a word."""
+        await self._calls.call("DeleteWord", pb.DeleteWordRequest(name=name), Span(timeout_s))
+
+    def _run(self, work: Work, request_id: str, timeout_s: float) -> Events:
+        span = Span(timeout_s, request_id)
+        request = _creation(work, span)
+
+        async def start() -> Any:
+            job = await self._create(request, span)
+            return self._calls.watch(job.name, 0, span)
+
+        return self._calls.follow(span, start=start)
+
+    async def _create(self, request: pb.CreateJobRequest, span: Span) -> pb.Job:
+        work: Work = getattr(request, request.WhichOneof("work") or "")
+        pictures = _pictures(work.collage)
+        if isinstance(work, pb.RedoWork):
+            pictures.append(work.parent)
+        await self._upload(pictures, span)
+        job: pb.Job = (await self._calls.call("CreateJob", request, span)).job
+        return job
+
+    async def _upload(self, pictures: Sequence[blob_pb2.Image], span: Span) -> None:
+        """Turns inline pictures, in place, into references to blobs the server holds.
+
+        One rule for all sizes: messages stay small, and a sweep or a redo sends no picture twice.
+        """
+        inline = [picture for picture in pictures if picture.WhichOneof("source") == "data"]
+        refs = await self._calls.put_all([picture.data for picture in inline], span)
+        for picture, ref in zip(inline, refs, strict=True):
+            picture.blob.CopyFrom(ref)
+
+
+def _creation(work: Work, span: Span) -> pb.CreateJobRequest:
+    """The request that creates this work, with a copy of it."""
+    kind = {pb.GenerateWork: "generate", pb.RedoWork: "redo", pb.LearnWork: "learn"}[type(work)]
+    request = pb.CreateJobRequest(request_id=span.request_id)
+    getattr(request, kind).CopyFrom(work)
+    return request
+
+
+def _pictures(collage: collage_pb2.Collage) -> list[blob_pb2.Image]:
+    pictures = [layer.image for layer in collage.layers]
+    if collage.background.WhichOneof("kind") == "image":
+        pictures.append(collage.background.image)
+    return pictures

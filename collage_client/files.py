@@ -1,0 +1,241 @@
+"""Collage files: `collage.yaml`, the JSON form of the `Collage` message with picture paths relative to the file.
+
+`load` reads one and names every mistake by field and line, `attach` puts the pictures' bytes in, `save` writes
+a self-contained copy. One schema: what the message does not know, a file may not say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import grpc
+import yaml
+from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from collage.v1 import blob_pb2, collage_pb2
+from collage_client.errors import FieldViolation, InvalidInput
+
+FILE_NAME = "collage.yaml"
+# The contract's form of a layer name, which becomes part of file names.
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_SUFFIXES = ((b"\x89PNG", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"RIFF", ".webp"))
+_EXPECTED = {
+    FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+    FieldDescriptor.CPPTYPE_INT32: "a whole number",
+    FieldDescriptor.CPPTYPE_INT64: "a whole number",
+    FieldDescriptor.CPPTYPE_UINT64: "a whole number, 0 or more",
+    FieldDescriptor.CPPTYPE_BOOL: "true or false",
+    FieldDescriptor.CPPTYPE_STRING: "text (in quotes if it looks like something else)",
+}
+
+
+def load(path: Path) -> collage_pb2.Collage:
+    """Reads a collage file, or the `collage.yaml` of a folder.
+
+    Picture paths in the answer start from the current folder and exist. Raises `InvalidInput` with every
+    unknown field, wrong type and missing picture, each with its field path, file and line.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InvalidInput.in_field(str(file), reason or "unreadable", reason="FILE") from error
+    reader = _Reader(file, yaml.SafeLoader(text))
+    return reader.collage()
+
+
+def attach(collage: collage_pb2.Collage) -> collage_pb2.Collage:
+    """A copy with each picture's bytes in place of its path. Raises `InvalidInput` for an unreadable one."""
+    copy = collage_pb2.Collage()
+    copy.CopyFrom(collage)
+    for field, picture in pictures(copy):
+        if picture.WhichOneof("source") == "path":
+            try:
+                picture.data = Path(picture.path).read_bytes()
+            except OSError as error:
+                text = f"{picture.path}: {error.strerror}"
+                raise InvalidInput.in_field(f"{field}.path", text, reason="FILE") from error
+    return copy
+
+
+def save(collage: collage_pb2.Collage, folder: Path) -> list[Path]:
+    """Writes `collage.yaml` into a folder, its inline pictures beside it in `layers/`.
+
+    Pictures that are paths or blobs stay what they are. Returns the paths written, the collage file last.
+    """
+    copy = collage_pb2.Collage()
+    copy.CopyFrom(collage)
+    written = []
+    names = ["background", *(f"layers/{file_stem(layer.name)}" for layer in copy.layers)]
+    images = [copy.background.image, *(layer.image for layer in copy.layers)]
+    for name, image in zip(names, images, strict=True):
+        if image.WhichOneof("source") != "data":
+            continue
+        suffix = next((end for magic, end in _SUFFIXES if image.data.startswith(magic)), ".bin")
+        target = folder / f"{name}{suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(image.data)
+        written.append(target)
+        image.path = f"{name}{suffix}"
+    file = folder / FILE_NAME
+    tree = json_format.MessageToDict(copy, preserving_proto_field_name=True)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    file.write_text(text, encoding="utf-8")
+    return [*written, file]
+
+
+def pictures(collage: collage_pb2.Collage) -> list[tuple[str, blob_pb2.Image]]:
+    """Every picture of a collage (not copied) with its field path."""
+    found = [
+        (f"collage.layers[{index}].image", layer.image)
+        for index, layer in enumerate(collage.layers)
+    ]
+    if collage.background.WhichOneof("kind") == "image":
+        found.append(("collage.background.image", collage.background.image))
+    return found
+
+
+def place(path: Path, field: str) -> str:
+    """Where a collage file says something: "FILE, line 12" for a field path such as `collage.layers[2].noise`.
+
+    A field that is not in the file is where its parent is; "" when the path is not about the collage.
+    """
+    # A job's fields are named from its work: `redo.collage.layers[2].noise`.
+    about = re.fullmatch(r"(?:\w+\.)?collage\b(.*)", field)
+    if not about:
+        return ""
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    line = 1
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", about[1]):
+        if isinstance(node, yaml.SequenceNode) and index and int(index) < len(node.value):
+            node = node.value[int(index)]
+            line = node.start_mark.line + 1
+        elif isinstance(node, yaml.MappingNode):
+            keys = (name, _camel(name))
+            pair = next((pair for pair in node.value if pair[0].value in keys), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        else:
+            break
+    return f"{file}, line {line}"
+
+
+def file_stem(name: str) -> str:
+    """A layer name as part of a file name. Raises `InvalidInput` for one that the contract does not allow."""
+    if not _NAME.fullmatch(name):
+        text = f"{name!r} is no layer name: 1 to 64 of A-Z a-z 0-9 _ -"
+        raise InvalidInput.in_field("collage.layers.name", text, reason="LAYER_NAME")
+    return name
+
+
+class _Reader:
+    """Turns one YAML document into a Collage, gathering mistakes on the way."""
+
+    def __init__(self, file: Path, loader: yaml.SafeLoader) -> None:
+        self._file = file
+        self._loader = loader
+        self._violations: list[FieldViolation] = []
+
+    def collage(self) -> collage_pb2.Collage:
+        collage = collage_pb2.Collage()
+        try:
+            node = self._loader.get_single_node()
+            if node is None:
+                raise InvalidInput.in_field("collage", f"{self._file} is empty", reason="FILE")
+            self._message(node, collage, "collage")
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            parts = [part for part in (error.context, error.problem) if part]
+            text = f"{', '.join(parts)} ({self._file}, line {line})"
+            raise InvalidInput.in_field("", text, reason="FILE") from error
+        except yaml.YAMLError as error:
+            raise InvalidInput.in_field("", f"{self._file}: {error}", reason="FILE") from error
+        if self._violations:
+            raise InvalidInput(
+                f"{self._file} is no collage file",
+                code=grpc.StatusCode.INVALID_ARGUMENT,
+                reason="FILE",
+                field_violations=tuple(self._violations),
+            )
+        return collage
+
+    def _wrong(self, node: yaml.Node, field: str, text: str) -> None:
+        place = f"{self._file}, line {node.start_mark.line + 1}"
+        self._violations.append(FieldViolation(field=field, description=f"{text} ({place})"))
+
+    def _message(self, node: yaml.Node, message: Message, where: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            self._wrong(node, where, "must hold fields, written `name: value`")
+            return
+        fields = message.DESCRIPTOR.fields
+        known = {field.json_name: field for field in fields}
+        known |= {field.name: field for field in fields}
+        seen: set[str] = set()
+        for key_node, value_node in node.value:
+            key = str(self._loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+            found = known.get(key)
+            if found is None:
+                near = difflib.get_close_matches(key, known, n=1)
+                names = ", ".join(field.name for field in fields)
+                hint = f"did you mean {near[0]}?" if near else f"known here: {names}"
+                self._wrong(key_node, f"{where}.{key}", f"unknown field; {hint}")
+                continue
+            # Two members of a oneof exclude each other as surely as a field excludes itself.
+            group = found.containing_oneof.name if found.containing_oneof else found.name
+            if group in seen:
+                self._wrong(key_node, f"{where}.{key}", "given twice, or beside its alternative")
+                continue
+            seen.add(group)
+            if not _is_null(value_node):
+                self._field(value_node, message, found, f"{where}.{found.name}")
+
+    def _field(self, node: yaml.Node, message: Message, field: Any, where: str) -> None:
+        if not field.is_repeated:
+            if field.message_type is None:
+                self._scalar(node, message, field, where)
+            else:
+                target = getattr(message, field.name)
+                target.SetInParent()
+                self._message(node, target, where)
+        elif not isinstance(node, yaml.SequenceNode):
+            self._wrong(node, where, "must be a list")
+        else:
+            for index, item in enumerate(node.value):
+                self._message(item, getattr(message, field.name).add(), f"{where}[{index}]")
+
+    def _scalar(self, node: yaml.Node, message: Message, field: Any, where: str) -> None:
+        value: Any = self._loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        is_bool = field.cpp_type == FieldDescriptor.CPPTYPE_BOOL
+        try:
+            if isinstance(value, bool) and not is_bool:
+                raise ValueError("a truth value where none belongs")
+            json_format.ParseDict({field.name: value}, message)
+        except (json_format.ParseError, TypeError, ValueError):
+            shown = repr(value) if isinstance(node, yaml.ScalarNode) else "a list or fields"
+            self._wrong(node, where, f"must be {_EXPECTED[field.cpp_type]}, not {shown}")
+            return
+        if isinstance(message, blob_pb2.Image) and field.name == "path":
+            picture = self._file.parent / message.path
+            message.path = str(picture)
+            if not picture.is_file():
+                self._wrong(node, where, f"no such picture: {picture}")
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(part.capitalize() for part in rest)
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"

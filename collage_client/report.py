@@ -1,0 +1,166 @@
+"""What the command prints on standard output: aligned tables and short lines, made as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from collage.v1 import collage_pb2
+from collage.v1 import collage_service_pb2 as pb
+from collage_client import files
+from collage_client.client import JobResult
+from collage_client.errors import CollageError
+
+# The contract's stages, in the order they run.
+_STAGES = ("compose", "learn", "generate")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Columns of one width each; the first `left` ones flush left, the others flush right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def sampling(size: collage_pb2.Size, used: collage_pb2.Sampling) -> str:
+    """How pictures are drawn, on one line."""
+    return (
+        f"{size.width} x {size.height}, model {used.model}, {used.sampler}, {used.steps} steps, "
+        f"guidance {used.guidance_scale:g}, seed {used.seed}"
+    )
+
+
+def plan(made: pb.Plan, size: collage_pb2.Size) -> str:
+    """How a collage will be, or was, drawn: sampling, prompt, each layer's resolved dials, warnings."""
+    lines = [
+        sampling(size, made.sampling),
+        f"prompt  {made.prompt}",
+        "",
+        table(
+            ("layer", "noise", "attract", "repel", "opacity", "covers", "shown"),
+            (
+                (
+                    layer.name,
+                    f"{layer.noise:.2f}",
+                    f"{layer.attract:.2f}",
+                    f"{layer.repel:.2f}",
+                    f"{layer.opacity:.2f}",
+                    f"{layer.visible_fraction:.1%}",
+                    f"{layer.unoccluded_fraction:.1%}",
+                )
+                for layer in made.layers
+            ),
+        ),
+    ]
+    if made.warnings:
+        lines += ["", *(f"warning  {w.field}: {w.message} [{w.reason}]" for w in made.warnings)]
+    return "\n".join([*lines, ""])
+
+
+def cost(made: pb.Plan) -> str:
+    """What a plan is expected to cost."""
+    seconds = f"{made.estimated_seconds:.1f} s" if made.estimated_seconds else "time unknown"
+    return (
+        f"expected  {seconds}, {made.estimated_memory_bytes / 2**20:.0f} MiB beyond the weights; "
+        f"prompt takes {made.prompt_tokens} of {made.prompt_tokens_limit} tokens"
+    )
+
+
+def result(finished: JobResult, size: collage_pb2.Size) -> str:
+    """A finished job: how it was drawn, how much a redo changed, where the time went."""
+    job, spent = finished.job, finished.stage_seconds
+    changed = [
+        f"image {image.index}: {image.changed_pixels} pixels changed"
+        for image in job.images
+        if image.HasField("changed_pixels")
+    ]
+    stages = ", ".join(f"{name} {spent[name]:.2f} s" for name in _STAGES if name in spent)
+    return "\n".join([plan(job.plan, size), *changed, f"{job.name} done: {stages}"])
+
+
+def jobs(found: Sequence[pb.Job]) -> str:
+    """The newest jobs."""
+    return table(
+        ("job", "state", "created (UTC)", "seconds"),
+        (
+            (
+                job.name,
+                pb.JobState.Name(job.state).removeprefix("JOB_STATE_").lower(),
+                job.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"),
+                f"{(job.end_time.ToNanoseconds() - job.start_time.ToNanoseconds()) / 1e9:.1f}"
+                if job.HasField("end_time") and job.HasField("start_time")
+                else "-",
+            )
+            for job in found
+        ),
+        left=3,
+    )
+
+
+def words(found: Sequence[pb.Word]) -> str:
+    """The learned words."""
+    return table(
+        ("word", "text", "model digest", "created (UTC)"),
+        (
+            (
+                word.name,
+                word.text,
+                word.model_digest[:12],
+                word.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"),
+            )
+            for word in found
+        ),
+        left=4,
+    )
+
+
+def model(found: pb.Model) -> str:
+    """One model: its limits, samplers and defaults."""
+    used = found.defaults
+    rows = [
+        ("family", f"{found.family}, digest {found.digest[:12]}"),
+        (
+            "canvas",
+            f"sides {found.min_side} to {found.max_side} px in steps of {found.size_multiple}, "
+            f"at its best near {found.native_side}",
+        ),
+        ("layers", f"at most {found.max_layers}"),
+        ("prompt", f"at most {found.prompt_tokens_limit} tokens"),
+        ("samplers", ", ".join(found.samplers)),
+        ("controls", ", ".join(found.control_kinds) or "none"),
+        (
+            "defaults",
+            f"{used.sampler}, {used.steps} steps, guidance {used.guidance_scale:g}",
+        ),
+    ]
+    return "\n".join([found.name, *(f"  {name:<9} {text}" for name, text in rows)])
+
+
+def paths(written: Sequence[Path]) -> str:
+    """The paths written, one a line, ready to be copied."""
+    return "\n".join(["wrote", *(f"  {path}" for path in written)])
+
+
+def error(problem: CollageError, *, is_input: bool, collage_path: Path | None) -> str:
+    """An error for people: the wrong fields, if there are any, and where the collage file says them."""
+    head = problem.message or problem.code.name.lower().replace("_", " ")
+    if problem.field_violations:
+        lines = ["collage: bad input" if is_input else f"collage: {head}"]
+        for violation in problem.field_violations:
+            field = f"{violation.field}: " if violation.field else ""
+            # What `files` found itself already says where.
+            place = ""
+            if collage_path is not None and problem.reason != "FILE":
+                place = files.place(collage_path, violation.field)
+            lines.append(f"  {field}{violation.description}" + (f" ({place})" if place else ""))
+    else:
+        lines = [f"collage: {head} [{problem.reason or problem.code.name}]"]
+    if problem.retry_after_s is not None:
+        lines.append(f"  try again in {problem.retry_after_s:g} s")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The gateway process: `python -m gateway`."""
+
+import asyncio
+import socket
+from dataclasses import dataclass
+
+from collage.v1 import collage_service_pb2_grpc as collage_grpc
+from collage.v1 import compositor_service_pb2_grpc as compositor_grpc
+from collage.v1 import generator_service_pb2_grpc as generator_grpc
+from collage.v1 import inversion_service_pb2_grpc as inversion_grpc
+from gateway.jobs import Jobs, QueuePolicy
+from gateway.pipeline import Pipeline
+from gateway.planner import Models, Planner
+from gateway.service import CollageServicer
+from gateway.worker import Worker, exhausted_event
+from services.common.rpc import Server, connect
+from services.common.settings import InvalidSetting, open_blobs, read
+from services.common.telemetry import serve_metrics, start_logging
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a gateway needs to know; each field is read from `COLLAGE_<NAME>`."""
+
+    # Where to listen.
+    address: str = "127.0.0.1:50051"
+    # The three services.
+    compositor: str = "127.0.0.1:50052"
+    inversion: str = "127.0.0.1:50053"
+    generator: str = "127.0.0.1:50054"
+    # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
+    blobs: str = "folder:data/blobs"
+    # `sqlite:PATH` or `nats://HOST:PORT`.
+    jobs: str = "sqlite:data/jobs.sqlite"
+    # Jobs this gateway works on at a time; more only helps while the generators are not busy.
+    slots: int = 4
+    # Jobs that may wait before new ones are refused.
+    max_queued: int = 1000
+    # Seconds after which the job of a gateway that fell silent is given to another.
+    lease_s: float = 10.0
+    # Prometheus port, 0 for none.
+    metrics_port: int = 0
+    log_level: str = "INFO"
+
+
+async def open_jobs(settings: Settings) -> Jobs:
+    """The job queue at the address in the settings."""
+    policy = QueuePolicy(
+        exhausted=exhausted_event, lease_s=settings.lease_s, max_queued=settings.max_queued
+    )
+    scheme, _, rest = settings.jobs.partition(":")
+    # Each queue's client is imported only by processes that use it.
+    if scheme == "sqlite" and rest:
+        from pathlib import Path
+
+        from gateway.jobs_sqlite import SqliteJobs
+
+        return await SqliteJobs.open(Path(rest), policy)
+    if scheme == "nats":
+        from gateway.jobs_nats import NatsJobs
+
+        return await NatsJobs.open(settings.jobs, policy)
+    raise InvalidSetting(f"{settings.jobs!r} is neither sqlite:PATH nor nats://HOST:PORT")
+
+
+async def build(settings: Settings) -> Server:
+    """The gateway, wired and not yet started."""
+    blobs = await open_blobs(settings.blobs)
+    jobs = await open_jobs(settings)
+    compositor, inversion, generator = map(
+        connect, (settings.compositor, settings.inversion, settings.generator)
+    )
+    generating = generator_grpc.GeneratorServiceStub(generator)
+    models = Models(generating)
+    planner = Planner(
+        blobs=blobs,
+        models=models,
+        compositor=compositor_grpc.CompositorServiceStub(compositor),
+        generator=generating,
+    )
+    pipeline = Pipeline(
+        planner=planner,
+        models=models,
+        inversion=inversion_grpc.InversionServiceStub(inversion),
+        generator=generating,
+    )
+    worker = Worker(jobs, pipeline, slots=settings.slots)
+    server = Server("gateway", settings.address, drain=worker.drain)
+    servicer = CollageServicer(
+        blobs=blobs, jobs=jobs, planner=planner, models=models, pipeline=pipeline
+    )
+    collage_grpc.add_CollageServiceServicer_to_server(servicer, server.grpc)
+    server.add("collage.v1.CollageService")
+    for close in (
+        blobs.close,
+        jobs.close,
+        compositor.close,
+        inversion.close,
+        generator.close,
+        worker.stop,
+    ):
+        server.on_stopped(close)
+    server.before_serving(blobs.ready)
+    server.before_serving(jobs.ready)
+    return server
+
+
+async def main() -> None:
+    """Serves until SIGTERM."""
+    settings = read(Settings)
+    start_logging(f"gateway@{socket.gethostname()}", level=settings.log_level)
+    serve_metrics(settings.metrics_port)
+    await (await build(settings)).run()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

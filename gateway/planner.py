@@ -1,0 +1,436 @@
+"""From a request's message to everything that can be known before a model runs.
+
+Main types: `Planner` and what it returns, `Planned`. One plan serves `PlanCollage`, the check before a job is queued,
+and the job itself, so that all three see the same errors. Composing twice costs nothing: the compositor finds its plate
+by the digest of the inputs. This module knows neither jobs nor pixels.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import grpc
+
+from collage.v1 import (
+    collage_pb2,
+    collage_service_pb2,
+    compositor_service_pb2,
+    compositor_service_pb2_grpc,
+    generator_service_pb2,
+    generator_service_pb2_grpc,
+)
+from services.common import wire
+from services.common.blobs import BlobRef, BlobStore, put_blob
+from services.common.collage import Collage, Picture, Redo, Sampling
+from services.common.errors import (
+    InvalidRequest,
+    MissingBlobs,
+    Violation,
+    from_rpc,
+    quote,
+)
+from services.common.prompt import BoundPrompt, bind
+from services.common.rpc import bounded, outgoing
+
+# Composing 32 layers at 2048 x 2048 takes seconds; more means the compositor hangs.
+COMPOSE_TIMEOUT_S = 60.0
+ASK_TIMEOUT_S = 15.0
+# Models change only when a generator restarts.
+MODELS_FRESH_S = 5.0
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A checked request: every picture stored, every setting resolved, the plate composed.
+
+    `plan` is what the caller sees; its layers carry the resolved dials and the spans of `bound`.
+    """
+
+    collage: Collage
+    sampling: Sampling
+    bound: BoundPrompt
+    plate: BlobRef
+    plan: collage_service_pb2.Plan
+    redo: Redo | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedoFields:
+    """What a redo request adds, as it came. Paths of errors are `redo.parent` and so on."""
+
+    parent: Picture
+    layers: tuple[str, ...]
+    feather: float
+    restore_cutout: bool
+
+
+class Models:
+    """The models that are served, asked of the generator and remembered for a few seconds."""
+
+    def __init__(self, generator: generator_service_pb2_grpc.GeneratorServiceStub) -> None:
+        self._generator = generator
+        self._models: Sequence[collage_service_pb2.Model] = ()
+        self._asked = -MODELS_FRESH_S
+
+    async def all(self) -> Sequence[collage_service_pb2.Model]:
+        """Every model, the default first."""
+        if time.monotonic() - self._asked >= MODELS_FRESH_S:
+            answer = await asked(
+                self._generator.DescribeModels(
+                    generator_service_pb2.DescribeModelsRequest(),
+                    timeout=bounded(ASK_TIMEOUT_S),
+                    metadata=outgoing(),
+                )
+            )
+            self._models = answer.models
+            self._asked = time.monotonic()
+        return self._models
+
+    async def named(self, name: str, field: str) -> collage_service_pb2.Model:
+        """The model of this name, the default for an empty one.
+
+        Raises:
+            InvalidRequest: naming the known models.
+        """
+        models = await self.all()
+        for model in models:
+            if name in ("", model.name):
+                return model
+        known = ", ".join(model.name for model in models)
+        raise InvalidRequest.of(
+            field, f"is {quote(name)}; allowed: {known}", reason="UNKNOWN_MODEL"
+        )
+
+
+class Planner:
+    """Checks, stores, binds, composes, estimates."""
+
+    def __init__(
+        self,
+        *,
+        blobs: BlobStore,
+        models: Models,
+        compositor: compositor_service_pb2_grpc.CompositorServiceStub,
+        generator: generator_service_pb2_grpc.GeneratorServiceStub,
+    ) -> None:
+        self._blobs = blobs
+        self._models = models
+        self._compositor = compositor
+        self._generator = generator
+
+    async def plan(
+        self,
+        collage: collage_pb2.Collage,
+        sampling: collage_pb2.Sampling,
+        *,
+        seed: int,
+        root: str = "",
+        redo: RedoFields | None = None,
+    ) -> Planned:
+        """The whole plan of a request.
+
+        Args:
+            collage: as it came.
+            sampling: as it came.
+            seed: taken when the request names none.
+            root: where both stand in the request, for field paths: "", "generate." or "redo.".
+            redo: for a redo.
+
+        Raises:
+            InvalidRequest: any wrong field, with its path.
+            MissingBlobs: pictures that must be uploaded first.
+        """
+        model = await self._models.named(sampling.model, f"{root}sampling.model")
+        settings = wire.parse_sampling(sampling, model, fallback_seed=seed, field=f"{root}sampling")
+        parsed = wire.parse_collage(collage, f"{root}collage")
+        _check_against(model, parsed, root)
+        _check_words(parsed, root)
+        if redo is not None:
+            _check_redo(redo, parsed)
+        bound = bind(parsed.prompt, parsed.layers, field=f"{root}collage.prompt")
+        stored, stored_redo = await self._store_pictures(parsed, redo, root)
+        composed, estimate = await asyncio.gather(
+            self._compose(stored, stored_redo, model.latent_factor, root),
+            self._estimate(stored, bound, settings, root),
+        )
+        _check_tokens(estimate, root)
+        return Planned(
+            collage=stored,
+            sampling=settings,
+            bound=bound,
+            plate=wire.parse_blob(composed.plate, "plate"),
+            plan=_render_plan(stored, settings, bound, composed, estimate),
+            redo=stored_redo,
+        )
+
+    async def store(self, collage: Collage, *, root: str) -> Collage:
+        """The same collage with every picture a stored blob.
+
+        Raises:
+            MissingBlobs: pictures that must be uploaded first.
+        """
+        stored, _ = await self._store_pictures(collage, None, root)
+        return stored
+
+    async def _store_pictures(
+        self, collage: Collage, redo: RedoFields | None, root: str
+    ) -> tuple[Collage, Redo | None]:
+        """The same collage with every picture a stored blob."""
+        pictures: dict[str, Picture] = {
+            f"{root}collage.layers[{index}].image": layer.image
+            for index, layer in enumerate(collage.layers)
+        }
+        if isinstance(collage.background, bytes | BlobRef):
+            pictures[f"{root}collage.background.image"] = collage.background
+        if redo is not None:
+            pictures["redo.parent"] = redo.parent
+        stored = dict(
+            zip(
+                pictures,
+                await asyncio.gather(*(self._store(one) for one in pictures.values())),
+                strict=True,
+            )
+        )
+        missing = {
+            field: picture.sha256
+            for field, picture in pictures.items()
+            if isinstance(picture, BlobRef) and stored[field] is None
+        }
+        if missing:
+            raise MissingBlobs(missing)
+        refs = {field: ref for field, ref in stored.items() if ref is not None}
+        layers = tuple(
+            replace(layer, image=refs[f"{root}collage.layers[{index}].image"])
+            for index, layer in enumerate(collage.layers)
+        )
+        background = refs.get(f"{root}collage.background.image", collage.background)
+        return replace(collage, layers=layers, background=background), (
+            Redo(
+                parent=refs["redo.parent"],
+                layers=redo.layers,
+                feather=redo.feather,
+                restore_cutout=redo.restore_cutout,
+            )
+            if redo is not None
+            else None
+        )
+
+    async def _store(self, picture: Picture) -> BlobRef | None:
+        """The stored blob of a picture, with its true size; None for a reference to nothing."""
+        if isinstance(picture, bytes):
+            return await put_blob(self._blobs, picture, media_type="application/octet-stream")
+        stat = await self._blobs.stat(picture.key)
+        # One form for one picture, whatever the caller said of it, so that equal requests have equal digests.
+        if stat is None:
+            return None
+        return BlobRef(
+            sha256=picture.sha256,
+            size_bytes=stat.size_bytes,
+            media_type="application/octet-stream",
+        )
+
+    async def _compose(
+        self, collage: Collage, redo: Redo | None, latent_factor: int, root: str
+    ) -> compositor_service_pb2.ComposeResponse:
+        request = compositor_service_pb2.ComposeRequest(
+            collage=wire.render_collage(collage), latent_factor=latent_factor
+        )
+        if redo is not None:
+            request.redo.CopyFrom(
+                compositor_service_pb2.Redo(
+                    parent=wire.render_blob(redo.parent),
+                    layers=redo.layers,
+                    feather=redo.feather,
+                    restore_cutout=redo.restore_cutout,
+                )
+            )
+        try:
+            return await asked(
+                self._compositor.Compose(
+                    request, timeout=bounded(COMPOSE_TIMEOUT_S), metadata=outgoing()
+                )
+            )
+        except InvalidRequest as error:
+            raise _rooted(error, root) from error
+
+    async def _estimate(
+        self, collage: Collage, bound: BoundPrompt, sampling: Sampling, root: str
+    ) -> generator_service_pb2.EstimateResponse:
+        request = generator_service_pb2.EstimateRequest(
+            sampling=wire.render_sampling(sampling),
+            size=collage_pb2.Size(width=collage.size.width, height=collage.size.height),
+            layers=len(collage.layers),
+            prompt=bound.text,
+            negative_prompt=collage.negative_prompt,
+        )
+        try:
+            return await asked(
+                self._generator.Estimate(
+                    request, timeout=bounded(ASK_TIMEOUT_S), metadata=outgoing()
+                )
+            )
+        except InvalidRequest as error:
+            raise _rooted(error, root) from error
+
+
+async def asked(call: Awaitable[Answer]) -> Answer:
+    """The answer of another service, its error as one of ours."""
+    try:
+        return await call
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
+
+
+def _rooted(error: InvalidRequest, root: str) -> InvalidRequest:
+    """The error of a service, whose paths start at its own request, with paths that start at the caller's."""
+    return InvalidRequest(
+        [
+            violation
+            if violation.field.startswith("redo.")
+            else replace(violation, field=root + violation.field)
+            for violation in error.violations
+        ],
+        reason=error.reason,
+    )
+
+
+def _check_against(model: collage_service_pb2.Model, collage: Collage, root: str) -> None:
+    """Refuses what the model cannot do."""
+    violations: list[Violation] = []
+    multiple = model.size_multiple
+    for side in ("width", "height"):
+        value = getattr(collage.size, side)
+        if value % multiple or not model.min_side <= value <= model.max_side:
+            near = {value // multiple * multiple, -(-value // multiple) * multiple}
+            allowed = sorted({min(max(side, model.min_side), model.max_side) for side in near})
+            violations.append(
+                Violation(
+                    field=f"{root}collage.size.{side}",
+                    description=f"is {value}; model {model.name} takes multiples of {multiple} from "
+                    f"{model.min_side} to {model.max_side}, nearest: {', '.join(map(str, allowed))}",
+                )
+            )
+    for index, layer in enumerate(collage.layers):
+        for number, structure in enumerate(layer.structure):
+            if structure.kind not in model.control_kinds:
+                kinds = ", ".join(model.control_kinds) or "none, it has no ControlNet"
+                violations.append(
+                    Violation(
+                        field=f"{root}collage.layers[{index}].structure[{number}].kind",
+                        description=f"is {quote(structure.kind)}; model {model.name} takes: {kinds}",
+                    )
+                )
+    if violations:
+        raise InvalidRequest(violations)
+
+
+def _check_words(collage: Collage, root: str) -> None:
+    """Refuses words that are not stored; none can be stored yet."""
+    violations = [
+        Violation(
+            field=f"{root}collage.layers[{index}].appearance.word",
+            description=f"is {quote(layer.appearance.word)}; no word of that name is stored",
+        )
+        for index, layer in enumerate(collage.layers)
+        if layer.appearance is not None and layer.appearance.word is not None
+    ]
+    if violations:
+        raise InvalidRequest(violations, reason="UNKNOWN_WORD")
+
+
+def _check_redo(redo: RedoFields, collage: Collage) -> None:
+    names = [layer.name for layer in collage.layers]
+    violations = [
+        Violation(
+            field=f"redo.layers[{index}]",
+            description=f"is {quote(name)}; layers: {', '.join(names)}",
+        )
+        for index, name in enumerate(redo.layers)
+        if name not in names
+    ]
+    if not redo.layers:
+        violations.append(
+            Violation(field="redo.layers", description="is empty; required: at least one name")
+        )
+    if violations:
+        raise InvalidRequest(violations)
+
+
+def _check_tokens(estimate: generator_service_pb2.EstimateResponse, root: str) -> None:
+    limit = estimate.prompt_tokens_limit
+    violations = [
+        Violation(
+            field=f"{root}collage.{name}",
+            description=f"takes {tokens} tokens, {tokens - limit} too many; allowed: {limit} with "
+            "begin and end marks",
+        )
+        for name, tokens in (
+            ("prompt", estimate.prompt_tokens),
+            ("negative_prompt", estimate.negative_prompt_tokens),
+        )
+        if tokens > limit
+    ]
+    if violations:
+        raise InvalidRequest(violations, reason="PROMPT_TOO_LONG")
+
+
+def _render_plan(
+    collage: Collage,
+    sampling: Sampling,
+    bound: BoundPrompt,
+    composed: compositor_service_pb2.ComposeResponse,
+    estimate: generator_service_pb2.EstimateResponse,
+) -> collage_service_pb2.Plan:
+    """The plan as callers see it. Its warnings name fields from the collage on, whatever request that came in."""
+    plan = collage_service_pb2.Plan(
+        composite=composed.composite,
+        layers=composed.layers,
+        prompt=bound.text,
+        sampling=wire.render_sampling(sampling),
+        prompt_tokens=estimate.prompt_tokens,
+        prompt_tokens_limit=estimate.prompt_tokens_limit,
+        estimated_seconds=estimate.seconds,
+        estimated_memory_bytes=estimate.memory_bytes,
+    )
+    for layer, (start, end) in zip(plan.layers, bound.spans, strict=True):
+        layer.text_start, layer.text_end = start, end
+    plan.warnings.extend(composed.warnings)
+    for index in bound.not_found:
+        plan.warnings.append(
+            collage_pb2.Warning(
+                reason="TEXT_NOT_FOUND",
+                field=f"collage.layers[{index}].text",
+                message=f"{quote(collage.layers[index].text)} does not stand in the prompt; "
+                "it was appended",
+            )
+        )
+    return plan
+
+
+def parse_redo(message: Any) -> RedoFields:
+    """The redo fields of a RedoWork message.
+
+    Raises:
+        InvalidRequest: naming the wrong field.
+    """
+    check = wire.Checker()
+    feather = (
+        check.number("redo.feather", message.feather, 0, wire.MAX_FEATHER)
+        if message.HasField("feather")
+        else 4.0
+    )
+    if len(message.layers) > wire.MAX_LAYERS:
+        check.refuse(
+            "redo.layers", f"has {len(message.layers)} names; allowed: at most {wire.MAX_LAYERS}"
+        )
+    check.done()
+    return RedoFields(
+        parent=wire.parse_picture(message.parent, "redo.parent"),
+        layers=tuple(message.layers),
+        feather=feather,
+        restore_cutout=message.restore_cutout if message.HasField("restore_cutout") else False,
+    )

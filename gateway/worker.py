@@ -1,0 +1,206 @@
+"""Claims jobs from the queue and runs the pipeline on them.
+
+Main type: `Worker`. Every gateway has one, so any gateway's job is done by whichever is free, and the job of a gateway
+that died is taken up again when its lease runs out. This module knows no stage.
+"""
+
+import asyncio
+import time
+import uuid
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from collage.v1 import collage_service_pb2
+from gateway.jobs import Claim, ClaimLost, JobRecord, Jobs, JobState, JobsUnavailable
+from gateway.pipeline import Pipeline
+from services.common.errors import Cancelled, CollageError, Internal, Overloaded, Unavailable
+from services.common.rpc import told_error
+from services.common.telemetry import log, request_id
+
+# How long one look for work waits for some to come.
+CLAIM_WAIT_S = 5.0
+# Pause after the queue's storage did not answer.
+STORAGE_PAUSE_S = 1.0
+COUNT_EVERY_S = 30.0
+
+JOBS = Gauge("collage_jobs", "Jobs by state", ["state"])
+QUEUE_WAIT_S = Histogram("collage_queue_wait_seconds", "From creation to the first claim")
+ENDED = Counter("collage_jobs_ended_total", "Jobs this gateway brought to an end", ["state"])
+
+
+class Worker:
+    """Runs up to `slots` jobs at a time until it is drained."""
+
+    def __init__(self, jobs: Jobs, pipeline: Pipeline, *, slots: int) -> None:
+        self._jobs = jobs
+        self._pipeline = pipeline
+        self._name = f"worker-{uuid.uuid4().hex[:8]}"
+        self._draining = asyncio.Event()
+        self._slots = [asyncio.create_task(self._slot()) for _ in range(slots)]
+        self._counter = asyncio.create_task(self._count())
+
+    async def drain(self) -> None:
+        """Claims nothing more and returns when the jobs at work have ended."""
+        self._draining.set()
+        await asyncio.gather(*self._slots)
+
+    async def stop(self) -> None:
+        """Gives back what is still at work and returns."""
+        self._draining.set()
+        tasks = [*self._slots, self._counter]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _slot(self) -> None:
+        while not self._draining.is_set():
+            try:
+                claim = await self._next()
+                if claim is not None:
+                    await self._work(claim)
+            except JobsUnavailable as error:
+                log.warning("job storage unavailable", message=str(error))
+                await asyncio.sleep(STORAGE_PAUSE_S)
+            except ClaimLost as error:
+                log.warning("claim lost", message=str(error))
+            except Exception:
+                # One job must not take a slot down with it; its lease runs out and it is tried again.
+                log.exception("slot failed")
+                await asyncio.sleep(STORAGE_PAUSE_S)
+
+    async def _next(self) -> Claim | None:
+        """The next claim, or None when a drain begins or none came in time."""
+        claiming = asyncio.create_task(self._jobs.claim(self._name, wait_s=CLAIM_WAIT_S))
+        draining = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait((claiming, draining), return_when=asyncio.FIRST_COMPLETED)
+            if claiming.done():
+                return claiming.result()
+            return None
+        finally:
+            draining.cancel()
+            if not claiming.done():
+                claiming.cancel()
+                # A claim that was made in the very moment of the cancel is given back.
+                outcome = (await asyncio.gather(claiming, return_exceptions=True))[0]
+                if isinstance(outcome, Claim):
+                    await self._jobs.release(outcome)
+
+    async def _work(self, claim: Claim) -> None:
+        """Brings one job to its end, or gives it back."""
+        request_id.set(claim.job.request_id)
+        if claim.attempt == 1:
+            QUEUE_WAIT_S.observe(max(0.0, time.time() - claim.job.created_at))
+        log.info("job taken up", job=claim.job.id, attempt=claim.attempt)
+        running = asyncio.create_task(self._run(claim))
+        cancel = asyncio.create_task(self._jobs.cancelled(claim))
+        keep = asyncio.create_task(self._keep(claim))
+        watchers = (cancel, keep)
+        try:
+            await asyncio.wait((running, *watchers), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                await self._end(claim, *running.result())
+                return
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            if cancel.done():
+                cancel.result()
+                await self._end(claim, JobState.CANCELLED, cancelled_event())
+            else:
+                keep.result()
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await self._jobs.release(claim)
+            raise
+        finally:
+            for task in watchers:
+                task.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+
+    async def _run(self, claim: Claim) -> tuple[JobState | None, collage_service_pb2.JobEvent]:
+        """Runs the pipeline; the state to end in, None to give the job back."""
+        if claim.job.cancel_requested:
+            return JobState.CANCELLED, cancelled_event()
+        request = collage_service_pb2.CreateJobRequest.FromString(claim.job.body)
+
+        async def emit(event: collage_service_pb2.JobEvent, *, key: str | None = None) -> None:
+            await self._jobs.append(claim, event.SerializeToString(), key=key)
+
+        try:
+            done = await self._pipeline.run(request, claim.attempt, emit)
+            return JobState.DONE, collage_service_pb2.JobEvent(done=done)
+        except Exception as raised:
+            # Work done side by side fails as a group.
+            first = _first(raised)
+            if isinstance(first, ClaimLost | JobsUnavailable):
+                raise first from None
+            error = told_error(first)
+        if isinstance(error, Internal):
+            log.error("job failed by a bug", job=claim.job.id, exc_info=first)
+        if isinstance(error, Unavailable | Overloaded):
+            return None, failed_event(error)
+        return JobState.FAILED, failed_event(error)
+
+    async def _end(
+        self, claim: Claim, state: JobState | None, event: collage_service_pb2.JobEvent
+    ) -> None:
+        if state is None:
+            log.warning("job given back", job=claim.job.id, message=event.failed.message)
+            await self._jobs.release(claim)
+            return
+        await self._jobs.finish(claim, state, event.SerializeToString())
+        ENDED.labels(state.value).inc()
+        log.info("job ended", job=claim.job.id, state=state.value, attempt=claim.attempt)
+
+    async def _keep(self, claim: Claim) -> None:
+        """Extends the lease for as long as it runs; ends only by raising."""
+        while True:
+            await asyncio.sleep(claim.lease_s / 3)
+            try:
+                await self._jobs.extend(claim)
+            except JobsUnavailable as error:
+                # The lease may outlive the outage; if it does not, the next extension says so.
+                log.warning("lease not extended", job=claim.job.id, message=str(error))
+
+    async def _count(self) -> None:
+        while True:
+            try:
+                for state, number in (await self._jobs.counts()).items():
+                    JOBS.labels(state.value).set(number)
+            except Exception as error:
+                # A number that is late is no reason to stop counting for good.
+                log.warning("jobs not counted", message=str(error))
+            await asyncio.sleep(COUNT_EVERY_S)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error itself, or the first one in a group, however nested."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def failed_event(error: CollageError) -> collage_service_pb2.JobEvent:
+    """The terminal event of a failed job."""
+    return collage_service_pb2.JobEvent(failed=_job_error(error))
+
+
+def cancelled_event() -> collage_service_pb2.JobEvent:
+    """The terminal event of a cancelled job."""
+    return collage_service_pb2.JobEvent(cancelled=_job_error(Cancelled("cancelled by request")))
+
+
+def exhausted_event(job: JobRecord) -> bytes:
+    """The terminal event of a job that was taken up too often, for `QueuePolicy.exhausted`."""
+    error = Internal(
+        f"given up after {job.attempt} attempts; each was lost before it ended",
+        reason="ATTEMPTS_EXHAUSTED",
+    )
+    return failed_event(error).SerializeToString()
+
+
+def _job_error(error: CollageError) -> collage_service_pb2.JobError:
+    return collage_service_pb2.JobError(
+        code=error.code, message=error.message, details=error.details()
+    )

@@ -1,0 +1,178 @@
+"""Openly licensed emoji art: fetched by package name, rendered with alpha, cut out for examples.
+
+Four icon packages share the names of their pictures, so one concept comes in four artists' looks.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+
+WORK = Path(__file__).resolve().parent.parent / ".work"
+SIDE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One artist's icon set: its package, pinned, and the licence its pictures carry."""
+
+    name: str
+    package: str
+    version: str
+    licence: str
+
+    @property
+    def archive(self) -> str:
+        """File name that `npm pack` gives this package."""
+        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+LOOKS = (
+    Look(name="noto", package="@iconify-json/noto", version="1.2.9", licence="Apache-2.0"),
+    Look(name="fluent", package="@iconify-json/fluent-emoji", version="1.2.7", licence="MIT"),
+    Look(name="flat", package="@iconify-json/fluent-emoji-flat", version="1.2.6", licence="MIT"),
+    Look(name="twemoji", package="@iconify-json/twemoji", version="1.2.5", licence="CC-BY-4.0"),
+)
+
+CONCEPTS = {
+    "sushi": "sushi",
+    "bento-box": "bento box",
+    "rice-ball": "rice ball",
+    "fried-shrimp": "fried shrimp",
+    "broccoli": "broccoli",
+    "carrot": "carrot",
+    "avocado": "avocado",
+    "shortcake": "cake",
+    "birthday-cake": "birthday cake",
+    "cupcake": "cupcake",
+    "doughnut": "doughnut",
+    "cookie": "cookie",
+    "strawberry": "strawberry",
+    "cherries": "cherries",
+    "red-apple": "apple",
+    "lemon": "lemon",
+    "teapot": "teapot",
+    "hot-beverage": "coffee cup",
+    "house": "house",
+    "deciduous-tree": "tree",
+    "evergreen-tree": "pine tree",
+    "sun": "sun",
+    "cloud": "cloud",
+    "snow-capped-mountain": "mountain",
+    "rainbow": "rainbow",
+    "sailboat": "sailboat",
+    "castle": "castle",
+    "cat": "cat",
+    "dog": "dog",
+    "fish": "fish",
+}
+
+CUTOUTS = (
+    "bento-box:noto sushi:noto sushi:fluent fried-shrimp:twemoji rice-ball:fluent broccoli:noto "
+    "carrot:flat avocado:twemoji lemon:flat shortcake:noto birthday-cake:fluent cupcake:twemoji "
+    "doughnut:flat cookie:noto strawberry:twemoji cherries:fluent teapot:flat hot-beverage:noto "
+    "snow-capped-mountain:twemoji sun:flat house:noto evergreen-tree:flat deciduous-tree:fluent "
+    "sailboat:twemoji rainbow:noto castle:fluent"
+)
+
+
+def icons(look: Look) -> dict[str, str]:
+    """All pictures of a look as SVG text, by icon name; the package is fetched once by npm."""
+    folder = WORK / "art"
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / look.archive
+    if not archive.exists():
+        command = ["npm", "pack", f"{look.package}@{look.version}", "--silent"]
+        subprocess.run(command, cwd=folder, check=True, timeout=300)
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("package/icons.json")
+        if member is None:
+            raise FileNotFoundError(f"{look.archive} holds no package/icons.json")
+        data = json.load(member)
+    pictures = {}
+    for name, icon in data["icons"].items():
+        left, top = icon.get("left", 0), icon.get("top", 0)
+        width = icon.get("width", data.get("width", 16))
+        height = icon.get("height", data.get("height", 16))
+        pictures[name] = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+        )
+    return pictures
+
+
+def render(svg: str) -> Image.Image:
+    """Draw one SVG as a SIDE x SIDE RGBA picture with straight alpha."""
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
+    return Image.open(io.BytesIO(png)).convert("RGBA")
+
+
+def gallery() -> np.ndarray:
+    """Every concept in every look: uint8 [concept, look, SIDE, SIDE, RGBA], cached as one array."""
+    path = WORK / "art" / f"gallery-{len(CONCEPTS)}x{SIDE}.npy"
+    if not path.exists():
+        columns = [icons(look) for look in LOOKS]
+        rows = [[np.asarray(render(column[key])) for column in columns] for key in CONCEPTS]
+        np.save(path, np.asarray(rows, dtype=np.uint8))
+    gallery_NLHWC: np.ndarray = np.load(path)
+    return gallery_NLHWC
+
+
+def feathered() -> dict[str, Image.Image]:
+    """Soft-edged layers for a landscape, made from noise alone: fog, grass, a lake and sky."""
+    rng = np.random.default_rng(0)
+    y_HW, x_HW = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
+
+    def noise(cells: int) -> np.ndarray:
+        grid = rng.integers(0, 255, (cells, cells), dtype=np.uint8)
+        smooth = Image.fromarray(grid).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        return np.asarray(smooth, dtype=np.float64) / 255
+
+    def layer(rgb: tuple[np.ndarray, ...], alpha: np.ndarray) -> Image.Image:
+        stack = np.stack([*rgb, 255 * np.clip(alpha, 0, 1)], axis=-1)
+        # Few grey levels keep the file small; the feathering hides the steps.
+        return Image.fromarray((np.clip(stack, 0, 255) / 5).round().astype(np.uint8) * 5)
+
+    def ramp(values: np.ndarray, start: float, stop: float) -> np.ndarray:
+        t = np.clip((values - start) / (stop - start), 0, 1)
+        return np.asarray(t * t * (3 - 2 * t))
+
+    soft, fine = noise(7), noise(48)
+    strip = np.exp(-(((y_HW - 0.5) / 0.16) ** 2)) * ramp(x_HW, 0, 0.2) * ramp(1 - x_HW, 0, 0.2)
+    grey = 226 + 20 * soft
+    blades = ramp(y_HW + 0.08 * (soft - 0.5), 0.25, 0.5)
+    tint = 30 * (fine - 0.5) - 30 * y_HW
+    ripple = 10 * np.sin(70 * y_HW + 5 * soft)
+    oval = ramp(1 - np.hypot((x_HW - 0.5) / 0.5, (y_HW - 0.5) / 0.3), 0, 0.35)
+    sky = 40 * y_HW
+    return {
+        "fog-feathered": layer((grey, grey + 2, grey + 6), 0.8 * strip * (0.5 + soft)),
+        "grass-feathered": layer((95 + tint, 165 + tint, 60 + tint), blades),
+        "lake-feathered": layer((80 + ripple, 150 + ripple, 205 + ripple), oval),
+        "sky-feathered": layer((130 + sky, 190 + sky / 2, 235 + sky / 4), ramp(1 - y_HW, 0.1, 0.5)),
+    }
+
+
+def write_cutouts(folder: Path) -> None:
+    """Write the examples' cut-outs as small PNG files named `<concept>-<look>.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    looks = {look.name: icons(look) for look in LOOKS}
+    for pair in CUTOUTS.split():
+        key, look_name = pair.split(":")
+        picture = render(looks[look_name][key])
+        picture.save(folder / f"{key}-{look_name}.png", optimize=True)
+    for name, picture in feathered().items():
+        picture.save(folder / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the example cut-outs are written")
+    write_cutouts(parser.parse_args().folder)

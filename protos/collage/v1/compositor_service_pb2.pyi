@@ -1,0 +1,43 @@
+from collage.v1 import blob_pb2 as _blob_pb2
+from collage.v1 import collage_pb2 as _collage_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ComposeRequest(_message.Message):
+    __slots__ = ("collage", "latent_factor", "redo")
+    COLLAGE_FIELD_NUMBER: _ClassVar[int]
+    LATENT_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    REDO_FIELD_NUMBER: _ClassVar[int]
+    collage: _collage_pb2.Collage
+    latent_factor: int
+    redo: Redo
+    def __init__(self, collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., latent_factor: _Optional[int] = ..., redo: _Optional[_Union[Redo, _Mapping]] = ...) -> None: ...
+
+class Redo(_message.Message):
+    __slots__ = ("parent", "layers", "feather", "restore_cutout")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FEATHER_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_CUTOUT_FIELD_NUMBER: _ClassVar[int]
+    parent: _blob_pb2.BlobRef
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    feather: float
+    restore_cutout: bool
+    def __init__(self, parent: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., feather: _Optional[float] = ..., restore_cutout: _Optional[bool] = ...) -> None: ...
+
+class ComposeResponse(_message.Message):
+    __slots__ = ("plate", "composite", "layers", "warnings")
+    PLATE_FIELD_NUMBER: _ClassVar[int]
+    COMPOSITE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    plate: _blob_pb2.BlobRef
+    composite: _blob_pb2.BlobRef
+    layers: _containers.RepeatedCompositeFieldContainer[_collage_pb2.LayerPlan]
+    warnings: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Warning]
+    def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,35 @@
+from collage.v1 import blob_pb2 as _blob_pb2
+from collage.v1 import collage_service_pb2 as _collage_service_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LearnWordsRequest(_message.Message):
+    __slots__ = ("model", "subjects")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SUBJECTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    subjects: _containers.RepeatedCompositeFieldContainer[Subject]
+    def __init__(self, model: _Optional[str] = ..., subjects: _Optional[_Iterable[_Union[Subject, _Mapping]]] = ...) -> None: ...
+
+class Subject(_message.Message):
+    __slots__ = ("layer", "image", "text")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    image: _blob_pb2.BlobRef
+    text: str
+    def __init__(self, layer: _Optional[str] = ..., image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class LearnWordsResponse(_message.Message):
+    __slots__ = ("progress", "word")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    WORD_FIELD_NUMBER: _ClassVar[int]
+    progress: _collage_service_pb2.WordProgress
+    word: _collage_service_pb2.Word
+    def __init__(self, progress: _Optional[_Union[_collage_service_pb2.WordProgress, _Mapping]] = ..., word: _Optional[_Union[_collage_service_pb2.Word, _Mapping]] = ...) -> None: ...

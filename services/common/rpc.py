@@ -1,0 +1,386 @@
+"""Serving and calling over gRPC, the same way everywhere.
+
+Main types: `Server` (health with Watch, reflection, error mapping, limits, drain) and `connect` (retries, keepalive,
+request id, deadline). A servicer raises errors from `services.common.errors`; the interceptor here turns them into
+statuses, and bytes that are no message into INVALID_ARGUMENT. This module knows no service.
+"""
+
+import asyncio
+import functools
+import json
+import math
+import re
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+from prometheus_client import Counter, Histogram
+
+from services.common.blobs import BlobMissing, BlobStoreUnavailable
+from services.common.errors import (
+    Cancelled,
+    CollageError,
+    DeadlinePassed,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    Violation,
+    from_rpc,
+)
+from services.common.telemetry import log, request_id
+
+# gRPC's own default, kept on purpose: larger things are blobs.
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+# Time a draining server gives admitted calls before it cuts them.
+DRAIN_S = 25.0
+# How long health says NOT_SERVING before new calls are refused, so that balancers hear of it.
+LAME_DUCK_S = 0.2
+REQUEST_ID_KEY = "x-request-id"
+# What is taken over from a caller: it goes into every log line and into the headers of the calls made for it.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}", re.ASCII)
+# Messages of a repeated field that are searched for an unknown field: more than any right request has, so that whoever
+# sends more is refused for that.
+_SEARCHED_PARTS = 64
+# Methods of our own contract.
+OURS = "/collage.v1."
+
+_SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+]
+# Only UNAVAILABLE, and only where a call may be repeated (AIP-194): every call of ours is idempotent but PutBlob's
+# stream, which gRPC never retries once it has sent more than its buffer.
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.enable_retries", 1),
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+CALLS = Counter("collage_rpc_calls_total", "Calls answered", ["method", "code"])
+CALL_SECONDS = Histogram("collage_rpc_seconds", "Time to answer a call", ["method"])
+
+# A warm-up or self-check: returns when the service can do real work, raises when it cannot.
+Probe = Callable[[], Awaitable[None]]
+
+
+# When the call being answered must have ended, on the monotonic clock; infinity outside calls and for no deadline.
+_deadline_s: ContextVar[float] = ContextVar("deadline_s", default=math.inf)
+
+
+def bounded(limit_s: float) -> float:
+    """The timeout of a call made on behalf of the current one: its own limit, or what the caller has left."""
+    return max(0.0, min(limit_s, _deadline_s.get() - time.monotonic()))
+
+
+class Malformed:
+    """Stands for request bytes that are no message of the method's type, and says why."""
+
+    def __init__(self, field: str, description: str) -> None:
+        self.violation = Violation(field=field, description=description)
+
+
+class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Gives every call a request id, a metric, a log line on failure, and the status its error maps to."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Wraps the handler of one call."""
+        handler = await continuation(details)
+        # Health and reflection answer for themselves.
+        if handler is None or not details.method.startswith(OURS):
+            return handler
+        metadata = dict(details.invocation_metadata or ())
+        given = str(metadata.get(REQUEST_ID_KEY, ""))
+        request = given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
+        method = details.method
+        make = _HANDLERS[handler.request_streaming, handler.response_streaming]
+        behaviour = next(
+            found
+            for found in (
+                handler.unary_unary,
+                handler.unary_stream,
+                handler.stream_unary,
+                handler.stream_stream,
+            )
+            if found
+        )
+        wrap = _stream if handler.response_streaming else _unary
+        return make(
+            wrap(behaviour, method, request),
+            request_deserializer=_forgiving(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+
+_HANDLERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that answers `Malformed` where gRPC would answer INTERNAL and log a traceback.
+
+    A field of a newer contract is malformed too: the caller asks for something that would be dropped silently.
+    """
+
+    def attempt(data: bytes) -> Any:
+        try:
+            message = deserialize(data)
+        except Exception:
+            return Malformed("request", "holds bytes that are not a message of this method")
+        unknown = _unknown_field(message)
+        if unknown is None:
+            return message
+        return Malformed(
+            unknown, "is a field number that this server does not know; allowed: its contract's"
+        )
+
+    return attempt
+
+
+def _unknown_field(message: Message, root: str = "") -> str | None:
+    """The path of the first field that the message's type does not have, its number standing for its name."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        return f"{root}{unknown[0].field_number}"
+    for name, is_repeated in _message_fields(message.DESCRIPTOR):
+        parts = {}
+        if is_repeated:
+            for index, part in enumerate(getattr(message, name)[:_SEARCHED_PARTS]):
+                parts[f"{root}{name}[{index}]."] = part
+        elif message.HasField(name):
+            parts[f"{root}{name}."] = getattr(message, name)
+        for path, part in parts.items():
+            if found := _unknown_field(part, path):
+                return found
+    return None
+
+
+@functools.cache
+def _message_fields(kind: Descriptor) -> tuple[tuple[str, bool], ...]:
+    """Name and repeatedness of the fields of a message type that hold messages."""
+    return tuple(
+        (field.name, field.is_repeated) for field in kind.fields if field.message_type is not None
+    )
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, Malformed):
+        raise InvalidRequest([request.violation])
+    return request
+
+
+async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
+
+
+def _unary(behaviour: Any, method: str, request: str) -> Any:
+    async def call(message: Any, context: Any) -> Any:
+        async with _Call(method, request, context):
+            streamed = hasattr(message, "__aiter__")
+            argument = _each_checked(message) if streamed else _checked(message)
+            return await behaviour(argument, context)
+
+    return call
+
+
+def _stream(behaviour: Any, method: str, request: str) -> Any:
+    async def call(message: Any, context: Any) -> Any:
+        async with _Call(method, request, context):
+            answers = behaviour(_checked(message), context)
+            try:
+                async for answer in answers:
+                    yield answer
+            finally:
+                await answers.aclose()
+
+    return call
+
+
+class _Call:
+    """The span of one call: sets the request id, and turns what is raised inside into a status."""
+
+    def __init__(self, method: str, request: str, context: Any) -> None:
+        self.method = method
+        self.request = request
+        self.context = context
+        self.start = time.monotonic()
+
+    async def __aenter__(self) -> None:
+        request_id.set(self.request)
+        left_s = self.context.time_remaining()
+        _deadline_s.set(math.inf if left_s is None else self.start + left_s)
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        CALL_SECONDS.labels(self.method).observe(time.monotonic() - self.start)
+        if error is None or isinstance(error, GeneratorExit):
+            CALLS.labels(self.method, "OK").inc()
+            return
+        if isinstance(error, asyncio.CancelledError):
+            CALLS.labels(self.method, "CANCELLED").inc()
+            return
+        told = told_error(error)
+        CALLS.labels(self.method, str(grpc_code(told.code).name)).inc()
+        level = log.error if isinstance(told, Internal) else log.info
+        level("call failed", method=self.method, reason=told.reason, message=told.message)
+        if isinstance(told, Internal):
+            log.error("traceback", exc_info=error)
+        await self.context.abort_with_status(rpc_status.to_status(told.to_status()))
+
+
+def grpc_code(code: int) -> grpc.StatusCode:
+    """The enum member of a google.rpc.Code number."""
+    return next(member for member in grpc.StatusCode if member.value[0] == code)
+
+
+def told_error(error: BaseException) -> CollageError:
+    """The error a caller is told about, for anything that was raised; foreign errors become Internal."""
+    if isinstance(error, CollageError):
+        return error
+    if isinstance(error, BlobMissing):
+        return NotFound(str(error), reason="BLOB_NOT_FOUND")
+    if isinstance(error, BlobStoreUnavailable):
+        return Unavailable("the object storage does not answer", reason="STORAGE_UNAVAILABLE")
+    if isinstance(error, grpc.RpcError):
+        return from_rpc(error)
+    if isinstance(error, TimeoutError):
+        return DeadlinePassed("the deadline passed")
+    if isinstance(error, asyncio.CancelledError):
+        return Cancelled("cancelled")
+    return Internal("internal error; the server's log has more under this request id")
+
+
+class Server:
+    """One gRPC server with health, reflection and an orderly end.
+
+    Args:
+        name: what logs call it.
+        address: host:port; port 0 takes a free one, see `address` after `start`.
+        drain: awaited on `stop` after health says NOT_SERVING; finishes what was admitted.
+    """
+
+    def __init__(
+        self, name: str, address: str, *, drain: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        self.name = name
+        self._drain = drain
+        self.grpc = grpc.aio.server(interceptors=[Interceptor()], options=_SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._names: list[str] = []
+        self._probes: list[Probe] = []
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+        host, _, _ = address.rpartition(":")
+        try:
+            port = self.grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"{name}: cannot listen on {address}: {error}") from error
+        self.address = f"{host}:{port}"
+
+    def add(self, full_name: str) -> None:
+        """Announces a service that was added to `grpc`: `collage.v1.CollageService`, say."""
+        self._names.append(full_name)
+
+    def before_serving(self, probe: Probe) -> None:
+        """Has health say SERVING only once `probe` has passed."""
+        self._probes.append(probe)
+
+    def on_stopped(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Has `close` awaited once the last call has ended; the latest first."""
+        self._closers.append(close)
+
+    async def start(self) -> None:
+        """Listens at once, says SERVING when every probe has passed."""
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self.grpc)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.grpc.start()
+        log.info("listening", name=self.name, address=self.address)
+        for probe in self._probes:
+            await probe()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", name=self.name, address=self.address)
+
+    async def stop(self, *, drain_s: float = DRAIN_S) -> None:
+        """NOT_SERVING, then no new calls, then waits for admitted ones up to `drain_s` seconds."""
+        log.info("draining", name=self.name)
+        end = time.monotonic() + drain_s
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await asyncio.sleep(LAME_DUCK_S)
+        if self._drain is not None:
+            try:
+                await asyncio.wait_for(self._drain(), drain_s)
+            except TimeoutError:
+                log.warning("drain timed out", name=self.name, drain_s=drain_s)
+        await self.grpc.stop(max(0.0, end - time.monotonic()))
+        for close in reversed(self._closers):
+            await close()
+        log.info("stopped", name=self.name)
+
+    async def run(self) -> None:
+        """Starts, serves until SIGTERM or SIGINT, drains."""
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        starting = asyncio.create_task(self.start())
+        waiting = asyncio.create_task(stopped.wait())
+        await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await waiting
+        starting.cancel()
+        await self.stop()
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """A channel to another service of ours, with retries of UNAVAILABLE and the caller's request id."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def outgoing() -> Sequence[tuple[str, str]]:
+    """Metadata for a call made on behalf of the current one."""
+    request = request_id.get()
+    return ((REQUEST_ID_KEY, request),) if request else ()

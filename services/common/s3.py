@@ -1,0 +1,296 @@
+"""`S3BlobStore`: blobs in one bucket of any S3 server that honours conditional writes.
+
+The `minio` client is synchronous: its calls run in a bounded pool of threads. Its own retries are
+off; one loop here tries again while the server is away, and a write whose answer was lost
+recognises itself by a mark it left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import functools
+import hashlib
+import io
+import itertools
+import time
+import urllib.parse
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import minio
+import minio.error
+import urllib3
+
+from services.common.blobs import (
+    CHUNK_BYTES,
+    BlobCorrupt,
+    BlobMissing,
+    BlobStat,
+    BlobStoreUnavailable,
+    BlobTooLarge,
+    check_key,
+    check_media_type,
+    check_prefix,
+    digest_in_key,
+)
+
+_T = TypeVar("_T")
+
+# Names the write that stored an object.
+_WRITER_HEADER = "x-amz-meta-writer"
+# Seconds before a try is given up: to connect, and between two bytes.
+_CONNECT_S = 2.0
+_READ_S = 30.0
+# Seconds between two tries, doubling from the first to the last.
+_FIRST_PAUSE_S = 0.1
+_LAST_PAUSE_S = 2.0
+_MISSING = frozenset({"NoSuchKey", "ResourceNotFound"})
+# What S3 servers answer when the same request may succeed in a moment.
+_TRANSIENT = frozenset(
+    {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown"}
+)
+# What the client raises when a request fails.
+_FAILURES = (minio.error.MinioException, urllib3.exceptions.HTTPError, OSError)
+
+
+class S3BlobStore:
+    """See `BlobStore`. Open with `S3BlobStore.open`."""
+
+    def __init__(self, client: minio.Minio, bucket: str, *, threads: int, retry_s: float) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._retry_s = retry_s
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="s3")
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        *,
+        access_key: str,
+        secret_key: str,
+        bucket: str,
+        region: str = "us-east-1",
+        threads: int = 16,
+        retry_s: float = 45.0,
+    ) -> S3BlobStore:
+        """Connect to a server (`url`: http or https, host, port), creating the bucket where absent.
+
+        `retry_s` bounds how long an operation waits for a server that is away.
+        """
+        address = urllib.parse.urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.netloc or address.path.strip("/"):
+            raise ValueError(f"url is {url!r}, must read like 'https://host:port'")
+        client = minio.Minio(
+            address.netloc,
+            access_key=access_key,
+            secret_key=secret_key,
+            secure=address.scheme == "https",
+            region=region,
+            http_client=urllib3.PoolManager(
+                maxsize=2 * threads,
+                retries=False,
+                timeout=urllib3.Timeout(connect=_CONNECT_S, read=_READ_S),
+            ),
+        )
+        store = cls(client, bucket, threads=threads, retry_s=retry_s)
+        try:
+            await store._request(store._create_bucket)
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def put(self, key: str, data: bytes, *, media_type: str) -> None:
+        """See `BlobStore.put`. More than 5 MiB goes in parts, a few at once."""
+        check_key(key)
+        check_media_type(media_type)
+        await self._request(
+            lambda: self._client.put_object(
+                self._bucket, key, io.BytesIO(data), len(data), content_type=media_type
+            )
+        )
+
+    async def create(self, key: str, data: bytes, *, media_type: str) -> bool:
+        """See `BlobStore.create`."""
+        etag = await self._write_if(key, data, media_type, {"If-None-Match": "*"})
+        return etag is not None
+
+    async def replace(self, key: str, data: bytes, *, etag: str, media_type: str) -> str | None:
+        """See `BlobStore.replace`."""
+        return await self._write_if(key, data, media_type, {"If-Match": f'"{etag}"'})
+
+    async def get(self, key: str, *, limit_bytes: int) -> bytes:
+        """See `BlobStore.get`."""
+        check_key(key)
+
+        def get() -> bytes:
+            with contextlib.closing(self._client.get_object(self._bucket, key)) as response:
+                size_bytes = int(response.headers["Content-Length"])
+                if size_bytes > limit_bytes:
+                    raise BlobTooLarge(key, size_bytes, limit_bytes)
+                data: bytes = response.read()
+                response.release_conn()
+                return data
+
+        data = await self._request(get, key)
+        expected = digest_in_key(key)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+            raise BlobCorrupt(key)
+        return data
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        """See `BlobStore.read`. Each chunk is a request of its own, and can be tried again."""
+        stat = await self.stat(key)
+        if stat is None:
+            raise BlobMissing(key)
+        # The bytes of one version, even when the key is written meanwhile.
+        same = {"If-Match": f'"{stat.etag}"'}
+
+        def get(offset: int, length: int) -> bytes:
+            response = self._client.get_object(
+                self._bucket, key, offset=offset, length=length, request_headers=dict(same)
+            )
+            with contextlib.closing(response):
+                data: bytes = response.read()
+                response.release_conn()
+                return data
+
+        digest = hashlib.sha256()
+        for offset in range(0, stat.size_bytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, stat.size_bytes - offset)
+            try:
+                chunk = await self._request(functools.partial(get, offset, length), key)
+            except minio.error.S3Error as error:
+                if error.code == "PreconditionFailed":
+                    raise BlobStoreUnavailable(f"blob {key!r} changed while it was read") from error
+                raise
+            digest.update(chunk)
+            yield chunk
+        expected = digest_in_key(key)
+        if expected is not None and digest.hexdigest() != expected:
+            raise BlobCorrupt(key)
+
+    async def stat(self, key: str) -> BlobStat | None:
+        """See `BlobStore.stat`."""
+        found = await self._head(key)
+        return None if found is None else found[0]
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> tuple[str, ...]:
+        """See `BlobStore.list`."""
+        check_prefix(prefix)
+
+        def listing() -> tuple[str, ...]:
+            found = self._client.list_objects(
+                self._bucket, prefix=prefix, recursive=True, start_after=after or None
+            )
+            return tuple(each.object_name for each in itertools.islice(found, limit))
+
+        return await self._request(listing)
+
+    async def delete(self, key: str) -> None:
+        """See `BlobStore.delete`."""
+        check_key(key)
+        await self._request(lambda: self._client.remove_object(self._bucket, key))
+
+    async def presign(self, key: str, *, expires_s: int) -> str | None:
+        """See `BlobStore.presign`. At most seven days."""
+        check_key(key)
+        expires = datetime.timedelta(seconds=expires_s)
+        url: str = self._client.presigned_get_object(self._bucket, key, expires=expires)
+        return url
+
+    async def ready(self) -> None:
+        """See `BlobStore.ready`: stores, reads and removes a blob, without trying again."""
+        key = f"ready/{uuid.uuid4().hex}"
+
+        def round_trip() -> None:
+            self._client.put_object(self._bucket, key, io.BytesIO(b"ready"), 5)
+            with contextlib.closing(self._client.get_object(self._bucket, key)) as response:
+                found = response.read()
+                response.release_conn()
+            self._client.remove_object(self._bucket, key)
+            if found != b"ready":
+                raise OSError("other bytes came back than were stored")
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, round_trip)
+        except _FAILURES as error:
+            raise BlobStoreUnavailable(f"S3 server: {error}") from error
+
+    async def close(self) -> None:
+        """See `BlobStore.close`."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _create_bucket(self) -> None:
+        if not self._client.bucket_exists(self._bucket):
+            try:
+                self._client.make_bucket(self._bucket)
+            except minio.error.S3Error as error:
+                # Another process was faster.
+                if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+
+    async def _write_if(
+        self, key: str, data: bytes, media_type: str, condition: Mapping[str, str]
+    ) -> str | None:
+        """Write where the condition holds and answer the etag; None where it does not."""
+        writer = uuid.uuid4().hex
+        headers = {
+            "Content-Type": check_media_type(media_type),
+            _WRITER_HEADER: writer,
+            **condition,
+        }
+        check_key(key)
+        try:
+            # The public `put_object` passes no conditions on.
+            stored = await self._request(
+                lambda: self._client._put_object(self._bucket, key, data, dict(headers))
+            )
+        except minio.error.S3Error as error:
+            if error.code != "PreconditionFailed" and error.code not in _MISSING:
+                raise
+            # An earlier try whose answer was lost may be what stands in the way.
+            found = await self._head(key)
+            return found[0].etag if found is not None and found[1] == writer else None
+        etag: str = stored.etag
+        return etag
+
+    async def _head(self, key: str) -> tuple[BlobStat, str | None] | None:
+        """What is stored, and the mark of the write that stored it."""
+        check_key(key)
+        try:
+            found = await self._request(lambda: self._client.stat_object(self._bucket, key), key)
+        except BlobMissing:
+            return None
+        stat = BlobStat(size_bytes=found.size, etag=found.etag, media_type=found.content_type)
+        return stat, found.metadata.get(_WRITER_HEADER)
+
+    async def _request(self, work: Callable[[], _T], key: str = "") -> _T:
+        """Do `work` in a thread, again and again while the server is away and the budget lasts."""
+        deadline = time.monotonic() + self._retry_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+            except _FAILURES as error:
+                if key and isinstance(error, minio.error.S3Error) and error.code in _MISSING:
+                    raise BlobMissing(key) from None
+                if not _is_transient(error):
+                    raise
+                if time.monotonic() + pause_s > deadline:
+                    raise BlobStoreUnavailable(f"S3 server: {error}") from error
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, minio.error.S3Error):
+        return error.code in _TRANSIENT or error.response.status >= 500
+    if isinstance(error, minio.error.InvalidResponseError):
+        return int(error._code) >= 500
+    return True

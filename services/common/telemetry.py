@@ -1,0 +1,49 @@
+"""Logs and metrics: JSON lines with the request id on every one, and a Prometheus endpoint.
+
+The request id travels between processes as gRPC metadata and inside one as a context variable; `services.common.rpc`
+moves it across. This module knows no service.
+"""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+import structlog
+from prometheus_client import start_http_server
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+def start_logging(service: str, *, level: str = "INFO") -> None:
+    """Sends one JSON line an event to stderr, with service name and request id. Called once, in `__main__`."""
+
+    def add_context(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event["service"] = service
+        if request := request_id.get():
+            event["request_id"] = request
+        return event
+
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            add_context,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+
+
+def serve_metrics(port: int) -> None:
+    """Answers Prometheus scrapes on loopback and pod addresses; port 0 means none."""
+    if port:
+        start_http_server(port)
+
+
+log = structlog.get_logger()

@@ -1,0 +1,428 @@
+"""Messages to values and back: the only module that knows both `collage.v1` and `services.common.collage`.
+
+`parse_*` checks every field and tells all that is wrong at once, with full paths; what it returns can exist. `render_*`
+writes values for the internal services. Sizes are capped here, before a byte of a picture is decoded.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2
+from services.common.blobs import BlobRef
+from services.common.collage import (
+    DEFAULT_BACKGROUND,
+    Appearance,
+    Collage,
+    Extent,
+    Layer,
+    Picture,
+    Sampling,
+    Structure,
+    Transform,
+)
+from services.common.errors import InvalidRequest, Violation, quote
+
+MAX_LAYERS = 32
+MIN_SIDE, MAX_SIDE = 16, 2048
+# About 1,000 English words: far above any text encoder's window, far below what hurts a regular expression.
+MAX_PROMPT_CHARACTERS = 4000
+MAX_TEXT_CHARACTERS = 300
+# gRPC's default message limit is 4 MiB; a picture above this goes through PutBlob.
+MAX_INLINE_BYTES = 1024 * 1024
+MAX_BLOB_BYTES = 64 * 1024 * 1024
+UNKNOWN_MEDIA_TYPE = "application/octet-stream"
+# Control kinds are a handful.
+MAX_STRUCTURES = 8
+MAX_STEPS = 1000
+MAX_GUIDANCE = 50.0
+MAX_IMAGES = 16
+# Previews are kept in the job's log, up to some 100 kB each.
+MAX_PREVIEWS = 512
+MAX_FEATHER = 64.0
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+class Checker:
+    """Collects what is wrong with a message, so that the caller hears all of it at once."""
+
+    def __init__(self) -> None:
+        self.violations: list[Violation] = []
+
+    def refuse(self, field: str, description: str) -> None:
+        """Notes one wrong field."""
+        self.violations.append(Violation(field=field, description=description))
+
+    def number(
+        self, field: str, value: float, low: float, high: float, *, above: bool = False
+    ) -> float:
+        """`value` if it is finite and in [low, high] ((low, high] with `above`), else `high` and a note."""
+        if math.isfinite(value) and low <= value <= high and not (above and value == low):
+            return value
+        # All digits of the largest bound, a number of bytes.
+        lowest, highest = f"{low:.12g}", f"{high:.12g}"
+        bounds = f"above {lowest}, at most {highest}" if above else f"from {lowest} to {highest}"
+        self.refuse(field, f"is {value!r}; allowed: {bounds}")
+        return high
+
+    def text(self, field: str, value: str, limit: int) -> str:
+        """`value` if it is not too long and holds no control characters."""
+        if len(value) > limit:
+            self.refuse(field, f"has {len(value)} characters; allowed: at most {limit}")
+            return ""
+        if any(ord(character) < 32 and character not in "\t\n" for character in value):
+            self.refuse(field, f"is {quote(value)}; control characters are not allowed")
+            return ""
+        return value
+
+    def done(self) -> None:
+        """Raises InvalidRequest if anything was noted."""
+        if self.violations:
+            raise InvalidRequest(self.violations)
+
+
+def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Collage:
+    """The collage a message holds.
+
+    Raises:
+        InvalidRequest: naming every wrong field below `field`.
+    """
+    check = Checker()
+    width = int(check.number(f"{field}.size.width", message.size.width, MIN_SIDE, MAX_SIDE))
+    height = int(check.number(f"{field}.size.height", message.size.height, MIN_SIDE, MAX_SIDE))
+    prompt = check.text(f"{field}.prompt", message.prompt, MAX_PROMPT_CHARACTERS)
+    negative = check.text(
+        f"{field}.negative_prompt", message.negative_prompt, MAX_PROMPT_CHARACTERS
+    )
+    background = _parse_background(check, message.background, f"{field}.background")
+    if not 1 <= len(message.layers) <= MAX_LAYERS:
+        check.refuse(
+            f"{field}.layers", f"has {len(message.layers)} layers; allowed: from 1 to {MAX_LAYERS}"
+        )
+    layers: list[Layer] = []
+    first_use: dict[str, int] = {}
+    for index, part in enumerate(message.layers[:MAX_LAYERS]):
+        path = f"{field}.layers[{index}]"
+        layer = _parse_layer(check, part, path)
+        if layer.name in first_use:
+            check.refuse(
+                f"{path}.name",
+                f"is {quote(layer.name)}, the name of layers[{first_use[layer.name]}] too; "
+                "allowed: a name of its own",
+            )
+        first_use.setdefault(layer.name, index)
+        layers.append(layer)
+    check.done()
+    return Collage(
+        size=Extent(width=width, height=height),
+        prompt=prompt,
+        negative_prompt=negative,
+        background=background,
+        layers=tuple(layers),
+    )
+
+
+def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer:
+    if not _NAME.fullmatch(message.name):
+        check.refuse(
+            f"{path}.name",
+            f"is {quote(message.name)}; allowed: 1 to 64 of A-Z a-z 0-9 _ -",
+        )
+    text = check.text(f"{path}.text", message.text, MAX_TEXT_CHARACTERS).strip()
+    if not message.text.strip():
+        check.refuse(f"{path}.text", "is empty; required: the words that name the object")
+    dials = {
+        dial: check.number(f"{path}.{dial}", getattr(message, dial), 0, 1)
+        for dial in ("noise", "attract", "repel")
+        if message.HasField(dial)
+    }
+    if len(message.structure) > MAX_STRUCTURES:
+        check.refuse(
+            f"{path}.structure",
+            f"has {len(message.structure)} parts; allowed: at most {MAX_STRUCTURES}",
+        )
+    return Layer(
+        name=message.name,
+        image=_parse_picture(check, message.image, f"{path}.image"),
+        text=text,
+        transform=_parse_transform(check, message.transform, f"{path}.transform"),
+        opacity=(
+            check.number(f"{path}.opacity", message.opacity, 0, 1)
+            if message.HasField("opacity")
+            else 1.0
+        ),
+        visible=message.visible if message.HasField("visible") else True,
+        structure=tuple(
+            _parse_structure(check, part, f"{path}.structure[{index}]")
+            for index, part in enumerate(message.structure[:MAX_STRUCTURES])
+        ),
+        appearance=_parse_appearance(check, message, path),
+        seed=message.seed if message.HasField("seed") else None,
+        **dials,
+    )
+
+
+def _parse_transform(check: Checker, message: collage_pb2.Transform, path: str) -> Transform:
+    # A centre may lie outside the canvas, but not so far that arithmetic on it loses sub-pixels.
+    far = 16.0 * MAX_SIDE
+    values = {
+        name: check.number(f"{path}.{name}", getattr(message, name), low, high, above=above)
+        for name, low, high, above in (
+            ("x", -far, far, False),
+            ("y", -far, far, False),
+            ("scale", 0.0, 64.0, True),
+            ("rotation", -360.0, 360.0, False),
+        )
+        if message.HasField(name)
+    }
+    return Transform(
+        flip_horizontal=message.flip_horizontal, flip_vertical=message.flip_vertical, **values
+    )
+
+
+def _parse_structure(check: Checker, message: collage_pb2.Structure, path: str) -> Structure:
+    if not message.kind:
+        check.refuse(f"{path}.kind", "is empty; required: a control kind of the model")
+    values = {
+        name: check.number(f"{path}.{name}", getattr(message, name), 0, 1)
+        for name in ("scale", "start", "end")
+        if message.HasField(name)
+    }
+    structure = Structure(kind=message.kind, **values)
+    if structure.start > structure.end:
+        check.refuse(f"{path}.end", f"is {structure.end:g}, before start {structure.start:g}")
+    return structure
+
+
+def _parse_appearance(check: Checker, message: collage_pb2.Layer, path: str) -> Appearance | None:
+    if not message.HasField("appearance"):
+        return None
+    source = message.appearance
+    if source.WhichOneof("source") is None or (source.HasField("learn") and not source.learn):
+        check.refuse(f"{path}.appearance", "is empty; allowed: learn: true, or a word's name")
+    if source.HasField("word") and not source.word:
+        check.refuse(f"{path}.appearance.word", "is empty; required: a word's name")
+    weight = (
+        check.number(f"{path}.appearance.weight", source.weight, 0, 2)
+        if source.HasField("weight")
+        else 1.0
+    )
+    return Appearance(word=source.word or None, weight=weight)
+
+
+def _parse_background(
+    check: Checker, message: collage_pb2.Background, path: str
+) -> tuple[int, int, int] | Picture:
+    kind = message.WhichOneof("kind")
+    if kind == "image":
+        return _parse_picture(check, message.image, f"{path}.image")
+    if kind == "color":
+        red, green, blue = (
+            int(check.number(f"{path}.color.{name}", getattr(message.color, name), 0, 255))
+            for name in ("red", "green", "blue")
+        )
+        return red, green, blue
+    return DEFAULT_BACKGROUND
+
+
+def _parse_picture(check: Checker, message: blob_pb2.Image, path: str) -> Picture:
+    source = message.WhichOneof("source")
+    if source == "blob":
+        return _parse_blob(check, message.blob, f"{path}.blob")
+    if source == "data":
+        if not 1 <= len(message.data) <= MAX_INLINE_BYTES:
+            check.refuse(
+                f"{path}.data",
+                f"has {len(message.data)} bytes; allowed: from 1 to {MAX_INLINE_BYTES}, "
+                "larger pictures go through PutBlob",
+            )
+            return b""
+        return message.data
+    if source == "path":
+        check.refuse(
+            f"{path}.path",
+            f"is {quote(message.path)}; a server opens no paths: send data or a blob",
+        )
+    else:
+        check.refuse(path, "is empty; required: data or a blob")
+    return b""
+
+
+def _parse_blob(check: Checker, message: blob_pb2.BlobRef, path: str) -> Picture:
+    size_bytes = int(check.number(f"{path}.size_bytes", message.size_bytes, 0, MAX_BLOB_BYTES))
+    try:
+        ref = BlobRef(sha256=message.sha256, size_bytes=size_bytes, media_type=UNKNOWN_MEDIA_TYPE)
+    except ValueError:
+        check.refuse(
+            f"{path}.sha256", f"is {quote(message.sha256)}; allowed: 64 lowercase hex digits"
+        )
+        return b""
+    try:
+        return replace(ref, media_type=message.media_type or UNKNOWN_MEDIA_TYPE)
+    except ValueError:
+        check.refuse(
+            f"{path}.media_type",
+            f"is {quote(message.media_type)}; allowed: one that reads like 'image/png'",
+        )
+        return b""
+
+
+def parse_blob(message: blob_pb2.BlobRef, field: str) -> BlobRef:
+    """The blob a message refers to.
+
+    Raises:
+        InvalidRequest: naming the wrong field below `field`.
+    """
+    check = Checker()
+    blob = _parse_blob(check, message, field)
+    check.done()
+    assert isinstance(blob, BlobRef), "a checked reference is a reference"
+    return blob
+
+
+def parse_picture(message: blob_pb2.Image, field: str) -> Picture:
+    """The picture a message holds or refers to.
+
+    Raises:
+        InvalidRequest: naming the wrong field below `field`.
+    """
+    check = Checker()
+    picture = _parse_picture(check, message, field)
+    check.done()
+    return picture
+
+
+def parse_sampling(
+    message: collage_pb2.Sampling,
+    model: collage_service_pb2.Model,
+    *,
+    fallback_seed: int,
+    field: str = "sampling",
+) -> Sampling:
+    """The sampling settings, what is unset taken from the model's defaults and `fallback_seed`.
+
+    Raises:
+        InvalidRequest: naming every wrong field below `field`.
+    """
+    check = Checker()
+    defaults = model.defaults
+
+    def pick(name: str, low: float, high: float) -> float:
+        source = message if message.HasField(name) else defaults
+        return check.number(f"{field}.{name}", getattr(source, name), low, high)
+
+    if message.sampler and message.sampler not in model.samplers:
+        check.refuse(
+            f"{field}.sampler",
+            f"is {quote(message.sampler)}; allowed: {', '.join(model.samplers)}",
+        )
+    sampling = Sampling(
+        model=model.name,
+        sampler=message.sampler or defaults.sampler,
+        steps=int(pick("steps", 1, MAX_STEPS)),
+        guidance_scale=pick("guidance_scale", 0, MAX_GUIDANCE),
+        images=int(pick("images", 1, MAX_IMAGES)) if message.HasField("images") else 1,
+        seed=message.seed if message.HasField("seed") else fallback_seed,
+        preview_every=(
+            int(pick("preview_every", 1, MAX_STEPS)) if message.HasField("preview_every") else None
+        ),
+    )
+    if sampling.preview_every is not None:
+        previews = sampling.steps // sampling.preview_every * sampling.images
+        if previews > MAX_PREVIEWS:
+            check.refuse(
+                f"{field}.preview_every",
+                f"is {sampling.preview_every}, which makes {previews} previews; allowed: {MAX_PREVIEWS}",
+            )
+    check.done()
+    return sampling
+
+
+def render_blob(blob: BlobRef) -> blob_pb2.BlobRef:
+    """The message of a reference."""
+    return blob_pb2.BlobRef(
+        sha256=blob.sha256, size_bytes=blob.size_bytes, media_type=blob.media_type
+    )
+
+
+def render_picture(picture: Picture) -> blob_pb2.Image:
+    """The message of a picture."""
+    if isinstance(picture, bytes):
+        return blob_pb2.Image(data=picture)
+    return blob_pb2.Image(blob=render_blob(picture))
+
+
+def render_transform(transform: Transform) -> collage_pb2.Transform:
+    """The message of a placement."""
+    return collage_pb2.Transform(
+        x=transform.x,
+        y=transform.y,
+        scale=transform.scale,
+        rotation=transform.rotation,
+        flip_horizontal=transform.flip_horizontal,
+        flip_vertical=transform.flip_vertical,
+    )
+
+
+def render_collage(collage: Collage) -> collage_pb2.Collage:
+    """The message of a collage; `parse_collage` reads it back to an equal value."""
+    background = (
+        collage_pb2.Background(
+            color=collage_pb2.Color(
+                **dict(zip(("red", "green", "blue"), collage.background, strict=True))
+            )
+        )
+        if isinstance(collage.background, tuple)
+        else collage_pb2.Background(image=render_picture(collage.background))
+    )
+    return collage_pb2.Collage(
+        size=collage_pb2.Size(width=collage.size.width, height=collage.size.height),
+        prompt=collage.prompt,
+        negative_prompt=collage.negative_prompt,
+        background=background,
+        layers=[_render_layer(layer) for layer in collage.layers],
+    )
+
+
+def _render_layer(layer: Layer) -> collage_pb2.Layer:
+    message = collage_pb2.Layer(
+        name=layer.name,
+        image=render_picture(layer.image),
+        text=layer.text,
+        transform=render_transform(layer.transform),
+        opacity=layer.opacity,
+        visible=layer.visible,
+        noise=layer.noise,
+        attract=layer.attract,
+        repel=layer.repel,
+        structure=_render_structure(layer.structure),
+        seed=layer.seed,
+    )
+    if layer.appearance:
+        message.appearance.weight = layer.appearance.weight
+        if layer.appearance.word is None:
+            message.appearance.learn = True
+        else:
+            message.appearance.word = layer.appearance.word
+    return message
+
+
+def _render_structure(structure: Sequence[Structure]) -> list[collage_pb2.Structure]:
+    return [
+        collage_pb2.Structure(kind=part.kind, scale=part.scale, start=part.start, end=part.end)
+        for part in structure
+    ]
+
+
+def render_sampling(sampling: Sampling) -> collage_pb2.Sampling:
+    """The message of resolved sampling settings."""
+    return collage_pb2.Sampling(
+        model=sampling.model,
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        images=sampling.images,
+        seed=sampling.seed,
+        preview_every=sampling.preview_every,
+    )

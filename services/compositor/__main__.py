@@ -1,0 +1,47 @@
+"""The compositor process: `python -m services.compositor`."""
+
+import asyncio
+from dataclasses import dataclass
+
+from collage.v1 import compositor_service_pb2_grpc
+from services.common.rpc import Server
+from services.common.settings import open_blobs, read
+from services.common.telemetry import serve_metrics, start_logging
+from services.compositor.service import CompositorServicer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the compositor needs to know; each field is read from `COLLAGE_<NAME>`."""
+
+    address: str = "127.0.0.1:50052"
+    # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
+    blobs: str = "folder:data/blobs"
+    # Prometheus port, 0 for none.
+    metrics_port: int = 0
+    log_level: str = "INFO"
+
+
+async def build(settings: Settings) -> Server:
+    """The compositor, wired and not yet started."""
+    blobs = await open_blobs(settings.blobs)
+    servicer = CompositorServicer(blobs)
+    server = Server("compositor", settings.address)
+    compositor_service_pb2_grpc.add_CompositorServiceServicer_to_server(servicer, server.grpc)
+    server.add("collage.v1.CompositorService")
+    server.on_stopped(blobs.close)
+    server.on_stopped(servicer.close)
+    server.before_serving(blobs.ready)
+    return server
+
+
+async def main() -> None:
+    """Serves until SIGTERM."""
+    settings = read(Settings)
+    start_logging("compositor", level=settings.log_level)
+    serve_metrics(settings.metrics_port)
+    await (await build(settings)).run()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,325 @@
+"""CompositorService over gRPC: requests to compositions, with pictures read from and written to the blob store.
+
+Main type: `CompositorServicer`. A composition is kept under the digest of its inputs, so that the same request is
+answered without being worked out again. This module knows no arithmetic on pixels.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
+from services.common import wire
+from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, blob_key, put_blob
+from services.common.collage import Collage, Extent, Picture, Redo
+from services.common.errors import InvalidRequest, MissingBlobs, Overloaded, Violation, quote
+from services.compositor.compose import ComposedLayer, Composition, compose
+from services.compositor.pictures import (
+    MAX_ENCODED_BYTES,
+    InvalidPicture,
+    decode_cutout,
+    decode_opaque,
+    encode_png,
+    stretch,
+)
+
+# Part of every digest of inputs: raise it when the same inputs give another composition.
+VERSION = 1
+# Compositions worked out at once; each takes a core and, at worst, about 1 GiB.
+MAX_RUNNING = 2
+# Calls that may wait for their turn.
+MAX_WAITING = 64
+# Encoded pictures of one collage together: they are all held while it is composed.
+MAX_COLLAGE_BYTES = 128 * 1024 * 1024
+MAX_LATENT_FACTOR = 64
+# A kept answer holds 32 layers and their warnings in well under this.
+MAX_ANSWER_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A checked request."""
+
+    collage: Collage
+    latent_factor: int
+    redo: Redo | None
+
+    def pictures(self) -> dict[str, Picture]:
+        """Every picture by its field path."""
+        found = {
+            f"collage.layers[{index}].image": layer.image
+            for index, layer in enumerate(self.collage.layers)
+        }
+        if self.redo is not None:
+            found["redo.parent"] = self.redo.parent
+        elif not isinstance(self.collage.background, tuple):
+            found["collage.background.image"] = self.collage.background
+        return found
+
+    def digest(self) -> str:
+        """Names the inputs: what the composition does not depend on, such as the words, is left out."""
+        layers = tuple(
+            replace(layer, text="", structure=(), appearance=None, seed=None)
+            for layer in self.collage.layers
+        )
+        collage = replace(self.collage, prompt="", negative_prompt="", layers=layers)
+        message = compositor_service_pb2.ComposeRequest(
+            collage=wire.render_collage(collage), latent_factor=self.latent_factor
+        )
+        if self.redo is not None:
+            message.redo.parent.CopyFrom(wire.render_blob(self.redo.parent))
+            message.redo.layers.extend(self.redo.layers)
+            message.redo.feather = self.redo.feather
+            message.redo.restore_cutout = self.redo.restore_cutout
+        inputs = b"%d " % VERSION + message.SerializeToString(deterministic=True)
+        return hashlib.sha256(inputs).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """An encoded composition: the plate, and PNGs of the composite and of each layer's mask."""
+
+    composition: Composition
+    plate: bytes
+    composite: bytes
+    masks: tuple[bytes, ...]
+
+
+class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
+    """Composes collages whose pictures lie in `blobs`."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._threads = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="compose")
+        self._turns = asyncio.Semaphore(MAX_RUNNING)
+        self._admitted = 0
+
+    async def Compose(
+        self, request: compositor_service_pb2.ComposeRequest, context: Any
+    ) -> compositor_service_pb2.ComposeResponse:
+        """See compositor_service.proto."""
+        work = parse(request)
+        key = f"plates/{work.digest()}"
+        answer = await self._kept(key)
+        if answer is None:
+            answer = await self._store(await self._make(work))
+            data = answer.SerializeToString(deterministic=True)
+            await self._blobs.put(key, data, media_type="application/x-protobuf")
+        return answer
+
+    async def close(self) -> None:
+        """Lets go of the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _make(self, work: Work) -> Files:
+        if self._admitted >= MAX_RUNNING + MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} collages wait to be composed", retry_after_s=2.0)
+        self._admitted += 1
+        try:
+            async with self._turns:
+                data = await self._fetch(work.pictures())
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._threads, make, work, data)
+        finally:
+            self._admitted -= 1
+
+    async def _kept(self, key: str) -> compositor_service_pb2.ComposeResponse | None:
+        """The answer given to these inputs before, if everything it refers to is still there."""
+        try:
+            data = await self._blobs.get(key, limit_bytes=MAX_ANSWER_BYTES)
+            answer = compositor_service_pb2.ComposeResponse.FromString(data)
+        except (BlobMissing, BlobCorrupt, DecodeError):
+            return None
+        refs = [answer.plate, answer.composite, *(layer.mask for layer in answer.layers)]
+        stats = await asyncio.gather(*(self._blobs.stat(blob_key(ref.sha256)) for ref in refs))
+        return answer if all(stats) else None
+
+    async def _fetch(self, pictures: Mapping[str, Picture]) -> dict[str, bytes]:
+        """The encoded pictures; equal ones are one object.
+
+        Raises:
+            MissingBlobs: naming every one that is not stored.
+            InvalidRequest: when one, or all together, are too large.
+        """
+        refs = {path: ref for path, ref in pictures.items() if isinstance(ref, BlobRef)}
+        keys = sorted({ref.key for ref in refs.values()})
+        stats = dict(
+            zip(keys, await asyncio.gather(*(self._blobs.stat(key) for key in keys)), strict=True)
+        )
+        missing = {path: ref.sha256 for path, ref in refs.items() if stats[ref.key] is None}
+        if missing:
+            raise MissingBlobs(missing)
+        sizes = {key: stat.size_bytes for key, stat in stats.items() if stat is not None}
+        if too_large := [
+            Violation(
+                field=path,
+                description=f"has {sizes[ref.key]} bytes; allowed: at most {MAX_ENCODED_BYTES}",
+            )
+            for path, ref in refs.items()
+            if sizes[ref.key] > MAX_ENCODED_BYTES
+        ]:
+            raise InvalidRequest(too_large)
+        if sum(sizes.values()) > MAX_COLLAGE_BYTES:
+            raise InvalidRequest.of(
+                "collage",
+                f"has pictures of {sum(sizes.values())} bytes in all; allowed: at most {MAX_COLLAGE_BYTES}",
+            )
+        found = {key: await self._blobs.get(key, limit_bytes=MAX_ENCODED_BYTES) for key in keys}
+        return {
+            path: picture if isinstance(picture, bytes) else found[picture.key]
+            for path, picture in pictures.items()
+        }
+
+    async def _store(self, files: Files) -> compositor_service_pb2.ComposeResponse:
+        plate = await put_blob(self._blobs, files.plate, media_type="application/vnd.safetensors")
+        composite, *masks = [
+            await put_blob(self._blobs, data, media_type="image/png")
+            for data in (files.composite, *files.masks)
+        ]
+        composition = files.composition
+        return compositor_service_pb2.ComposeResponse(
+            plate=wire.render_blob(plate),
+            composite=wire.render_blob(composite),
+            layers=[
+                _render_layer(layer, mask)
+                for layer, mask in zip(composition.layers, masks, strict=True)
+            ],
+            warnings=[
+                collage_pb2.Warning(
+                    reason=notice.reason, field=notice.field, message=notice.message
+                )
+                for notice in composition.notices
+            ],
+        )
+
+
+def parse(request: compositor_service_pb2.ComposeRequest) -> Work:
+    """The work a request asks for.
+
+    Raises:
+        InvalidRequest: naming every wrong field.
+    """
+    collage = wire.parse_collage(request.collage)
+    check = wire.Checker()
+    factor = int(check.number("latent_factor", request.latent_factor, 1, MAX_LATENT_FACTOR))
+    check.done()
+    for name, side in (("width", collage.size.width), ("height", collage.size.height)):
+        below, above = side // factor * factor, -(-side // factor) * factor
+        nearest = [f"{near}" for near in (below, above) if wire.MIN_SIDE <= near <= wire.MAX_SIDE]
+        if below != above:
+            check.refuse(
+                f"collage.size.{name}",
+                f"is {side}; allowed: multiples of {factor}, the nearest: {' and '.join(nearest)}",
+            )
+    redo = _parse_redo(request.redo, collage, check) if request.HasField("redo") else None
+    check.done()
+    return Work(collage=collage, latent_factor=factor, redo=redo)
+
+
+def make(work: Work, data: Mapping[str, bytes]) -> Files:
+    """Decodes, composes, encodes: the part that takes a thread.
+
+    Raises:
+        InvalidRequest: naming every picture that cannot be used.
+    """
+    composition = compose(
+        work.collage,
+        _cutouts(work.collage, data),
+        _under(work, data),
+        latent_factor=work.latent_factor,
+        redo=work.redo,
+    )
+    return Files(
+        composition=composition,
+        plate=composition.plate.to_bytes(),
+        composite=encode_png(composition.plate.composite_HWC),
+        masks=tuple(encode_png(layer.mask(work.collage.size)) for layer in composition.layers),
+    )
+
+
+def _parse_redo(
+    message: compositor_service_pb2.Redo, collage: Collage, check: wire.Checker
+) -> Redo:
+    names = {layer.name for layer in collage.layers}
+    if not message.layers:
+        check.refuse("redo.layers", "is empty; required: the names of the layers to draw again")
+    for index, name in enumerate(message.layers):
+        if name not in names:
+            check.refuse(
+                f"redo.layers[{index}]",
+                f"is {quote(name)}; allowed: the collage's layers, {', '.join(sorted(names))}",
+            )
+    return Redo(
+        parent=wire.parse_blob(message.parent, "redo.parent"),
+        layers=tuple(message.layers),
+        feather=check.number("redo.feather", message.feather, 0, wire.MAX_FEATHER),
+        restore_cutout=message.restore_cutout,
+    )
+
+
+def _cutouts(collage: Collage, data: Mapping[str, bytes]) -> Iterator[NDArray[np.uint8]]:
+    """The layers' pictures from the top down."""
+    paths = [f"collage.layers[{index}].image" for index in reversed(range(len(collage.layers)))]
+    for done, path in enumerate(paths):
+        try:
+            pixels_HW4 = decode_cutout(data[path])
+        except InvalidPicture as error:
+            raise InvalidRequest(_faults(paths[done:], data)) from error
+        yield pixels_HW4
+
+
+def _faults(paths: Sequence[str], data: Mapping[str, bytes]) -> list[Violation]:
+    """What is wrong with which cut-outs, in the order of the layers."""
+    faults = []
+    for path in reversed(paths):
+        try:
+            decode_cutout(data[path])
+        except InvalidPicture as error:
+            faults.append(Violation(field=path, description=str(error)))
+    return faults
+
+
+def _under(work: Work, data: Mapping[str, bytes]) -> NDArray[np.uint8]:
+    """What lies under all layers, of the canvas' size."""
+    size = work.collage.size
+    if work.redo is not None:
+        parent_HWC = _opaque("redo.parent", data)
+        height, width = parent_HWC.shape[:2]
+        if Extent(width=width, height=height) != size:
+            raise InvalidRequest.of(
+                "redo.parent",
+                f"is {width} x {height} pixels; required: the canvas' {size.width} x {size.height}",
+            )
+        return parent_HWC
+    if isinstance(work.collage.background, tuple):
+        return np.full((size.height, size.width, 3), work.collage.background, np.uint8)
+    background_HWC = _opaque("collage.background.image", data)
+    return stretch(background_HWC, width=size.width, height=size.height)
+
+
+def _opaque(path: str, data: Mapping[str, bytes]) -> NDArray[np.uint8]:
+    try:
+        return decode_opaque(data[path])
+    except InvalidPicture as error:
+        raise InvalidRequest.of(path, str(error)) from error
+
+
+def _render_layer(part: ComposedLayer, mask: BlobRef) -> collage_pb2.LayerPlan:
+    return collage_pb2.LayerPlan(
+        name=part.layer.name,
+        opacity=part.layer.opacity,
+        noise=part.dials.noise,
+        attract=part.dials.attract,
+        repel=part.dials.repel,
+        visible_fraction=part.visible_fraction,
+        unoccluded_fraction=part.unoccluded_fraction,
+        mask=wire.render_blob(mask),
+        transform=wire.render_transform(part.transform),
+    )

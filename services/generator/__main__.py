@@ -1,0 +1,94 @@
+"""The generator process: `python -m services.generator`."""
+
+import asyncio
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from collage.v1 import generator_service_pb2_grpc
+from services.common.rpc import Server
+from services.common.settings import open_blobs, read
+from services.common.telemetry import serve_metrics, start_logging
+from services.generator.catalog import Catalog, ModelCard
+from services.generator.engine import Engine
+from services.generator.memory import machine_bytes
+from services.generator.models import load
+from services.generator.scheduler import DEFAULT_MAX_ROWS, DEFAULT_MAX_WAITING, Scheduler
+from services.generator.service import GeneratorServicer
+from services.generator.stages import Stages, TorchStages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the generator needs to know; each field is read from `COLLAGE_<NAME>`."""
+
+    address: str = "127.0.0.1:50054"
+    # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
+    blobs: str = "folder:data/blobs"
+    # `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, the default first; empty for the bundled model.
+    models: str = ""
+    # U-Net rows that several jobs may share; 1 keeps every picture's bytes independent of the load.
+    max_rows: int = DEFAULT_MAX_ROWS
+    # Jobs that may wait.
+    max_waiting: int = DEFAULT_MAX_WAITING
+    # CPU threads of one operation, 0 for one a core. Another number gives pictures that differ in their last bits.
+    threads: int = 0
+    # GiB that one request may take beyond the weights, 0 for half of the machine's memory. Only on the CPU: a machine
+    # without memory ends the process, a GPU without memory fails the request.
+    request_memory: float = 0.0
+    # Prometheus port, 0 for none.
+    metrics_port: int = 0
+    log_level: str = "INFO"
+
+
+def load_stages(card: ModelCard) -> Stages:
+    """The model on the GPU in half precision where there is one, else on the CPU in single precision."""
+    # The log is JSON lines, and nobody watches a bar there.
+    disable_progress_bar()
+    has_gpu = torch.cuda.is_available()
+    return TorchStages(
+        load(
+            card.folder,
+            dtype=torch.float16 if has_gpu else torch.float32,
+            device=torch.device("cuda" if has_gpu else "cpu"),
+        )
+    )
+
+
+async def build(settings: Settings) -> Server:
+    """The generator, wired and not yet started."""
+    blobs = await open_blobs(settings.blobs)
+    engine = Engine(
+        await asyncio.to_thread(Catalog.read, settings.models),
+        load=load_stages,
+        scheduler=Scheduler(max_rows=settings.max_rows, max_waiting=settings.max_waiting),
+        threads=settings.threads or len(os.sched_getaffinity(0)),
+    )
+    limit_bytes = settings.request_memory * 2**30 or machine_bytes() / 2
+    server = Server("generator", settings.address, drain=engine.drain)
+    generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
+        GeneratorServicer(
+            engine, blobs, limit_bytes=math.inf if torch.cuda.is_available() else limit_bytes
+        ),
+        server.grpc,
+    )
+    server.add("collage.v1.GeneratorService")
+    server.on_stopped(blobs.close)
+    server.before_serving(blobs.ready)
+    server.before_serving(engine.warm_up)
+    return server
+
+
+async def main() -> None:
+    """Serves until SIGTERM."""
+    settings = read(Settings)
+    start_logging("generator", level=settings.log_level)
+    serve_metrics(settings.metrics_port)
+    await (await build(settings)).run()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,189 @@
+"""Which models this generator serves, by name, and what is known of each before it is loaded.
+
+Main types: `ModelCard` and `Catalog`. Facts come from the folder; the limits and defaults that no folder holds are
+constants here. This module knows no job and loads no weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.collage import Extent, Sampling
+from services.common.errors import InvalidRequest, quote
+from services.common.settings import InvalidSetting
+from services.common.wire import MAX_SIDE, MIN_SIDE
+from services.generator.models import ModelError, ModelFacts, digest, locate, read_facts
+
+# The bundled model, beside the packages in the repository.
+BUNDLED = Path(__file__).parents[2] / "models" / "mini" / "weights"
+# A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
+MAX_SIDE_PER_NATIVE = 4
+# The paper's setting is Euler ancestral with 50 steps at scale 7; plain Euler converges in fewer, and its pictures do
+# not drift as steps are added.
+DEFAULT_SAMPLER = "euler"
+DEFAULT_STEPS = 30
+DEFAULT_GUIDANCE = 7.0
+# The bundled model's shapes break up at scales that a full-sized model needs (looked at from 3 to 7).
+_GUIDANCE = {"mini": 4.0}
+# Families by the width of their text encoder: CLIP ViT-L/14 and OpenCLIP ViT-H/14.
+_FAMILIES = {768: "sd1", 1024: "sd2"}
+
+# Memory of one U-Net row, and of one decoded picture, in copies of the first block's activation at full resolution.
+# Largest found as the peak beyond the weights on the CPU, for U-Nets and autoencoders of two widths and three sizes:
+# 39 and 9. Control adds a bias of 77 values a cell, which is nothing beside them.
+UNET_COPIES = 40
+VAE_COPIES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelCard:
+    """One served model. `digest` is over the folder's files; channels are those of the widest activations."""
+
+    name: str
+    folder: Path
+    digest: str
+    facts: ModelFacts
+    unet_channels: int
+    vae_channels: int
+
+    @classmethod
+    def read(cls, name: str, source: str) -> "ModelCard":
+        """The card of a folder or hub id. Hashes the weights: seconds for a large model.
+
+        Raises:
+            ModelError: no model, or none of a kind that is supported.
+        """
+        folder = locate(source)
+        facts = read_facts(folder)
+        return cls(
+            name=name,
+            folder=folder,
+            digest=digest(folder),
+            facts=facts,
+            unet_channels=_first_block_channels(folder / "unet"),
+            vae_channels=_first_block_channels(folder / "vae"),
+        )
+
+    @property
+    def family(self) -> str:
+        """The shape of the model: "sd1", "sd2", or "mini" for any other."""
+        return _FAMILIES.get(self.facts.text_width, "mini")
+
+    @property
+    def min_side(self) -> int:
+        """Smallest side, pixels."""
+        return max(MIN_SIDE, self.facts.size_multiple)
+
+    @property
+    def max_side(self) -> int:
+        """Largest side, pixels."""
+        native = max(self.facts.native.width, self.facts.native.height)
+        largest = min(MAX_SIDE, MAX_SIDE_PER_NATIVE * native)
+        return largest - largest % self.facts.size_multiple
+
+    @property
+    def tokens_limit(self) -> int:
+        """Tokens of a prompt, begin and end marks included."""
+        return self.facts.token_limit + 2
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt of any length, begin and end marks included."""
+        return self.facts.token_count(prompt) + 2
+
+    def check_size(self, size: Extent, *, field: str) -> None:
+        """Refuses a canvas the model cannot take.
+
+        Raises:
+            InvalidRequest: naming the side, and the nearest sides that are allowed.
+        """
+        multiple = self.facts.size_multiple
+        for name, side in (("width", size.width), ("height", size.height)):
+            if side % multiple or not self.min_side <= side <= self.max_side:
+                near = (side // multiple * multiple, -(-side // multiple) * multiple)
+                allowed = {min(max(each, self.min_side), self.max_side) for each in near}
+                raise InvalidRequest.of(
+                    f"{field}.{name}",
+                    f"is {side}; model {self.name!r} takes multiples of {multiple} from "
+                    f"{self.min_side} to {self.max_side}, the nearest being "
+                    f"{' or '.join(map(str, sorted(allowed)))}",
+                )
+
+    def defaults(self) -> Sampling:
+        """What a request that leaves sampling unset gets."""
+        return Sampling(
+            model=self.name,
+            sampler=DEFAULT_SAMPLER,
+            steps=DEFAULT_STEPS,
+            guidance_scale=_GUIDANCE.get(self.family, DEFAULT_GUIDANCE),
+            images=1,
+            seed=0,
+        )
+
+    def memory_bytes(self, size: Extent, sampling: Sampling, *, value_bytes: int) -> int:
+        """Peak working memory beyond the weights.
+
+        The larger of a U-Net step and the decoding of all pictures, which never overlap:
+
+            max(rows * cells * unet_channels * UNET_COPIES, images * pixels * vae_channels * VAE_COPIES)
+
+        values of `value_bytes` each (4 in single precision), and the finished pictures twice (pixels and PNG).
+        """
+        cells = size.pixels // self.facts.latent_factor**2
+        rows = unet_rows(sampling)
+        unet = rows * cells * self.unet_channels * UNET_COPIES
+        decode = sampling.images * size.pixels * self.vae_channels * VAE_COPIES
+        return max(unet, decode) * value_bytes + 2 * 3 * sampling.images * size.pixels
+
+
+class Catalog:
+    """The served models; the first is the default."""
+
+    def __init__(self, cards: Mapping[str, ModelCard]) -> None:
+        assert cards, "a generator serves at least one model"
+        self._cards = dict(cards)
+
+    @classmethod
+    def read(cls, models: str) -> "Catalog":
+        """The catalog of a setting: `NAME=FOLDER or OWNER/NAME`, separated by commas; empty for the bundled model.
+
+        Raises:
+            InvalidSetting: naming the entry that does not parse, stands twice, or is no usable model.
+        """
+        cards: dict[str, ModelCard] = {}
+        for entry in (models or f"mini={BUNDLED}").split(","):
+            name, _, source = (part.strip() for part in entry.partition("="))
+            if not name or not source or name in cards:
+                raise InvalidSetting(f"models: {entry!r} must be NAME=FOLDER, each name once")
+            try:
+                cards[name] = ModelCard.read(name, source)
+            except ModelError as error:
+                raise InvalidSetting(f"models: {name}: {error}") from error
+        return cls(cards)
+
+    @property
+    def cards(self) -> tuple[ModelCard, ...]:
+        """All models, the default first."""
+        return tuple(self._cards.values())
+
+    def find(self, name: str, *, field: str = "sampling.model") -> ModelCard:
+        """The model of that name, the default for an empty one.
+
+        Raises:
+            InvalidRequest: naming what is served.
+        """
+        if not name:
+            return self.cards[0]
+        if name not in self._cards:
+            raise InvalidRequest.of(field, f"is {quote(name)}; allowed: {', '.join(self._cards)}")
+        return self._cards[name]
+
+
+def unet_rows(sampling: Sampling) -> int:
+    """Rows of one U-Net call: a picture each, two with guidance."""
+    return sampling.images * (2 if sampling.guidance_scale > 1 else 1)
+
+
+def _first_block_channels(part: Path) -> int:
+    """Channels at full resolution, from the part's config."""
+    return int(json.loads((part / "config.json").read_text())["block_out_channels"][0])

@@ -1,0 +1,74 @@
+"""Conditioning: the prompts as the U-Net reads them, and which text positions speak of which layer.
+
+Main types: `LayerControl`, how one layer steers, and `Conditioning`, a job's prompts encoded. Layers come with
+character spans; the tokenizer's own offsets turn them into positions, so words need not be searched for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.common.errors import InvalidRequest
+from services.generator.models import TextTooLong, Tokens
+from services.generator.stages import Stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerControl:
+    """How one layer steers: its words, half-open in characters of the prompt, its dials in [0, 1], its own seed."""
+
+    text_start: int
+    text_end: int
+    attract: float
+    repel: float
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Conditioning:
+    """Encoded prompts.
+
+    prompt_1TD, negative_1TD: hidden states; negative None means no guidance. positions: for each layer the text
+    positions of its words, empty for a layer without words.
+    """
+
+    prompt_1TD: torch.Tensor
+    negative_1TD: torch.Tensor | None
+    guidance_scale: float
+    layers: tuple[LayerControl, ...]
+    positions: tuple[tuple[int, ...], ...]
+
+
+def prepare(
+    stages: Stages,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    guidance_scale: float,
+    layers: Sequence[LayerControl],
+) -> Conditioning:
+    """Encodes the prompts; without guidance (scale at most 1) the negative prompt is not read.
+
+    Raises:
+        InvalidRequest: a prompt has more tokens than the model reads; says how many.
+    """
+    tokens = _tokenize(stages, prompt, field="prompt")
+    negative_1TD = None
+    if guidance_scale > 1:
+        negative = _tokenize(stages, negative_prompt, field="negative_prompt")
+        negative_1TD = stages.encode_text([negative.ids_T])
+    return Conditioning(
+        prompt_1TD=stages.encode_text([tokens.ids_T]),
+        negative_1TD=negative_1TD,
+        guidance_scale=guidance_scale,
+        layers=tuple(layers),
+        positions=tuple(tokens.of_characters(layer.text_start, layer.text_end) for layer in layers),
+    )
+
+
+def _tokenize(stages: Stages, text: str, *, field: str) -> Tokens:
+    try:
+        return stages.facts.tokenize(text)
+    except TextTooLong as error:
+        raise InvalidRequest.of(field, str(error), reason="PROMPT_TOO_LONG") from error

@@ -1,0 +1,154 @@
+"""The engine: jobs in, an async stream of events out.
+
+Main type: `Engine`. It stands between the event loop, where callers are, and the `Runner`, which owns the device in a
+thread of its own. It knows neither messages nor storage.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from services.common.collage import Extent, Sampling
+from services.common.errors import DeadlinePassed
+from services.common.plate import Plate
+from services.generator.catalog import Catalog, ModelCard, unet_rows
+from services.generator.conditioning import LayerControl
+from services.generator.job import (
+    Ended,
+    Event,
+    ImageMade,
+    Item,
+    Job,
+    Mailbox,
+    PreviewMade,
+    QueuedAt,
+    RawImage,
+    RawPreview,
+    StepDone,
+)
+from services.generator.png import encode_png, encode_preview
+from services.generator.runner import Runner, StagesLoader
+from services.generator.scheduler import Scheduler, Shape
+
+# Threads that write PNGs while the device goes on: a picture is encoded much faster than it is drawn.
+PNG_THREADS = 2
+# Steps of the warm-up: the first one pays for allocation and is then outweighed by the others.
+WARM_UP_STEPS = 6
+# Longest wait for a warm-up: a large model read from slow storage, then run on a CPU.
+WARM_UP_LIMIT_S = 900.0
+# Longest wait for admitted jobs on the way out; a server usually gives up sooner.
+DRAIN_LIMIT_S = 300.0
+
+
+class Engine:
+    """Generates pictures. For the arguments see `Runner`."""
+
+    def __init__(
+        self, catalog: Catalog, *, load: StagesLoader, scheduler: Scheduler, threads: int
+    ) -> None:
+        self.catalog = catalog
+        self._runner = Runner(catalog, load=load, scheduler=scheduler, threads=threads)
+        self._encoders = ThreadPoolExecutor(PNG_THREADS, thread_name_prefix="png")
+
+    async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
+        """The job's events: places in the queue, steps, previews, then every picture in order.
+
+        Closing the iterator, or cancelling the task that reads it, gives the job up within one step.
+
+        Raises:
+            Overloaded: the queue is full, or too long for the job's deadline.
+            Unavailable: the engine is draining.
+            DeadlinePassed: the job's deadline passed first.
+            InvalidRequest: a prompt is too long.
+            Internal: the work failed; reason OUT_OF_MEMORY where it did not fit the device.
+        """
+        mailbox = Mailbox()
+        job_id = self._runner.submit(job, mailbox)
+        try:
+            while True:
+                item = await _before(job.deadline_s, mailbox)
+                if isinstance(item, Ended):
+                    if item.error is not None:
+                        raise item.error
+                    return
+                yield await self._encode(job, item)
+        finally:
+            self._runner.cancel(job_id)
+
+    async def warm_up(self) -> None:
+        """Loads the default model and draws one picture, so that the first request finds all in place.
+
+        It has the model's native size, the one most requests have: its steps give the first estimate of seconds.
+        """
+        job = _warm_up_job(self.catalog.cards[0], deadline_s=time.monotonic() + WARM_UP_LIMIT_S)
+        async with contextlib.aclosing(self.generate(job)) as events:
+            async for _ in events:
+                pass
+
+    def seconds(self, card: ModelCard, size: Extent, sampling: Sampling) -> float:
+        """Expected seconds of a job's steps on an idle device; 0 where the model has not run yet."""
+        factor = card.facts.latent_factor
+        shape = Shape(
+            model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
+        )
+        return self._runner.seconds(shape, rows=unet_rows(sampling), steps=sampling.steps)
+
+    async def drain(self) -> None:
+        """Admits nothing more and returns when what was admitted is finished."""
+        await asyncio.to_thread(self._runner.drain, limit_s=DRAIN_LIMIT_S)
+
+    async def _encode(self, job: Job, item: Item) -> Event:
+        encode = asyncio.get_running_loop().run_in_executor
+        if isinstance(item, RawPreview):
+            height, width = job.plate.release_HW.shape
+            extent = Extent(width=width, height=height)
+            png = await encode(self._encoders, encode_preview, item.pixels_HWC, extent)
+            return PreviewMade(index=item.index, step=item.step, png=png)
+        if isinstance(item, RawImage):
+            return ImageMade(
+                index=item.index,
+                seed=job.sampling.seed_of(item.index),
+                png=await encode(self._encoders, encode_png, item.pixels_HWC),
+                pixels_HWC=item.pixels_HWC,
+            )
+        assert isinstance(item, QueuedAt | StepDone), "the end is not an event"
+        return item
+
+
+async def _before(deadline_s: float, mailbox: Mailbox) -> Item:
+    try:
+        # Not wait_for: before Python 3.12 it swallows a cancel that comes together with the item.
+        async with asyncio.timeout(deadline_s - time.monotonic()):
+            return await mailbox.get()
+    except TimeoutError:
+        raise DeadlinePassed("the deadline passed before the pictures were done") from None
+
+
+def _warm_up_job(card: ModelCard, *, deadline_s: float) -> Job:
+    """One grey picture of the model's native size, every part of the work in it."""
+    native, factor = card.facts.native, card.facts.latent_factor
+    grid = (native.height // factor, native.width // factor)
+    return Job(
+        plate=Plate(
+            composite_HWC=np.full((native.height, native.width, 3), 128, np.uint8),
+            visible_Lhw=np.ones((1, *grid), np.float32),
+            strength_hw=np.ones(grid, np.float64),
+            release_HW=np.full((native.height, native.width), 255, np.uint8),
+        ),
+        prompt="warm-up",
+        negative_prompt="",
+        layers=(LayerControl(text_start=0, text_end=7, attract=0.5, repel=0.5),),
+        sampling=Sampling(
+            model=card.name,
+            sampler=card.defaults().sampler,
+            steps=WARM_UP_STEPS,
+            guidance_scale=card.defaults().guidance_scale,
+            images=1,
+            seed=0,
+        ),
+        deadline_s=deadline_s,
+    )

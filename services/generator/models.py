@@ -1,0 +1,306 @@
+"""Model folders in diffusers format: which ones we can run, their facts, and their parts in memory.
+
+Main types: `ModelFacts`, which is all that planning a job needs, and `LoadedModel`, the facts with the networks.
+Nothing about a model is assumed that its folder can say: channels, latent factor, text width, prediction type and
+native size come from the configs. This module knows no job and no device policy beyond the one it is told.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from services.common.collage import Extent
+from services.generator.noise import HoldingUniPC
+
+# The parts of a folder and the classes that may fill them, by their names in model_index.json.
+_PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+# Parts of other model families that change what the U-Net is fed.
+_FOREIGN_PARTS = ("text_encoder_2", "text_encoder_3", "transformer", "image_encoder", "prior")
+# What a folder is made of, besides model_index.json: digested, and fetched from a hub.
+_FILES = ("*/*.json", "*/*.txt", "*/*.safetensors")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+SAMPLERS: Mapping[str, type] = {
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "ddim": DDIMScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": HoldingUniPC,
+}
+
+
+class ModelError(Exception):
+    """A model that cannot be loaded."""
+
+
+class NotAModel(ModelError):
+    """The folder does not hold a whole diffusers model."""
+
+
+class UnsupportedModel(ModelError):
+    """A whole model, but of a kind that the generator cannot run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """A text as the text encoder takes it: begin, the text's tokens, end, padding.
+
+    ids_T: token ids, T = the encoder's window. spans: for each of the text's own tokens, which start at
+    position 1, the half-open range of characters it stands for.
+    """
+
+    ids_T: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def of_characters(self, start: int, end: int) -> tuple[int, ...]:
+        """Positions in `ids_T` of the tokens that overlap characters start..end (half-open)."""
+        return tuple(
+            position
+            for position, (first, last) in enumerate(self.spans, start=1)
+            if first < end and start < last
+        )
+
+
+class TextTooLong(Exception):
+    """A text of more tokens than the text encoder's window holds."""
+
+    def __init__(self, *, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"is {tokens} tokens long, {tokens - limit} more than the {limit} the model reads"
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelFacts:
+    """What is known about a model without running it.
+
+    latent_factor: pixels to a latent cell, each way. size_multiple: canvas width and height must be multiples of it,
+    so that every level of the U-Net halves evenly. native: the canvas the model was trained at. token_limit: tokens
+    a prompt may have. prediction_type: "epsilon" or "v_prediction". scheduler_config: the folder's noise schedule.
+    """
+
+    latent_channels: int
+    latent_factor: int
+    size_multiple: int
+    native: Extent
+    text_width: int
+    token_limit: int
+    prediction_type: str
+    scheduler_config: Mapping[str, Any]
+    tokenizer: CLIPTokenizer
+
+    def scheduler(self, sampler: str) -> Any:
+        """A new diffusers scheduler, one of `SAMPLERS`, over this model's noise schedule."""
+        kind = SAMPLERS[sampler]
+        # Latents have no bounds to clip to, and a folder whose scheduler does not clip has no reason to say so.
+        options = {"clip_sample": False} if kind is DDIMScheduler else {}
+        return kind.from_config(self.scheduler_config, **options)  # type: ignore[attr-defined]
+
+    def token_count(self, text: str) -> int:
+        """Tokens of the text alone, without begin and end."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokenize(self, text: str) -> Tokens:
+        """The text as tokens.
+
+        Raises:
+            TextTooLong: the text does not fit; it says by how much.
+        """
+        count = self.token_count(text)
+        if count > self.token_limit:
+            raise TextTooLong(tokens=count, limit=self.token_limit)
+        encoded = self.tokenizer(
+            text,
+            padding="max_length",
+            max_length=self.token_limit + 2,
+            return_offsets_mapping=True,
+        )
+        spans = encoded["offset_mapping"][1 : count + 1]
+        return Tokens(
+            ids_T=tuple(encoded["input_ids"]),
+            spans=tuple((int(start), int(end)) for start, end in spans),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """The networks of one folder on one device in one dtype, and their facts."""
+
+    facts: ModelFacts
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(model: str | Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Loads a model from a folder, or from the hub where no such folder exists and the name looks like owner/name.
+
+    Raises:
+        NotAModel: a part or a file is missing or unreadable.
+        UnsupportedModel: another family than U-Net latent diffusion with one CLIP text encoder.
+    """
+    folder = locate(model)
+    facts = read_facts(folder)
+    # Nobody watches a server's terminal.
+    disable_progress_bar()
+    unet = _read(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
+    vae = _read(AutoencoderKL, folder, "vae", torch_dtype=dtype)
+    text_encoder = _read(CLIPTextModel, folder, "text_encoder", dtype=dtype)
+    for part in (unet, vae, text_encoder):
+        # Not requires_grad_(False): torch picks another matrix product for weights that need no gradient, and the
+        # last bits would differ from those of a stock diffusers pipeline. The stages run in inference mode anyway.
+        part.eval().to(device)
+    return LoadedModel(
+        facts=facts, unet=unet, vae=vae, text_encoder=text_encoder, dtype=dtype, device=device
+    )
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model, fetched from the hub if it is no local one.
+
+    Raises:
+        NotAModel: there is no such folder, and the hub does not know it either.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    parts = str(model).split("/")
+    if len(parts) != 2 or not all(parts):
+        raise NotAModel(f"{model}: no such folder, and not of the form owner/name")
+    try:
+        return Path(
+            snapshot_download(
+                str(model),
+                allow_patterns=[
+                    "model_index.json",
+                    "scheduler/*.json",
+                    *(f"{part}/{pattern[2:]}" for part in _PARTS for pattern in _FILES),
+                ],
+                # Second copies of the same weights, which from_pretrained would not read.
+                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise NotAModel(f"{model}: no such folder, and the hub says: {error}") from error
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the sorted (relative name, sha256 of contents) of the model's configs and weights, hex."""
+    names = ["model_index.json"]
+    for pattern in _FILES:
+        names += [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
+    whole = hashlib.sha256()
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
+            whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """The facts of a folder, from its configs and its tokenizer; no weights are read.
+
+    Raises:
+        NotAModel, UnsupportedModel: as `load`.
+    """
+    index = _config(folder / "model_index.json")
+    for part, kinds in _PARTS.items():
+        kind = (index.get(part) or (None, None))[1]
+        if kind is None:
+            raise NotAModel(f"{folder.name}: model_index.json names no {part}")
+        if kind not in kinds:
+            raise UnsupportedModel(f"{folder.name}: {part} is a {kind}; known: {', '.join(kinds)}")
+    if foreign := [part for part in _FOREIGN_PARTS if (index.get(part) or (None,))[0]]:
+        raise UnsupportedModel(f"{folder.name}: has {', '.join(foreign)}, which is not supported")
+    unet = _config(folder / "unet" / "config.json")
+    vae = _config(folder / "vae" / "config.json")
+    text = _config(folder / "text_encoder" / "config.json")
+    scheduler = _config(folder / "scheduler" / "scheduler_config.json")
+    try:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        levels = len(unet["block_out_channels"])
+        channels = unet["in_channels"]
+        side = unet["sample_size"]
+        width, height = (side, side) if isinstance(side, int) else (side[1], side[0])
+        facts = ModelFacts(
+            latent_channels=channels,
+            latent_factor=factor,
+            size_multiple=factor * 2 ** (levels - 1),
+            native=Extent(width=width * factor, height=height * factor),
+            text_width=text["hidden_size"],
+            # Begin and end take two places of the window.
+            token_limit=text["max_position_embeddings"] - 2,
+            prediction_type=scheduler.get("prediction_type", "epsilon"),
+            scheduler_config=scheduler,
+            tokenizer=_read(CLIPTokenizer, folder, "tokenizer"),
+        )
+    except (KeyError, TypeError) as error:
+        raise NotAModel(f"{folder.name}: a config lacks {error}") from error
+    if (channels, channels) != (unet["out_channels"], vae["latent_channels"]):
+        raise UnsupportedModel(
+            f"{folder.name}: the U-Net takes {channels} channels and gives {unet['out_channels']}, "
+            f"the autoencoder has {vae['latent_channels']}; all three must be equal"
+        )
+    # Without its files, transformers makes up a tokenizer that knows no word at all.
+    if not any((folder / "tokenizer" / name).is_file() for name in _TOKENIZER_FILES):
+        raise NotAModel(f"{folder.name}: tokenizer has neither of {', '.join(_TOKENIZER_FILES)}")
+    if len(facts.tokenizer) > text["vocab_size"]:
+        raise NotAModel(
+            f"{folder.name}: the tokenizer has {len(facts.tokenizer)} tokens, "
+            f"the text encoder {text['vocab_size']}"
+        )
+    if facts.prediction_type not in _PREDICTION_TYPES:
+        raise UnsupportedModel(
+            f"{folder.name}: prediction type {facts.prediction_type!r}; "
+            f"known: {', '.join(_PREDICTION_TYPES)}"
+        )
+    return facts
+
+
+def _config(path: Path) -> dict[str, Any]:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise NotAModel(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise NotAModel(f"{name} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise NotAModel(f"{name} is not a JSON object")
+    return config
+
+
+def _read(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+    if kind is not CLIPTokenizer:
+        # Weights are never unpickled.
+        options["use_safetensors"] = True
+    try:
+        return kind.from_pretrained(folder, subfolder=part, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise NotAModel(f"{folder.name}: {part} cannot be loaded: {error}") from error

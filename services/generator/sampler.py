@@ -1,0 +1,227 @@
+"""The sampler: masked SDEdit of one job, all its pictures together, and the step that several jobs share.
+
+Main type: `Run`, one job from composite to pictures; `step` takes any number of runs one step further with a single
+U-Net call. Read `step` and `Run._advance` for the algorithm. This module knows no queue, no clock and no service.
+Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent cells, H, W pixels, T, D as in stages.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 its usual name
+from numpy.typing import NDArray
+
+from services.common.collage import Sampling
+from services.common.plate import Plate
+from services.generator.attention import AttentionControl, StepControl, gain
+from services.generator.conditioning import Conditioning
+from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
+from services.generator.stages import Stages
+
+# Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
+_PREVIEW_RIDGE = 1e-4
+
+
+class Run:
+    """One job: `begin`, then `step` until `is_done`, then `finish`.
+
+    steps_total: U-Net steps this job takes, 0 where every strength rounds to none. steps_done: of these.
+    """
+
+    def __init__(
+        self, stages: Stages, plate: Plate, conditioning: Conditioning, sampling: Sampling
+    ) -> None:
+        """Use `begin`."""
+        facts, device = stages.facts, stages.device
+        released_hw = released_at(plate.strength_hw, sampling.steps)
+        self._plate = plate
+        self._conditioning = conditioning
+        self._images = sampling.images
+        # As in diffusers' img2img, every cell starts at the level of the largest strength.
+        self._first_step = int(released_hw.min())
+        self._prediction_type = facts.prediction_type
+        self.steps_total = sampling.steps - self._first_step
+        self.steps_done = 0
+        if self.steps_total == 0:
+            return
+        self._scheduler = facts.scheduler(sampling.sampler)
+        self._scheduler.set_timesteps(sampling.steps, device=device)
+        if hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(self._first_step)
+        self._levels = Levels.of(self._scheduler)
+        # One generator a picture: it draws the start, and then what an ancestral sampler adds.
+        generators = [
+            torch.Generator("cpu").manual_seed(sampling.seed_of(index))
+            for index in range(sampling.images)
+        ]
+        takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
+        self._step_options = {"generator": generators} if takes_generator else {}
+        layer_seeds = [layer.seed for layer in conditioning.layers]
+        noise_NChw = starting_noise(
+            generators, plate.visible_Lhw, layer_seeds, channels=facts.latent_channels
+        )
+        self._hold = Hold(
+            z0_1Chw=stages.encode_image(torch.from_numpy(plate.composite_HWC)[None]),
+            noise_NChw=noise_NChw.to(device),
+            released_hw=torch.from_numpy(released_hw).to(device),
+            levels=self._levels,
+            last_state=int(released_hw.max()),
+        )
+        self._x_NChw = self._hold.start(self._first_step)
+        self._control = AttentionControl.of(
+            conditioning.positions,
+            [(layer.attract, layer.repel) for layer in conditioning.layers],
+            torch.from_numpy(plate.visible_Lhw).to(device),
+        )
+
+    @classmethod
+    @torch.inference_mode()
+    def begin(
+        cls, stages: Stages, *, plate: Plate, conditioning: Conditioning, sampling: Sampling
+    ) -> "Run":
+        """Encodes the composite and noises it; runs no network where no cell is free at any step."""
+        return cls(stages, plate, conditioning, sampling)
+
+    @property
+    def is_done(self) -> bool:
+        """No step is left."""
+        return self.steps_done == self.steps_total
+
+    @property
+    def latents_NChw(self) -> torch.Tensor:
+        """The state the pictures are in, in the sampler's scaling; the latents to decode once done."""
+        return self._x_NChw
+
+    @property
+    def _step(self) -> int:
+        """Index of the next step in the whole schedule, and of the state that goes into it."""
+        return self._first_step + self.steps_done
+
+    @property
+    def _timestep(self) -> torch.Tensor:
+        timestep: torch.Tensor = self._scheduler.timesteps[self._step]
+        return timestep
+
+    def _advance(self, prompted: torch.Tensor, unprompted: torch.Tensor | None) -> None:
+        """One step from the U-Net's predictions: guidance, the scheduler's step, the hold."""
+        prediction_NChw = prompted
+        if unprompted is not None:
+            # Classifier-free guidance (Ho and Salimans 2022).
+            scale = self._conditioning.guidance_scale
+            prediction_NChw = unprompted + scale * (prompted - unprompted)
+        if isinstance(self._scheduler, HoldingUniPC):
+            self._scheduler.held_hw = self._hold.held_hw(self._step)
+        x_NChw = self._scheduler.step(
+            prediction_NChw, self._timestep, self._x_NChw, **self._step_options, return_dict=False
+        )[0]
+        # What a preview is made of, should one be asked for.
+        self._last = (self._step, self._x_NChw, prediction_NChw)
+        self._x_NChw = self._hold.apply(x_NChw, self._step + 1)
+        self.steps_done += 1
+
+    @torch.inference_mode()
+    def clean_NChw(self) -> torch.Tensor:
+        """The latents that the last step expects in the end; z0 in cells not yet free. Needs one step done."""
+        step, x_NChw, prediction_NChw = self._last
+        # The sampler's own scaling taken out: scale² + sigma² = 1.
+        scale, sigma = self._levels.scales[step], self._levels.sigmas[step]
+        norm = (scale**2 + sigma**2) ** 0.5
+        scale, sigma, x_NChw = scale / norm, sigma / norm, x_NChw / norm
+        if self._prediction_type == "epsilon":
+            clean_NChw = (x_NChw - sigma * prediction_NChw) / scale
+        else:
+            clean_NChw = scale * x_NChw - sigma * prediction_NChw
+        return torch.where(self._hold.released_hw > step, self._hold.z0_1Chw, clean_NChw)
+
+    @torch.inference_mode()
+    def preview(self) -> list[NDArray[np.uint8]]:
+        """What the pictures are going to be, as the last step has it: uint8 sRGB [h, w, 3] each, a pixel a cell.
+
+        Nothing is decoded: colours come from the linear map that takes the composite's latent closest to the
+        composite. Needs one step done.
+        """
+        rgb_Nhw3 = _with_constant(self.clean_NChw()) @ self._latent_to_rgb()
+        return list((rgb_Nhw3.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+
+    def _latent_to_rgb(self) -> torch.Tensor:
+        """Least squares from the composite's latent cells to their mean colours in [0, 1], [C + 1, 3]."""
+        factor = self._plate.latent_factor
+        height, width = self._plate.strength_hw.shape
+        rgb_hw3 = (
+            self._plate.composite_HWC.reshape(height, factor, width, factor, 3).mean(axis=(1, 3))
+            / 255
+        )
+        latent = _with_constant(self._hold.z0_1Chw).flatten(0, 2).double().cpu()
+        gram = latent.T @ latent
+        gram += _PREVIEW_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+        weights = torch.linalg.solve(gram, latent.T @ torch.from_numpy(rgb_hw3.reshape(-1, 3)))
+        on_device: torch.Tensor = weights.float().to(self._x_NChw.device)
+        return on_device
+
+    @torch.inference_mode()
+    def finish(self, stages: Stages) -> list[NDArray[np.uint8]]:
+        """The pictures, uint8 sRGB [H, W, 3] each.
+
+        Where the plate's release is 0 they hold the composite's own bytes, at 255 the decoded ones, a blend between.
+        """
+        assert self.is_done, f"{self.steps_total - self.steps_done} steps are left"
+        kept_HWC, release_HW = self._plate.composite_HWC, self._plate.release_HW
+        if self.steps_total == 0:
+            return [kept_HWC.copy() for _ in range(self._images)]
+        drawn_NHWC = stages.decode_image(self._x_NChw).numpy()
+        return [paste(kept_HWC, drawn_HWC, release_HW) for drawn_HWC in drawn_NHWC]
+
+
+@torch.inference_mode()
+def step(stages: Stages, runs: Sequence[Run]) -> None:
+    """Takes runs of one model and one latent shape, none of them done, one step further with one U-Net call.
+
+    Rows may differ in timestep, guidance and control. Controlled rows come last, as the seam wants it; a run alone is
+    laid out as diffusers does it, rows without the prompt before rows with.
+    """
+    without_prompt = [
+        (run, run._conditioning.negative_1TD)
+        for run in runs
+        if run._conditioning.negative_1TD is not None
+    ]
+    with_prompt = [
+        (run, run._conditioning.prompt_1TD)
+        for run in sorted(runs, key=lambda run: run._control is not None)
+    ]
+    halves = [*without_prompt, *with_prompt]
+    x_BChw = torch.cat(
+        [run._scheduler.scale_model_input(run._x_NChw, run._timestep) for run, _ in halves]
+    )
+    timestep_B = torch.cat([run._timestep.float().expand(run._images) for run, _ in halves])
+    text_BTD = torch.cat([text_1TD.expand(run._images, -1, -1) for run, text_1TD in halves])
+    controls = [
+        (run._control, run._images, gain(run._levels.true_sigmas[run._step]))
+        for run, _ in with_prompt
+        if run._control is not None
+    ]
+    prediction_BChw = stages.predict(
+        x_BChw, timestep_B, text_BTD, StepControl.of(controls) if controls else None
+    )
+    predictions = torch.split(prediction_BChw, [run._images for run, _ in halves])
+    unprompted = {run: x for (run, _), x in zip(without_prompt, predictions, strict=False)}
+    prompted = {
+        run: x for (run, _), x in zip(with_prompt, predictions[len(without_prompt) :], strict=True)
+    }
+    for run in runs:
+        run._advance(prompted[run], unprompted.get(run))
+
+
+def paste(
+    kept_HWC: NDArray[np.uint8], drawn_HWC: NDArray[np.uint8], release_HW: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """(255 - release) parts of `kept` and release parts of `drawn` in 255, rounded; exact at both ends."""
+    share_HW1 = release_HW.astype(np.uint32)[..., None]
+    blend_HWC = (kept_HWC * (255 - share_HW1) + drawn_HWC * share_HW1 + 127) // 255
+    return blend_HWC.astype(np.uint8)
+
+
+def _with_constant(z_NChw: torch.Tensor) -> torch.Tensor:
+    """Latent cells and a one beside each, [N, h, w, C + 1], for a linear map with an offset."""
+    return F.pad(z_NChw.permute(0, 2, 3, 1), (0, 1), value=1.0)

@@ -1,0 +1,337 @@
+"""GeneratorService over gRPC: requests to jobs, plates read from storage, pictures written to it.
+
+Main type: `GeneratorServicer`. Pictures are kept under the digest of all they depend on, so that a request asked again
+is answered from storage. This module computes nothing.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+from google.protobuf import json_format
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+
+from collage.v1 import collage_service_pb2, generator_service_pb2, generator_service_pb2_grpc
+from services.common import wire
+from services.common.blobs import (
+    BlobCorrupt,
+    BlobMissing,
+    BlobRef,
+    BlobStore,
+    BlobTooLarge,
+    blob_key,
+    put_blob,
+)
+from services.common.collage import Extent, Sampling
+from services.common.errors import InvalidRequest, MissingBlobs, NotSupported
+from services.common.plate import Plate
+from services.common.telemetry import log
+from services.generator.catalog import ModelCard
+from services.generator.conditioning import LayerControl
+from services.generator.engine import Engine
+from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
+from services.generator.models import SAMPLERS
+
+# Part of every result's key: raise it when the same request gives another picture.
+VERSION = 1
+# A plate of 2048 x 2048 with 32 layers at latent factor 4 is 50 MiB.
+MAX_PLATE_BYTES = 64 * 1024 * 1024
+MAX_PARENT_BYTES = 32 * 1024 * 1024
+# A list of 16 pictures.
+MAX_RESULT_BYTES = 64 * 1024
+# A prompt as long as the contract allows, and every layer's text appended to it.
+MAX_BOUND_CHARACTERS = wire.MAX_PROMPT_CHARACTERS + wire.MAX_LAYERS * (wire.MAX_TEXT_CHARACTERS + 2)
+# Plates read at a time: what bounds memory before the queue does.
+MAX_READING = 4
+# Longest a job may take when its caller names no deadline.
+MAX_JOB_S = 3600.0
+# Bytes of a value in memory estimates: single precision, which every device may fall back to.
+VALUE_BYTES = 4
+
+
+class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
+    """Generates with `engine` from plates in `blobs`; a request may take `limit_bytes` beyond the weights."""
+
+    def __init__(self, engine: Engine, blobs: BlobStore, *, limit_bytes: float) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._limit_bytes = limit_bytes
+        self._reading = asyncio.Semaphore(MAX_READING)
+
+    async def Generate(
+        self, request: generator_service_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[generator_service_pb2.GenerateResponse]:
+        """See generator_service.proto."""
+        deadline_s = time.monotonic() + min(context.time_remaining() or MAX_JOB_S, MAX_JOB_S)
+        card = self._engine.catalog.find(request.sampling.model)
+        sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
+        _check(request)
+        key = f"results/{_digest(request, sampling, card)}"
+        kept = await self._kept(key)
+        if kept is not None:
+            log.info("answered from storage", key=key)
+            for image in kept:
+                yield generator_service_pb2.GenerateResponse(image=image)
+            return
+        async with self._reading:
+            plate = await self._read_plate(request, card)
+            self._check_memory(card, _extent(plate), sampling)
+            parent_HWC = await self._read_parent(request, plate)
+        job = Job(
+            plate=plate,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            layers=_controls(request, plate),
+            sampling=sampling,
+            deadline_s=deadline_s,
+        )
+        images = []
+        async with contextlib.aclosing(self._engine.generate(job)) as events:
+            async for event in events:
+                if isinstance(event, ImageMade):
+                    image = await self._store(event, card, parent_HWC)
+                    images.append(image)
+                    yield generator_service_pb2.GenerateResponse(image=image)
+                else:
+                    yield _render_progress(event)
+        await self._keep(key, images)
+
+    async def DescribeModels(
+        self, request: generator_service_pb2.DescribeModelsRequest, context: Any
+    ) -> generator_service_pb2.DescribeModelsResponse:
+        """See generator_service.proto."""
+        return generator_service_pb2.DescribeModelsResponse(
+            models=[_render_model(card) for card in self._engine.catalog.cards]
+        )
+
+    async def Estimate(
+        self, request: generator_service_pb2.EstimateRequest, context: Any
+    ) -> generator_service_pb2.EstimateResponse:
+        """See generator_service.proto. Prompts that are too long are counted, not refused."""
+        card = self._engine.catalog.find(request.sampling.model)
+        sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
+        check = wire.Checker()
+        for name in ("prompt", "negative_prompt"):
+            check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
+        width = check.number("size.width", request.size.width, wire.MIN_SIDE, wire.MAX_SIDE)
+        height = check.number("size.height", request.size.height, wire.MIN_SIDE, wire.MAX_SIDE)
+        check.done()
+        size = Extent(width=int(width), height=int(height))
+        card.check_size(size, field="size")
+        self._check_memory(card, size, sampling)
+        return generator_service_pb2.EstimateResponse(
+            prompt_tokens=card.count_tokens(request.prompt),
+            negative_prompt_tokens=card.count_tokens(request.negative_prompt),
+            prompt_tokens_limit=card.tokens_limit,
+            seconds=self._engine.seconds(card, size, sampling),
+            memory_bytes=card.memory_bytes(size, sampling, value_bytes=VALUE_BYTES),
+        )
+
+    def _check_memory(self, card: ModelCard, size: Extent, sampling: Sampling) -> None:
+        needed = card.memory_bytes(size, sampling, value_bytes=VALUE_BYTES)
+        if needed > self._limit_bytes:
+            raise InvalidRequest.of(
+                "sampling.images",
+                f"is {sampling.images}; at {size.width} x {size.height} pixels that takes "
+                f"{needed / 2**30:.1f} GiB of memory, allowed: {self._limit_bytes / 2**30:.1f} GiB; "
+                "ask for fewer at a time, or for a smaller canvas",
+                reason="TOO_MUCH_MEMORY",
+            )
+
+    async def _kept(self, key: str) -> list[collage_service_pb2.GeneratedImage] | None:
+        """The pictures made for the same request before, if all of them are still there."""
+        try:
+            data = json.loads(await self._blobs.get(key, limit_bytes=MAX_RESULT_BYTES))
+        except (BlobMissing, BlobCorrupt, ValueError):
+            return None
+        images = [
+            json_format.ParseDict(each, collage_service_pb2.GeneratedImage())
+            for each in data["images"]
+        ]
+        keys = [blob_key(image.blob.sha256) for image in images]
+        stats = await asyncio.gather(*(self._blobs.stat(each) for each in keys))
+        return images if all(stats) else None
+
+    async def _keep(self, key: str, images: list[collage_service_pb2.GeneratedImage]) -> None:
+        data = {"images": [json_format.MessageToDict(image) for image in images]}
+        await self._blobs.put(
+            key, json.dumps(data, sort_keys=True).encode(), media_type="application/json"
+        )
+
+    async def _read_plate(
+        self, request: generator_service_pb2.GenerateRequest, card: ModelCard
+    ) -> Plate:
+        data = await self._read(wire.parse_blob(request.plate, "plate"), "plate", MAX_PLATE_BYTES)
+        try:
+            plate = await asyncio.to_thread(Plate.from_bytes, data)
+        except (SafetensorError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
+            raise InvalidRequest.of("plate", f"is no plate: {error}") from error
+        if plate.latent_factor != card.facts.latent_factor:
+            raise InvalidRequest.of(
+                "plate",
+                f"has latent factor {plate.latent_factor}; model {card.name!r} has "
+                f"{card.facts.latent_factor}",
+            )
+        card.check_size(_extent(plate), field="plate")
+        return plate
+
+    async def _read_parent(
+        self, request: generator_service_pb2.GenerateRequest, plate: Plate
+    ) -> NDArray[np.uint8] | None:
+        """The pixels of a redo's parent, None where this is no redo."""
+        if not request.HasField("parent"):
+            return None
+        ref = wire.parse_blob(request.parent, "parent")
+        data = await self._read(ref, "parent", MAX_PARENT_BYTES)
+        return await asyncio.to_thread(_decode_parent, data, _extent(plate))
+
+    async def _read(self, ref: BlobRef, field: str, limit_bytes: int) -> bytes:
+        try:
+            return await self._blobs.get(ref.key, limit_bytes=limit_bytes)
+        except BlobMissing as error:
+            raise MissingBlobs({field: ref.sha256}) from error
+        except BlobTooLarge as error:
+            raise InvalidRequest.of(field, str(error)) from error
+
+    async def _store(
+        self, event: ImageMade, card: ModelCard, parent_HWC: NDArray[np.uint8] | None
+    ) -> collage_service_pb2.GeneratedImage:
+        ref = await put_blob(self._blobs, event.png, media_type="image/png")
+        image = collage_service_pb2.GeneratedImage(
+            index=event.index,
+            seed=event.seed,
+            blob=wire.render_blob(ref),
+            model_digest=card.digest,
+        )
+        if parent_HWC is not None:
+            image.changed_pixels = int((event.pixels_HWC != parent_HWC).any(axis=2).sum())
+        return image
+
+
+def _check(request: generator_service_pb2.GenerateRequest) -> None:
+    """Refuses what the messages themselves show to be wrong."""
+    check = wire.Checker()
+    for name in ("prompt", "negative_prompt"):
+        check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
+    if not 1 <= len(request.layers) <= wire.MAX_LAYERS:
+        check.refuse(
+            "layers", f"has {len(request.layers)} layers; allowed: from 1 to {wire.MAX_LAYERS}"
+        )
+    for index, layer in enumerate(request.layers[: wire.MAX_LAYERS]):
+        for dial in ("attract", "repel"):
+            check.number(f"layers[{index}].{dial}", getattr(layer, dial), 0, 1)
+        if not 0 <= layer.text_start <= layer.text_end <= len(request.prompt):
+            check.refuse(
+                f"layers[{index}].text_end",
+                f"spans characters {layer.text_start} to {layer.text_end}; the prompt has "
+                f"{len(request.prompt)}",
+            )
+    check.done()
+    for index, layer in enumerate(request.layers):
+        if layer.HasField("word"):
+            raise NotSupported(
+                f"layers[{index}].word: this generator does not take learned words yet; leave the "
+                "layer's appearance unset",
+                reason="WORDS_NOT_SUPPORTED",
+                metadata={"field": f"layers[{index}].word"},
+            )
+
+
+def _digest(
+    request: generator_service_pb2.GenerateRequest, sampling: Sampling, card: ModelCard
+) -> str:
+    """Names all that the pictures depend on: the request and the model, not its name here, nor who watches."""
+    inputs = generator_service_pb2.GenerateRequest()
+    inputs.CopyFrom(request)
+    inputs.sampling.CopyFrom(wire.render_sampling(sampling))
+    inputs.sampling.ClearField("model")
+    inputs.sampling.ClearField("preview_every")
+    message = inputs.SerializeToString(deterministic=True)
+    return hashlib.sha256(f"{VERSION} {card.digest} ".encode() + message).hexdigest()
+
+
+def _controls(
+    request: generator_service_pb2.GenerateRequest, plate: Plate
+) -> tuple[LayerControl, ...]:
+    if len(request.layers) != len(plate.visible_Lhw):
+        raise InvalidRequest.of(
+            "layers", f"has {len(request.layers)} layers; the plate has {len(plate.visible_Lhw)}"
+        )
+    return tuple(
+        LayerControl(
+            text_start=layer.text_start,
+            text_end=layer.text_end,
+            attract=layer.attract,
+            repel=layer.repel,
+            seed=layer.seed if layer.HasField("seed") else None,
+        )
+        for layer in request.layers
+    )
+
+
+def _extent(plate: Plate) -> Extent:
+    height, width = plate.release_HW.shape
+    return Extent(width=width, height=height)
+
+
+def _decode_parent(data: bytes, canvas: Extent) -> NDArray[np.uint8]:
+    """Pixels of a parent the compositor has accepted, which is the one that looks closely."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as picture:
+            # Before a pixel is decoded; the sides may be swapped by the camera's orientation mark.
+            if sorted(picture.size) == sorted((canvas.width, canvas.height)):
+                pixels_HWC = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+                if pixels_HWC.shape[:2] == (canvas.height, canvas.width):
+                    return pixels_HWC
+            width, height = picture.size
+    except Exception as error:  # a decoder on foreign bytes: Pillow documents no closed set
+        raise InvalidRequest.of("parent", "is no picture that can be decoded") from error
+    raise InvalidRequest.of(
+        "parent",
+        f"is {width} x {height} pixels; required: the plate's {canvas.width} x {canvas.height}",
+    )
+
+
+def _render_model(card: ModelCard) -> collage_service_pb2.Model:
+    return collage_service_pb2.Model(
+        name=card.name,
+        digest=card.digest,
+        family=card.family,
+        size_multiple=card.facts.size_multiple,
+        min_side=card.min_side,
+        max_side=card.max_side,
+        native_side=max(card.facts.native.width, card.facts.native.height),
+        prompt_tokens_limit=card.tokens_limit,
+        samplers=list(SAMPLERS),
+        defaults=wire.render_sampling(card.defaults()),
+        max_layers=wire.MAX_LAYERS,
+        latent_factor=card.facts.latent_factor,
+    )
+
+
+def _render_progress(
+    event: QueuedAt | StepDone | PreviewMade,
+) -> generator_service_pb2.GenerateResponse:
+    match event:
+        case QueuedAt():
+            return generator_service_pb2.GenerateResponse(
+                queued=collage_service_pb2.Queued(position=event.place)
+            )
+        case StepDone():
+            return generator_service_pb2.GenerateResponse(
+                step=collage_service_pb2.Step(step=event.step, total=event.total)
+            )
+        case PreviewMade():
+            return generator_service_pb2.GenerateResponse(
+                preview=collage_service_pb2.Preview(
+                    index=event.index, step=event.step, png=event.png
+                )
+            )

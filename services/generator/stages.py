@@ -1,0 +1,121 @@
+"""The generator's four stages, and their implementation in this process.
+
+Main types: `Stages`, the seam, and `TorchStages`. Every stage is batch-first and stateless, and only tensors cross:
+float32 whatever dtype the networks compute in, on the stages' device, except token ids and pictures, which are on the
+CPU. A row's result depends on its neighbours in a batch by float rounding only.
+Suffixes: B rows, T text positions, D text width, C latent channels, h, w latent cells, H, W pixels.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from services.generator.attention import ControlSlot, StepControl, install
+from services.generator.models import LoadedModel, ModelFacts, UnsupportedModel
+
+
+class Stages(Protocol):
+    """What the generator asks of a model."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The model's facts."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and texts live."""
+
+    def encode_text(self, ids_BT: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Token ids, begin to padding, to hidden states [B, T, D]."""
+
+    def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:
+        """Pictures, uint8 sRGB, to latents [B, C, h, w]: the mode of the posterior, scaled as the U-Net wants it."""
+
+    def predict(
+        self,
+        x_BChw: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BTD: torch.Tensor,
+        control: StepControl | None,
+    ) -> torch.Tensor:
+        """The U-Net's prediction [B, C, h, w] (noise, or v) for scaled model inputs; `control` rules the last rows."""
+
+    def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
+        """Latents to pictures [B, H, W, 3], uint8 sRGB, rounded as diffusers' VaeImageProcessor rounds."""
+
+
+class TorchStages:
+    """The stages on a model in this process. One thread at a time."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        """Takes the model over: its U-Net's cross-attentions get the controlled processor.
+
+        Raises:
+            UnsupportedModel: a U-Net whose cross-attention cannot be controlled.
+        """
+        self._model = model
+        self._slot = ControlSlot()
+        try:
+            install(model.unet, self._slot)
+        except ValueError as error:
+            raise UnsupportedModel(str(error)) from error
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The model's facts."""
+        return self._model.facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and texts live."""
+        return self._model.device
+
+    @torch.inference_mode()
+    def encode_text(self, ids_BT: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Stages`."""
+        # One by one: texts are short, and so a text's states never depend on what it came with.
+        ids = [torch.tensor([ids_T], device=self._model.device) for ids_T in ids_BT]
+        return torch.cat([self._model.text_encoder(ids_1T)[0] for ids_1T in ids]).float()
+
+    @torch.inference_mode()
+    def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:
+        """See `Stages`."""
+        # Contiguous: the order in memory decides which convolution runs, and with it the last bits of what follows.
+        rgb_BCHW = rgb_BHWC.permute(0, 3, 1, 2).contiguous().to(self._model.device).float() / 255
+        posterior = self._model.vae.encode((2 * rgb_BCHW - 1).to(self._model.dtype)).latent_dist
+        z_BChw: torch.Tensor = posterior.mode() * self._model.vae.config.scaling_factor
+        return z_BChw.float().contiguous()
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        x_BChw: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BTD: torch.Tensor,
+        control: StepControl | None,
+    ) -> torch.Tensor:
+        """See `Stages`."""
+        dtype = self._model.dtype
+        self._slot.control = control
+        try:
+            noise_BChw: torch.Tensor = self._model.unet(
+                x_BChw.to(dtype),
+                timestep_B,
+                encoder_hidden_states=text_BTD.to(dtype),
+                return_dict=False,
+            )[0]
+        finally:
+            self._slot.control = None
+        return noise_BChw.float()
+
+    @torch.inference_mode()
+    def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
+        """See `Stages`."""
+        vae = self._model.vae
+        x_BCHW = vae.decode(
+            (z_BChw / vae.config.scaling_factor).to(self._model.dtype), return_dict=False
+        )[0]
+        unit_BHWC = (x_BCHW * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1)
+        rgb_BHWC: torch.Tensor = (unit_BHWC * 255).round().to(torch.uint8)
+        return rgb_BHWC.contiguous().cpu()

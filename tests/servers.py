@@ -1,0 +1,80 @@
+"""Real NATS and S3 servers for tests, on free ports, over data folders that outlive a crash."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.processes import (
+    Process,
+    free_port,
+    nats_command,
+    probe_nats,
+    seaweed_command,
+)
+from services.common.s3 import S3BlobStore
+
+ACCESS_KEY = "collage"
+SECRET_KEY = "collage-secret"
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server. `crash` is a `kill -9`, `restart` starts it on the same data and ports."""
+
+    url: str
+    process: Process
+
+    def crash(self) -> None:
+        self.process.kill()
+
+    async def restart(self) -> None:
+        await self.process.start(self.probe)
+
+    async def probe(self) -> None:
+        raise NotImplementedError
+
+
+class NatsServer(Server):
+    async def probe(self) -> None:
+        await probe_nats(self.url)
+
+
+class SeaweedServer(Server):
+    async def probe(self) -> None:
+        store = await S3BlobStore.open(
+            self.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY, bucket="probe", retry_s=0
+        )
+        try:
+            await store.ready()
+        finally:
+            await store.close()
+
+
+@contextlib.asynccontextmanager
+async def nats_server(data: Path) -> AsyncIterator[Server]:
+    port = free_port()
+    process = Process("nats", nats_command(data, port=port), log=data / "nats.log")
+    server = NatsServer(f"nats://127.0.0.1:{port}", process)
+    try:
+        await server.restart()
+        yield server
+    finally:
+        await process.terminate(grace_s=3)
+
+
+@contextlib.asynccontextmanager
+async def seaweed(data: Path) -> AsyncIterator[Server]:
+    port, *others = (free_port() for _ in range(12))
+    command = seaweed_command(
+        data, port=port, access_key=ACCESS_KEY, secret_key=SECRET_KEY, other_ports=others
+    )
+    process = Process("seaweedfs", command, log=data / "weed.log")
+    server = SeaweedServer(f"http://127.0.0.1:{port}", process)
+    try:
+        await server.restart()
+        yield server
+    finally:
+        await process.terminate(grace_s=3)

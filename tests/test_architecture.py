@@ -1,0 +1,41 @@
+"""Rules of the tree that import-linter cannot see: what starts without torch, and that no machine is named."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("gateway.__main__", ("torch", "diffusers", "transformers", "PIL")),
+        ("services.compositor.__main__", ("torch", "diffusers", "transformers")),
+        ("services.inversion.__main__", ("diffusers", "PIL")),
+        ("collage_client", ("torch", "numpy", "PIL", "gateway", "services", "local")),
+    ],
+)
+def test_it_starts_without_what_its_image_does_not_hold(module, absent):
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {module}"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
+
+
+def test_no_file_names_a_machine_path_or_a_registry():
+    tracked = subprocess.run(
+        ["git", "ls-files"], check=True, cwd=ROOT, capture_output=True, text=True, timeout=60
+    ).stdout.split()
+    # Written in two halves, so that this file does not find itself.
+    named = re.compile("/" + "(?:root|work|home)/|/" + "opt/pypi|find-" + "links")
+    suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".proto", ".json", ""}
+    found = [
+        path
+        for path in tracked
+        if Path(path).suffix in suffixes
+        and (ROOT / path).is_file()
+        and named.search((ROOT / path).read_text(errors="replace"))
+    ]
+    assert found == []

@@ -1,0 +1,435 @@
+"""One suite for both blob stores: a folder and a real S3 server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import multiprocessing
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.blobs import (
+    MAX_KEY_LENGTH,
+    BlobCorrupt,
+    BlobMissing,
+    BlobRef,
+    BlobStore,
+    BlobStoreUnavailable,
+    BlobTooLarge,
+    FolderBlobStore,
+    check_key,
+    put_blob,
+)
+from services.common.processes import free_port
+from services.common.s3 import S3BlobStore
+from tests.servers import ACCESS_KEY, SECRET_KEY, Server, seaweed
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PNG = "image/png"
+BYTES = "application/octet-stream"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    async with seaweed(tmp_path_factory.mktemp("weed")) as running:
+        yield running
+
+
+async def open_s3(server: Server, bucket: str = "collage-test", **limits: float) -> S3BlobStore:
+    return await S3BlobStore.open(
+        server.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY, bucket=bucket, **limits
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["folder", "s3"])
+async def opener(
+    request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Awaitable[BlobStore]]:
+    """Opens one store over and over, as several processes would."""
+    if request.param == "s3":
+        return lambda: open_s3(server)
+    root = tmp_path_factory.mktemp("blobs")
+
+    async def open_folder() -> BlobStore:
+        return FolderBlobStore(root)
+
+    return open_folder
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def store(opener: Callable[[], Awaitable[BlobStore]]) -> AsyncIterator[BlobStore]:
+    opened = await opener()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def folder() -> str:
+    """A part of the store that no other test uses."""
+    return f"test/{uuid.uuid4().hex}"
+
+
+async def read_all(store: BlobStore, key: str) -> bytes:
+    return b"".join([chunk async for chunk in store.read(key)])
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 11 << 20])
+async def test_bytes_come_back(store: BlobStore, folder: str, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    key = f"{folder}/data.bin"
+    await store.put(key, data, media_type=PNG)
+    assert await store.get(key, limit_bytes=size) == data
+    assert await read_all(store, key) == data
+    stat = await store.stat(key)
+    assert stat is not None
+    assert (stat.size_bytes, stat.media_type) == (size, PNG)
+    if size:
+        with pytest.raises(BlobTooLarge) as refused:
+            await store.get(key, limit_bytes=size - 1)
+        assert refused.value.size_bytes == size
+
+
+async def test_put_replaces_bytes_and_media_type(store: BlobStore, folder: str) -> None:
+    key = f"{folder}/a"
+    await store.put(key, b"one", media_type=PNG)
+    before = await store.stat(key)
+    await store.put(key, b"three", media_type=BYTES)
+    after = await store.stat(key)
+    assert before is not None
+    assert after is not None
+    assert (after.media_type, after.size_bytes) == (BYTES, 5)
+    assert after.etag != before.etag
+    assert await store.get(key, limit_bytes=10) == b"three"
+
+
+async def test_what_is_not_there_is_missing(store: BlobStore, folder: str) -> None:
+    key = f"{folder}/nothing"
+    assert await store.stat(key) is None
+    with pytest.raises(BlobMissing):
+        await store.get(key, limit_bytes=1)
+    with pytest.raises(BlobMissing):
+        await read_all(store, key)
+    await store.delete(key)
+    assert await store.list(f"{folder}/") == ()
+
+
+async def test_delete_removes(store: BlobStore, folder: str) -> None:
+    await store.put(f"{folder}/a", b"a", media_type=PNG)
+    await store.put(f"{folder}/b", b"b", media_type=PNG)
+    await store.delete(f"{folder}/a")
+    assert await store.stat(f"{folder}/a") is None
+    assert await store.list(f"{folder}/") == (f"{folder}/b",)
+    assert await store.create(f"{folder}/a", b"again", media_type=PNG)
+
+
+BAD_KEYS = [
+    *("", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/..", "a/../b", "a/./b", ".a", "a/.b"),
+    *("a\0b", "a\\b", "a b", "a\n", "ä", "a/-b", "C:", "a@", "%2e%2e/a", "a?b", "a*", "~"),
+    *("x" * 201, "/".join(["x" * 100] * 6)),
+]
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+async def test_unsafe_keys_are_refused_everywhere(store: BlobStore, key: str) -> None:
+    with pytest.raises(ValueError, match="key is"):
+        await store.put(key, b"", media_type=PNG)
+    with pytest.raises(ValueError, match="key is"):
+        await store.create(key, b"", media_type=PNG)
+    with pytest.raises(ValueError, match="key is"):
+        await store.replace(key, b"", etag="e", media_type=PNG)
+    with pytest.raises(ValueError, match="key is"):
+        await store.get(key, limit_bytes=1)
+    with pytest.raises(ValueError, match="key is"):
+        await read_all(store, key)
+    with pytest.raises(ValueError, match="key is"):
+        await store.stat(key)
+    with pytest.raises(ValueError, match="key is"):
+        await store.delete(key)
+    with pytest.raises(ValueError, match="key is"):
+        await store.presign(key, expires_s=60)
+
+
+@pytest.mark.parametrize("prefix", ["/", "../", "a/../", "\0", "."])
+async def test_unsafe_prefixes_are_refused(store: BlobStore, prefix: str) -> None:
+    with pytest.raises(ValueError, match="key is"):
+        await store.list(prefix)
+
+
+@given(st.text(max_size=30) | st.text(alphabet="ab./\0-_", max_size=MAX_KEY_LENGTH + 5))
+async def test_an_accepted_key_stays_below_its_folder(key: str) -> None:
+    try:
+        check_key(key)
+    except ValueError:
+        return
+    assert ".." not in Path(key).parts
+    assert Path("/store", key).relative_to("/store").as_posix() == key
+
+
+async def test_bad_media_types_are_refused(store: BlobStore, folder: str) -> None:
+    for media_type in ("", "png", "a/b\r\nX: y", "image/", "/png", "é/b"):
+        with pytest.raises(ValueError, match="media_type"):
+            await store.put(f"{folder}/a", b"", media_type=media_type)
+        with pytest.raises(ValueError, match="media_type"):
+            await store.create(f"{folder}/a", b"", media_type=media_type)
+
+
+async def test_one_of_many_racing_creators_wins(
+    store: BlobStore, opener: Callable[[], Awaitable[BlobStore]], folder: str
+) -> None:
+    other = await opener()
+    for attempt in range(2):
+        key = f"{folder}/{attempt}"
+        won = await asyncio.gather(
+            *(
+                each.create(key, b"%d" % i, media_type=PNG)
+                for i, each in enumerate([store, other] * 6)
+            )
+        )
+        assert won.count(True) == 1
+        assert await store.get(key, limit_bytes=9) == b"%d" % won.index(True)
+        assert not await other.create(key, b"late", media_type=PNG)
+    await other.close()
+
+
+def create_in_folder(root: Path, name: str, count: int) -> int:
+    async def create_all() -> int:
+        store = FolderBlobStore(root)
+        wins = [
+            await store.create(f"race/{i}", name.encode() * 1000, media_type=PNG)
+            for i in range(count)
+        ]
+        return wins.count(True)
+
+    return asyncio.run(create_all())
+
+
+async def test_folder_creators_in_several_processes_race_too(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        work = [(tmp_path, name, 60) for name in "abc"]
+        wins = await asyncio.to_thread(pool.starmap, create_in_folder, work)
+    assert sum(wins) == 60
+
+
+async def test_replace_needs_the_etag(store: BlobStore, folder: str) -> None:
+    key = f"{folder}/a"
+    assert await store.replace(key, b"new", etag="0" * 32, media_type=PNG) is None
+    assert await store.stat(key) is None
+    await store.put(key, b"one", media_type=PNG)
+    stat = await store.stat(key)
+    assert stat is not None
+    etag = await store.replace(key, b"two", etag=stat.etag, media_type=BYTES)
+    assert etag is not None
+    assert etag != stat.etag
+    assert await store.replace(key, b"three", etag=stat.etag, media_type=PNG) is None
+    assert await store.get(key, limit_bytes=9) == b"two"
+    assert await store.replace(key, b"four", etag=etag, media_type=PNG) is not None
+
+
+async def test_a_counter_kept_by_replace_loses_no_count(
+    store: BlobStore, opener: Callable[[], Awaitable[BlobStore]], folder: str
+) -> None:
+    key = f"{folder}/counter"
+    await store.put(key, b"0", media_type=PNG)
+    other = await opener()
+
+    async def count(via: BlobStore) -> None:
+        for _ in range(5):
+            while True:
+                stat = await via.stat(key)
+                assert stat is not None
+                now = int(await via.get(key, limit_bytes=9))
+                # The bytes may be newer than the etag: then the write fails, as it must.
+                if await via.replace(key, b"%d" % (now + 1), etag=stat.etag, media_type=PNG):
+                    break
+
+    await asyncio.gather(*(count(each) for each in [store, other] * 2))
+    assert await store.get(key, limit_bytes=9) == b"20"
+    await other.close()
+
+
+async def test_listing_pages_without_loss(store: BlobStore, folder: str) -> None:
+    names = ["a-b", "a.b", "a/b", "a/c/d", "a0", "b", "ab/c", "B", "_x"]
+    keys = {f"{folder}/{name}" for name in names}
+    for key in keys:
+        await store.put(key, b"x", media_type=PNG)
+    listed = await store.list(f"{folder}/")
+    assert len(listed) == len(keys)
+    assert set(listed) == keys
+    assert await store.list(f"{folder}/a/") == (f"{folder}/a/b", f"{folder}/a/c/d")
+    for limit in (1, 2, 3, 4):
+        paged: list[str] = []
+        while page := await store.list(f"{folder}/", after=paged[-1] if paged else "", limit=limit):
+            assert len(page) <= limit
+            paged += page
+        assert tuple(paged) == listed
+    assert set(await store.list(f"{folder}/a")) == {
+        key for key in keys if key.startswith(f"{folder}/a")
+    }
+    assert keys <= set(await store.list("", limit=100_000))
+
+
+async def test_content_addressed_bytes_are_sent_once(store: BlobStore) -> None:
+    data = uuid.uuid4().bytes
+    ref = await put_blob(store, data, media_type=PNG)
+    assert ref == BlobRef(sha256=hashlib.sha256(data).hexdigest(), size_bytes=16, media_type=PNG)
+    assert ref.key == f"blobs/{ref.sha256}"
+    before = await store.stat(ref.key)
+    # Sending again would store the other media type.
+    await put_blob(store, data, media_type=BYTES)
+    assert await store.stat(ref.key) == before
+    assert await store.get(ref.key, limit_bytes=16) == data
+
+
+async def test_damaged_content_is_noticed(store: BlobStore) -> None:
+    key = f"blobs/{hashlib.sha256(uuid.uuid4().bytes).hexdigest()}"
+    await store.put(key, b"something else", media_type=PNG)
+    with pytest.raises(BlobCorrupt):
+        await store.get(key, limit_bytes=100)
+    with pytest.raises(BlobCorrupt):
+        await read_all(store, key)
+    await store.delete(key)
+
+
+async def test_a_damaged_file_is_noticed_under_any_key(tmp_path: Path) -> None:
+    store = FolderBlobStore(tmp_path)
+    await store.put("words/a", b"x" * 100, media_type=PNG)
+    (path,) = (path for path in (tmp_path / "objects").rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes()[:-1] + b"y")
+    with pytest.raises(BlobCorrupt):
+        await store.get("words/a", limit_bytes=100)
+    with pytest.raises(BlobCorrupt):
+        await read_all(store, "words/a")
+    path.write_bytes(b"not even a head")
+    with pytest.raises(BlobCorrupt):
+        await store.stat("words/a")
+    await store.close()
+
+
+async def test_a_blob_ref_is_valid_or_is_not() -> None:
+    BlobRef(sha256="0" * 64, size_bytes=0, media_type=PNG)
+    for wrong in (
+        {"sha256": "A" * 64},
+        {"sha256": "0" * 63},
+        {"sha256": "0" * 64 + "\n"},
+        {"size_bytes": -1},
+        {"media_type": "x"},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            BlobRef(**({"sha256": "0" * 64, "size_bytes": 0, "media_type": PNG} | wrong))
+
+
+async def test_presigned_addresses_read_and_expire(store: BlobStore, folder: str) -> None:
+    key = f"{folder}/a.png"
+    await store.put(key, b"picture", media_type=PNG)
+    address = await store.presign(key, expires_s=1)
+    if isinstance(store, FolderBlobStore):
+        assert address is None
+        return
+
+    def fetch() -> bytes:
+        with urllib.request.urlopen(address) as response:
+            return response.read()
+
+    assert await asyncio.to_thread(fetch) == b"picture"
+    await asyncio.sleep(2.1)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        await asyncio.to_thread(fetch)
+    assert refused.value.code == 403
+
+
+async def test_ready_does_a_round_trip(store: BlobStore) -> None:
+    await store.ready()
+    assert await store.list("ready/") == ()
+
+
+async def test_a_folder_that_cannot_be_written_may_be_tried_again(tmp_path: Path) -> None:
+    store = FolderBlobStore(tmp_path)
+    (tmp_path / "unfinished").rmdir()
+    with pytest.raises(BlobStoreUnavailable) as failed:
+        await store.put("a", b"", media_type=PNG)
+    assert failed.value.retryable
+    with pytest.raises(BlobStoreUnavailable):
+        await store.ready()
+    await store.close()
+
+
+async def test_leftovers_of_dead_writers_are_swept(tmp_path: Path) -> None:
+    await FolderBlobStore(tmp_path).close()
+    old, fresh = tmp_path / "unfinished" / "old", tmp_path / "unfinished" / "fresh"
+    for path in (old, fresh):
+        path.write_bytes(b"")
+    os.utime(old, (time.time() - 7200,) * 2)
+    await FolderBlobStore(tmp_path).close()
+    assert not old.exists()
+    assert fresh.exists()
+
+
+async def test_s3_server_killed_in_mid_traffic_loses_nothing(server: Server) -> None:
+    stores = [await open_s3(server, "crash") for _ in range(2)]
+    chance = random.Random(2)
+    stored: dict[str, bytes] = {}
+    created: dict[str, int] = {}
+    stopping = asyncio.Event()
+
+    async def put(store: BlobStore, name: str) -> None:
+        for i in range(10_000):
+            if stopping.is_set():
+                return
+            data = chance.randbytes(chance.choice([*([100, 50_000] * 10), 6 << 20]))
+            await store.put(f"{name}/{i}", data, media_type=BYTES)
+            stored[f"{name}/{i}"] = data
+            assert await store.get(f"{name}/{i}", limit_bytes=len(data)) == data
+
+    async def create(store: BlobStore) -> None:
+        for i in range(10_000):
+            if stopping.is_set():
+                return
+            won = await store.create(f"created/{i}", b"%d" % id(store), media_type=BYTES)
+            created[f"created/{i}"] = created.get(f"created/{i}", 0) + won
+            assert await store.stat(f"created/{i}") is not None
+
+    tasks = [
+        *(asyncio.create_task(put(store, f"put{n}")) for n, store in enumerate(stores * 2)),
+        *(asyncio.create_task(create(store)) for store in stores),
+    ]
+    await asyncio.sleep(0.7)
+    server.crash()
+    await asyncio.sleep(0.3)
+    await server.restart()
+    await asyncio.sleep(0.5)
+    stopping.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 45)
+    assert len(stored) > 4
+    assert created
+    for key, data in stored.items():
+        assert await stores[0].get(key, limit_bytes=len(data)) == data
+    # An answer lost in the crash must make no winner a loser, and no two winners.
+    assert set(created.values()) == {1}
+    for store in stores:
+        await store.close()
+
+
+async def test_s3_that_does_not_answer_is_said_within_the_budget() -> None:
+    began = time.monotonic()
+    with pytest.raises(BlobStoreUnavailable) as failed:
+        await S3BlobStore.open(
+            f"http://127.0.0.1:{free_port()}",
+            access_key=ACCESS_KEY,
+            secret_key=SECRET_KEY,
+            bucket="absent",
+            retry_s=0.5,
+        )
+    assert failed.value.retryable
+    assert time.monotonic() - began < 5

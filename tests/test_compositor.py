@@ -1,0 +1,251 @@
+import asyncio
+import hashlib
+from io import BytesIO
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
+from services.common.blobs import FolderBlobStore, put_blob
+from services.common.errors import InvalidRequest, MissingBlobs, Overloaded, from_rpc
+from services.common.plate import Plate
+from services.common.rpc import connect
+from services.common.wire import render_blob
+from services.compositor import service
+from services.compositor.__main__ import Settings, build
+from services.compositor.pictures import encode_png
+
+RNG = np.random.default_rng(3)
+
+
+def rgba(height, width, alpha=255):
+    pixels = RNG.integers(0, 256, (height, width, 4), dtype=np.uint8)
+    pixels[..., 3] = alpha
+    return pixels
+
+
+class Compositor:
+    """A running compositor and the blob store it works on."""
+
+    def __init__(self, stub, blobs):
+        self.stub = stub
+        self.blobs = blobs
+
+    async def put(self, data):
+        return render_blob(await put_blob(self.blobs, data, media_type="image/png"))
+
+    async def request(self, *pictures, width=64, height=32):
+        """A request whose layers a, b, ... hold these pictures (arrays, or encoded)."""
+        request = compositor_service_pb2.ComposeRequest(latent_factor=8)
+        request.collage.size.width = width
+        request.collage.size.height = height
+        for name, picture in zip("abcdefgh", pictures, strict=False):
+            layer = request.collage.layers.add(name=name, text=f"a {name}")
+            data = picture if isinstance(picture, bytes) else encode_png(picture)
+            layer.image.blob.CopyFrom(await self.put(data))
+        return request
+
+    async def compose(self, request):
+        return await self.stub.Compose(request, timeout=20)
+
+    async def refused(self, request):
+        with pytest.raises(grpc.RpcError) as caught:
+            await self.compose(request)
+        return from_rpc(caught.value)
+
+    async def get(self, ref):
+        return await self.blobs.get(f"blobs/{ref.sha256}", limit_bytes=2**26)
+
+
+@pytest.fixture
+async def compositor(tmp_path):
+    server = await build(Settings(address="127.0.0.1:0", blobs=f"folder:{tmp_path}"))
+    await server.start()
+    blobs = FolderBlobStore(tmp_path)
+    async with connect(server.address) as channel:
+        yield Compositor(compositor_service_pb2_grpc.CompositorServiceStub(channel), blobs)
+    await blobs.close()
+    await server.stop(drain_s=0)
+
+
+async def test_a_composition_is_stored_and_reported(compositor):
+    back, front = rgba(32, 64), rgba(16, 16, alpha=128)
+    request = await compositor.request(back, front)
+    request.collage.layers[1].transform.x = 20
+    request.collage.layers[1].noise = 0.25
+    answer = await compositor.compose(request)
+    plate = Plate.from_bytes(await compositor.get(answer.plate))
+    assert plate.composite_HWC.shape == (32, 64, 3)
+    assert plate.visible_Lhw.shape == (2, 4, 8)
+    assert plate.latent_factor == 8
+    assert np.array_equal(plate.composite_HWC[:, 30:], back[:, 30:, :3])
+    composite = Image.open(BytesIO(await compositor.get(answer.composite)))
+    assert np.array_equal(np.asarray(composite), plate.composite_HWC)
+    masks = [Image.open(BytesIO(await compositor.get(layer.mask))) for layer in answer.layers]
+    assert [(mask.mode, mask.size) for mask in masks] == [("L", (64, 32))] * 2
+    expected = np.zeros((32, 64), np.uint8)
+    expected[8:24, 12:28] = 128
+    assert np.array_equal(np.asarray(masks[1]), expected)
+    assert np.array_equal(np.asarray(masks[0]), 255 - expected)
+    below, above = answer.layers
+    assert (below.name, above.name) == ("a", "b")
+    assert above.noise == 0.25
+    assert below.noise == pytest.approx(0.7)
+    assert (above.transform.x, above.transform.y, above.transform.scale) == (20, 16, 1)
+    assert above.opacity == 1
+    assert above.unoccluded_fraction == pytest.approx(1)
+    assert not answer.warnings
+
+
+async def test_the_same_request_is_found_again(compositor):
+    request = await compositor.request(rgba(16, 16, alpha=77), rgba(9, 9))
+    first = await compositor.compose(request)
+    files = {path: path.stat().st_mtime_ns for path in compositor.blobs._objects.rglob("*@")}
+    # Words do not change a composition.
+    request.collage.prompt = "something else"
+    request.collage.layers[0].text = "another"
+    assert await compositor.compose(request) == first
+    assert {
+        path: path.stat().st_mtime_ns for path in compositor.blobs._objects.rglob("*@")
+    } == files
+    request.collage.layers[0].noise = 0
+    assert (await compositor.compose(request)).plate != first.plate
+
+
+async def test_an_answer_whose_files_are_gone_is_made_again(compositor):
+    request = await compositor.request(rgba(16, 16))
+    first = await compositor.compose(request)
+    await compositor.blobs.delete(f"blobs/{first.plate.sha256}")
+    assert await compositor.compose(request) == first
+    assert Plate.from_bytes(await compositor.get(first.plate)).release_HW.all()
+
+
+async def test_equal_requests_at_once_agree(compositor):
+    requests = [await compositor.request(rgba(16, 16), rgba(9, 9, alpha=3)) for _ in range(3)] * 3
+    answers = await asyncio.gather(*(compositor.compose(request) for request in requests))
+    assert answers[:3] == answers[3:6] == answers[6:]
+
+
+async def test_every_unusable_picture_is_named(compositor):
+    rgb = encode_png(rgba(8, 8)[..., :3])
+    request = await compositor.request(rgb, rgba(8, 8), b"no picture", encode_png(rgba(8, 8))[:70])
+    error = await compositor.refused(request)
+    assert isinstance(error, InvalidRequest)
+    assert [violation.field for violation in error.violations] == [
+        "collage.layers[0].image",
+        "collage.layers[2].image",
+        "collage.layers[3].image",
+    ]
+    assert "mode RGB" in error.violations[0].description
+    assert "RGBA" in error.violations[0].description
+
+
+async def test_every_missing_blob_is_named(compositor):
+    request = await compositor.request(rgba(8, 8), rgba(8, 8))
+    digests = [hashlib.sha256(bytes([index])).hexdigest() for index in range(2)]
+    request.collage.layers[1].image.blob.sha256 = digests[0]
+    request.collage.background.image.blob.sha256 = digests[1]
+    error = await compositor.refused(request)
+    assert isinstance(error, MissingBlobs)
+    assert error.missing == {
+        "collage.layers[1].image": digests[0],
+        "collage.background.image": digests[1],
+    }
+
+
+async def test_a_canvas_between_cells_is_refused_with_its_neighbours(compositor):
+    request = await compositor.request(rgba(8, 8), width=68, height=2047)
+    error = await compositor.refused(request)
+    assert {violation.field: violation.description for violation in error.violations} == {
+        "collage.size.width": "is 68; allowed: multiples of 8, the nearest: 64 and 72",
+        "collage.size.height": "is 2047; allowed: multiples of 8, the nearest: 2040 and 2048",
+    }
+
+
+@pytest.mark.parametrize("factor", [0, -8, 65])
+async def test_a_latent_factor_out_of_range_is_refused(compositor, factor):
+    request = await compositor.request(rgba(8, 8))
+    request.latent_factor = factor
+    error = await compositor.refused(request)
+    assert [violation.field for violation in error.violations] == ["latent_factor"]
+
+
+async def test_a_background_picture_is_stretched(compositor):
+    request = await compositor.request(rgba(8, 8, alpha=0))
+    background = np.full((4, 4, 3), (10, 200, 30), np.uint8)
+    request.collage.background.image.blob.CopyFrom(await compositor.put(encode_png(background)))
+    answer = await compositor.compose(request)
+    plate = Plate.from_bytes(await compositor.get(answer.plate))
+    assert (plate.composite_HWC == (10, 200, 30)).all()
+    assert answer.warnings[0] == collage_pb2.Warning(
+        reason="LAYER_HIDDEN",
+        field="collage.layers[0].image",
+        message="layer a takes no part: its picture is wholly transparent",
+    )
+    request.collage.background.image.blob.CopyFrom(
+        await compositor.put(encode_png(rgba(4, 4, alpha=9)))
+    )
+    error = await compositor.refused(request)
+    assert error.violations[0].field == "collage.background.image"
+
+
+async def test_a_redo_starts_from_its_parent(compositor):
+    request = await compositor.request(rgba(16, 32), rgba(8, 8))
+    parent = RNG.integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    request.redo.parent.CopyFrom(await compositor.put(encode_png(parent)))
+    request.redo.layers.append("b")
+    request.redo.feather = 1
+    answer = await compositor.compose(request)
+    plate = Plate.from_bytes(await compositor.get(answer.plate))
+    assert np.array_equal(plate.composite_HWC, parent)
+    assert plate.release_HW[12:20, 28:36].all()
+    assert np.count_nonzero(plate.release_HW) == 64
+    assert [layer.noise for layer in answer.layers] == pytest.approx([0, 0.4])
+    request.redo.restore_cutout = True
+    assert (await compositor.compose(request)).composite != answer.composite
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda redo: redo.layers.append("z"), "redo.layers[1]"),
+        (lambda redo: redo.ClearField("layers"), "redo.layers"),
+        (lambda redo: setattr(redo, "feather", float("nan")), "redo.feather"),
+        (lambda redo: setattr(redo.parent, "sha256", "x"), "redo.parent.sha256"),
+        (None, "redo.parent"),
+    ],
+)
+async def test_a_wrong_redo_is_refused(compositor, change, field):
+    request = await compositor.request(rgba(8, 8))
+    side = 32 if change else 40
+    parent = await compositor.put(encode_png(np.zeros((side, 64, 3), np.uint8)))
+    request.redo.parent.CopyFrom(parent)
+    request.redo.layers.append("a")
+    if change:
+        change(request.redo)
+    error = await compositor.refused(request)
+    assert [violation.field for violation in error.violations] == [field]
+
+
+async def test_a_full_queue_is_told_with_a_delay(compositor, monkeypatch):
+    request = await compositor.request(rgba(8, 8))
+    monkeypatch.setattr(service, "MAX_WAITING", -service.MAX_RUNNING)
+    error = await compositor.refused(request)
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields"),
+    [
+        ("MAX_ENCODED_BYTES", ["collage.layers[0].image", "collage.layers[1].image"]),
+        ("MAX_COLLAGE_BYTES", ["collage"]),
+    ],
+)
+async def test_pictures_that_are_too_large_are_not_fetched(compositor, monkeypatch, limit, fields):
+    request = await compositor.request(rgba(8, 8), rgba(8, 8))
+    monkeypatch.setattr(service, limit, 100)
+    error = await compositor.refused(request)
+    assert [violation.field for violation in error.violations] == fields

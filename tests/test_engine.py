@@ -1,0 +1,340 @@
+"""The engine on toy models with real torch: order of events, cancel, deadline, determinism, isolation, drain."""
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from services.common.collage import Extent
+from services.common.errors import DeadlinePassed, Internal, InvalidRequest, Overloaded, Unavailable
+from services.common.telemetry import start_logging
+from services.generator.catalog import Catalog
+from services.generator.engine import Engine
+from services.generator.job import ImageMade, PreviewMade, QueuedAt, StepDone
+from services.generator.models import load
+from services.generator.scheduler import Scheduler
+from services.generator.stages import TorchStages
+from tests import plates, toy
+
+# Long enough that no test waits for its end.
+ENDLESS = 1000
+WAIT_S = 20.0
+
+
+class WatchedStages:
+    """The real stages, with a record of the U-Net's calls and, where asked, one prompt that breaks it.
+
+    A row of the cursed prompt makes the U-Net's call fail, whatever else is in the batch.
+    """
+
+    def __init__(self, inner, *, cursed=None, error=None):
+        self.inner = inner
+        self.facts, self.device = inner.facts, inner.device
+        self.encode_image, self.decode_image = inner.encode_image, inner.decode_image
+        self.rows = []
+        self._error = error or RuntimeError("the device is on fire")
+        self._cursed_TD = None
+        if cursed is not None:
+            self._cursed_TD = inner.encode_text([inner.facts.tokenize(cursed).ids_T])[0]
+
+    def encode_text(self, ids_BT):
+        return self.inner.encode_text(ids_BT)
+
+    def predict(self, x_BChw, timestep_B, text_BTD, control):
+        self.rows.append(len(x_BChw))
+        if self._cursed_TD is not None and any(
+            torch.equal(text_TD, self._cursed_TD) for text_TD in text_BTD
+        ):
+            raise self._error
+        return self.inner.predict(x_BChw, timestep_B, text_BTD, control)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_logs():
+    """JSON lines: structlog's own default draws the tensors of every frame of a traceback."""
+    start_logging("test")
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    folder = toy.mini(tmp_path_factory.mktemp("toy") / "mini")
+    return Catalog.read(f"mini={folder}")
+
+
+@pytest.fixture(scope="module")
+def torch_stages(catalog):
+    return TorchStages(
+        load(catalog.cards[0].folder, dtype=torch.float32, device=torch.device("cpu"))
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(catalog, stages, **limits):
+    """An engine over `stages`, drained at the end."""
+    engine = Engine(catalog, load=lambda _: stages, scheduler=Scheduler(**limits), threads=1)
+    try:
+        yield engine
+    finally:
+        await asyncio.wait_for(engine.drain(), WAIT_S)
+
+
+async def collect(engine, job):
+    return [event async for event in engine.generate(job)]
+
+
+def images(events):
+    return [event for event in events if isinstance(event, ImageMade)]
+
+
+def digests(events):
+    return [hashlib.sha256(event.png).hexdigest() for event in images(events)]
+
+
+async def start(engine, job):
+    """A task that reads the job's events, once its first step is done."""
+    stepped = asyncio.Event()
+    events = []
+
+    async def read():
+        async for event in engine.generate(job):
+            events.append(event)
+            if isinstance(event, StepDone):
+                stepped.set()
+        return events
+
+    task = asyncio.create_task(read())
+    waiting = asyncio.create_task(stepped.wait())
+    await asyncio.wait({task, waiting}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return task
+
+
+async def test_a_job_is_queued_stepped_previewed_and_drawn(catalog, torch_stages):
+    async with running(catalog, torch_stages) as engine:
+        events = await collect(engine, plates.job(images=2, seed=2**64 - 1, preview_every=2))
+    # 0.9 of 4 steps is 3 whole ones.
+    assert [type(event) for event in events if not isinstance(event, QueuedAt)] == [
+        StepDone,
+        StepDone,
+        PreviewMade,
+        PreviewMade,
+        StepDone,
+        ImageMade,
+        ImageMade,
+    ]
+    assert events[1] == QueuedAt(place=0)
+    assert [(event.index, event.seed) for event in images(events)] == [(0, 2**64 - 1), (1, 0)]
+    for event in images(events):
+        picture = Image.open(io.BytesIO(event.png))
+        assert (picture.mode, picture.size, picture.info["srgb"]) == ("RGB", (32, 32), 0)
+        assert np.array_equal(np.asarray(picture), event.pixels_HWC)
+    previews = [event for event in events if isinstance(event, PreviewMade)]
+    assert [(event.index, event.step) for event in previews] == [(0, 2), (1, 2)]
+    assert Image.open(io.BytesIO(previews[0].png)).size == (32, 32)
+
+
+async def test_noise_zero_returns_the_composite_without_the_unet(catalog, torch_stages):
+    stages = WatchedStages(torch_stages)
+    still = plates.plate(strengths=(0.0, 0.0), release=0)
+    async with running(catalog, stages) as engine:
+        events = await collect(engine, plates.job(made_of=still))
+    assert np.array_equal(images(events)[0].pixels_HWC, still.composite_HWC)
+    assert stages.rows == []
+
+
+async def test_cancel_frees_the_device_within_one_step(catalog, torch_stages):
+    stages = WatchedStages(torch_stages)
+    async with running(catalog, stages) as engine:
+        task = await start(engine, plates.job(steps=ENDLESS))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        calls = len(stages.rows)
+        await collect(engine, plates.job(steps=2))
+    # The step under way may end, then only the second job's one step is left.
+    assert len(stages.rows) <= calls + 2
+
+
+async def test_closing_the_stream_cancels(catalog, torch_stages):
+    stages = WatchedStages(torch_stages)
+    async with running(catalog, stages) as engine:
+        async with contextlib.aclosing(engine.generate(plates.job(steps=ENDLESS))) as events:
+            async for event in events:
+                if isinstance(event, StepDone):
+                    break
+        calls = len(stages.rows)
+        await collect(engine, plates.job(steps=2))
+    assert len(stages.rows) <= calls + 2
+
+
+async def test_a_waiting_job_that_is_cancelled_never_reaches_the_device(catalog, torch_stages):
+    stages = WatchedStages(torch_stages, cursed="lemon")
+    async with running(catalog, stages) as engine:
+        running_task = await start(engine, plates.job(steps=40))
+        waiting = asyncio.create_task(collect(engine, plates.job(prompt="lemon")))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await running_task
+    assert len(stages.rows) == 36
+
+
+async def test_the_deadline_ends_a_running_and_a_waiting_job(catalog, torch_stages):
+    stages = WatchedStages(torch_stages)
+    async with running(catalog, stages) as engine:
+        soon = time.monotonic() + 0.3
+        with pytest.raises(DeadlinePassed):
+            await collect(engine, plates.job(steps=ENDLESS, deadline_s=soon))
+        assert time.monotonic() - soon < 0.3
+        calls = len(stages.rows)
+        await collect(engine, plates.job(steps=2))
+        assert len(stages.rows) <= calls + 2
+
+
+async def test_pictures_do_not_depend_on_the_load(catalog, torch_stages):
+    jobs = [plates.job(seed=seed, images=2, sampler=name) for seed, name in _MIXED]
+    async with running(catalog, torch_stages) as engine:
+        alone = [digests(await collect(engine, job)) for job in jobs]
+        together = await asyncio.gather(*(collect(engine, job) for job in jobs))
+    assert [digests(events) for events in together] == alone
+    assert len({digest for pair in alone for digest in pair}) == 2 * len(jobs)
+
+
+_MIXED = [(0, "euler"), (5, "euler_ancestral"), (9, "ddim"), (20, "dpmpp_2m"), (30, "unipc")]
+
+
+async def test_a_joint_batch_equals_each_job_alone_to_rounding(catalog, torch_stages):
+    jobs = [
+        plates.job(seed=1, steps=30),
+        plates.job(seed=2, steps=9, sampler="euler_ancestral", guidance_scale=1.0),
+        plates.job(seed=3, steps=12, prompt="a cake and a lemon", sampler="unipc"),
+    ]
+    async with running(catalog, torch_stages) as engine:
+        alone = [images(await collect(engine, job))[0].pixels_HWC for job in jobs]
+    stages = WatchedStages(torch_stages)
+    async with running(catalog, stages, max_rows=5) as engine:
+        together = await asyncio.gather(*(collect(engine, job) for job in jobs))
+    assert max(stages.rows) == 5
+    for one, events in zip(alone, together, strict=True):
+        difference = np.abs(images(events)[0].pixels_HWC.astype(int) - one.astype(int)).max()
+        assert difference <= 1, f"largest difference {difference}"
+
+
+async def test_a_failing_job_leaves_its_neighbour_intact(catalog, torch_stages):
+    good, bad = plates.job(seed=4, steps=20), plates.job(prompt="lemon", steps=20)
+    async with running(catalog, torch_stages) as engine:
+        alone = images(await collect(engine, good))[0].pixels_HWC
+    stages = WatchedStages(torch_stages, cursed="lemon")
+    async with running(catalog, stages, max_rows=4) as engine:
+        events, error = await asyncio.gather(
+            collect(engine, good), collect(engine, bad), return_exceptions=True
+        )
+        assert 4 in stages.rows, "the two never shared a step"
+        assert isinstance(error, Internal)
+        assert [event.step for event in events if isinstance(event, StepDone)] == [*range(1, 19)]
+        assert np.abs(images(events)[0].pixels_HWC.astype(int) - alone).max() <= 1
+        assert images(await collect(engine, good)), "the engine goes on"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+    ],
+)
+async def test_out_of_memory_is_told_as_such(catalog, torch_stages, error):
+    stages = WatchedStages(torch_stages, cursed="lemon", error=error)
+    async with running(catalog, stages) as engine:
+        with pytest.raises(Internal, match="1 pictures of 32 x 32") as told:
+            await collect(engine, plates.job(prompt="lemon"))
+        assert told.value.reason == "OUT_OF_MEMORY"
+        assert images(await collect(engine, plates.job()))
+
+
+async def test_a_prompt_too_long_names_the_field(catalog, torch_stages):
+    async with running(catalog, torch_stages) as engine:
+        with pytest.raises(InvalidRequest, match="prompt: is 80 tokens long"):
+            await collect(engine, plates.job(prompt="rice " * 80))
+
+
+async def test_a_model_that_cannot_be_loaded_fails_its_job_only(catalog, torch_stages):
+    answers = iter([RuntimeError("disk on fire"), torch_stages])
+
+    def load_second_time(_):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    engine = Engine(catalog, load=load_second_time, scheduler=Scheduler(), threads=1)
+    with pytest.raises(Internal):
+        await collect(engine, plates.job())
+    assert images(await collect(engine, plates.job()))
+    await engine.drain()
+
+
+async def test_a_full_queue_refuses_with_a_delay(catalog, torch_stages):
+    async with running(catalog, torch_stages, max_waiting=1) as engine:
+        first = await start(engine, plates.job(steps=ENDLESS))
+        second = asyncio.create_task(collect(engine, plates.job()))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as full:
+            await collect(engine, plates.job())
+        assert full.value.retry_after_s >= 1
+        first.cancel()
+        assert images(await second)
+
+
+async def test_waiting_jobs_hear_their_place(catalog, torch_stages):
+    async with running(catalog, torch_stages) as engine:
+        first = await start(engine, plates.job(steps=30))
+        waiting = [asyncio.create_task(collect(engine, plates.job())) for _ in range(2)]
+        await first
+        answers = await asyncio.gather(*waiting)
+    places = [[each.place for each in events if isinstance(each, QueuedAt)] for events in answers]
+    assert places == [[1, 0], [2, 1, 0]]
+
+
+async def test_drain_finishes_what_was_admitted_and_admits_no_more(catalog, torch_stages):
+    engine = Engine(catalog, load=lambda _: torch_stages, scheduler=Scheduler(), threads=1)
+    admitted = await start(engine, plates.job(steps=50))
+    waiting = asyncio.create_task(collect(engine, plates.job()))
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(engine.drain())
+    await asyncio.sleep(0.05)
+    with pytest.raises(Unavailable):
+        await collect(engine, plates.job())
+    assert images(await admitted)
+    assert images(await waiting)
+    await asyncio.wait_for(draining, WAIT_S)
+
+
+async def test_estimates_are_measured_and_scale(catalog, torch_stages):
+    card = catalog.cards[0]
+    size, large = Extent(width=32, height=32), Extent(width=64, height=32)
+    async with running(catalog, torch_stages) as engine:
+        assert engine.seconds(card, size, plates.sampling()) == 0.0
+        await engine.warm_up()
+        once = engine.seconds(card, size, plates.sampling(steps=10))
+        assert 0 < once < 10
+        assert engine.seconds(card, large, plates.sampling(steps=10)) == pytest.approx(2 * once)
+        alone = plates.sampling(steps=10, guidance_scale=1.0)
+        assert engine.seconds(card, size, alone) == pytest.approx(once / 2)
+
+
+async def test_a_slow_reader_holds_nobody_up_and_keeps_every_step(catalog, torch_stages):
+    async with running(catalog, torch_stages) as engine:
+        slow = engine.generate(plates.job(steps=20, images=4, preview_every=1))
+        events = [await anext(slow)]
+        assert images(await collect(engine, plates.job()))
+        events += [event async for event in slow]
+    steps = [event.step for event in events if isinstance(event, StepDone)]
+    assert steps == [*range(1, 19)]
+    assert sum(isinstance(event, PreviewMade) for event in events) == 16
+    assert len(images(events)) == 4

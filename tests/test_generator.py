@@ -1,0 +1,311 @@
+"""GeneratorService over a real loopback server on a toy model: whole calls, repeats, refusals, cancel, drain."""
+
+import asyncio
+import contextlib
+import io
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+from prometheus_client import REGISTRY
+
+from collage.v1 import (
+    blob_pb2,
+    collage_pb2,
+    generator_service_pb2,
+    generator_service_pb2_grpc,
+)
+from services.common import wire
+from services.common.blobs import FolderBlobStore, put_blob
+from services.common.errors import (
+    DeadlinePassed,
+    InvalidRequest,
+    MissingBlobs,
+    NotSupported,
+    from_rpc,
+)
+from services.common.rpc import connect
+from services.common.telemetry import start_logging
+from services.generator.__main__ import Settings, build
+from services.generator.png import encode_png
+from tests import plates, toy
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+WAIT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    start_logging("test", level="WARNING")
+    return toy.mini(tmp_path_factory.mktemp("toy") / "mini")
+
+
+@contextlib.asynccontextmanager
+async def serving(folder, data):
+    """A serving generator: its server, a stub, and its blobs."""
+    settings = Settings(
+        address="127.0.0.1:0", blobs=f"folder:{data}", models=f"mini={folder}", threads=1
+    )
+    server = await build(settings)
+    await asyncio.wait_for(server.start(), WAIT_S)
+    async with connect(server.address) as channel:
+        stub = generator_service_pb2_grpc.GeneratorServiceStub(channel)
+        yield server, stub, FolderBlobStore(data)
+    await server.stop(drain_s=WAIT_S)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(folder, tmp_path_factory):
+    async with serving(folder, tmp_path_factory.mktemp("blobs")) as parts:
+        yield parts
+
+
+async def request_for(blobs, plate=None, *, parent=None, **changes):
+    """A request over a stored plate; `changes` are of its sampling."""
+    ref = await put_blob(
+        blobs, (plate or plates.plate()).to_bytes(), media_type="application/vnd.safetensors"
+    )
+    request = generator_service_pb2.GenerateRequest(
+        plate=wire.render_blob(ref),
+        prompt=plates.PROMPT,
+        layers=[
+            generator_service_pb2.LayerControl(
+                name=f"layer-{index}", text_start=start, text_end=end, attract=0.5, repel=0.8
+            )
+            for index, (start, end) in enumerate(plates.SPANS)
+        ],
+        sampling=wire.render_sampling(plates.sampling(**changes)),
+    )
+    if parent is not None:
+        request.parent.CopyFrom(
+            wire.render_blob(await put_blob(blobs, parent, media_type="image/png"))
+        )
+    return request
+
+
+async def answers(stub, request, *, timeout_s=WAIT_S):
+    try:
+        return [answer async for answer in stub.Generate(request, timeout=timeout_s)]
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
+
+
+def images(answered):
+    return [answer.image for answer in answered if answer.HasField("image")]
+
+
+async def pixels(blobs, image):
+    data = await blobs.get(f"blobs/{image.blob.sha256}", limit_bytes=2**20)
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def unet_calls():
+    return REGISTRY.get_sample_value("collage_generator_step_seconds_count", {"model": "mini"}) or 0
+
+
+async def test_a_whole_generation(served):
+    _, stub, blobs = served
+    model = (
+        await stub.DescribeModels(generator_service_pb2.DescribeModelsRequest(), timeout=WAIT_S)
+    ).models[0]
+    answered = await answers(stub, await request_for(blobs, images=2, seed=41, preview_every=1))
+    kinds = [answer.WhichOneof("event") for answer in answered]
+    assert [kind for kind in kinds if kind != "queued"] == [
+        *("step", "preview", "preview", "step", "preview", "preview", "step", "image", "image")
+    ]
+    assert [(a.step.step, a.step.total) for a in answered if a.HasField("step")] == [
+        (1, 3),
+        (2, 3),
+        (3, 3),
+    ]
+    assert [(image.index, image.seed) for image in images(answered)] == [(0, 41), (1, 42)]
+    for image in images(answered):
+        assert image.model_digest == model.digest
+        assert not image.HasField("changed_pixels")
+        assert (await pixels(blobs, image)).shape == (32, 32, 3)
+
+
+async def test_a_request_asked_again_is_answered_from_storage(served):
+    _, stub, blobs = served
+    request = await request_for(blobs, images=2)
+    first = images(await answers(stub, request))
+    before = unet_calls()
+    # Who watches the pictures come does not change them.
+    request.sampling.preview_every = 1
+    again = await answers(stub, request)
+    assert images(again) == first
+    assert len(again) == 2
+    assert unet_calls() == before
+    await blobs.delete(f"blobs/{first[1].blob.sha256}")
+    assert images(await answers(stub, request)) == first
+    assert unet_calls() == before + 3
+
+
+async def test_what_changes_the_picture_is_not_answered_from_storage(served):
+    _, stub, blobs = served
+    plain = await request_for(blobs)
+    changed = [await request_for(blobs, seed=1), await request_for(blobs)]
+    changed[1].layers[0].seed = 7
+    digests = {images(await answers(stub, request))[0].blob.sha256 for request in (plain, *changed)}
+    assert len(digests) == 3
+
+
+async def test_a_redo_reports_what_changed_and_keeps_the_rest(served):
+    _, stub, blobs = served
+    plate = plates.plate(strengths=(1.0, 0.0))
+    plate.release_HW[:, 16:] = 0
+    request = await request_for(blobs, plate, parent=encode_png(plate.composite_HWC))
+    image = images(await answers(stub, request))[0]
+    drawn_HWC = await pixels(blobs, image)
+    assert np.array_equal(drawn_HWC[:, 16:], plate.composite_HWC[:, 16:])
+    assert 0 < image.changed_pixels <= 16 * 32
+
+
+async def test_estimates_count_tokens_and_refuse_nothing_too_long(served):
+    _, stub, _ = served
+    estimates = [
+        await stub.Estimate(
+            generator_service_pb2.EstimateRequest(
+                sampling=wire.render_sampling(plates.sampling(images=count)),
+                size=collage_pb2.Size(width=32, height=32),
+                layers=2,
+                prompt="a sushi " * 60,
+                negative_prompt="",
+            ),
+            timeout=WAIT_S,
+        )
+        for count in (1, 4)
+    ]
+    assert (estimates[0].prompt_tokens, estimates[0].negative_prompt_tokens) == (122, 2)
+    assert estimates[0].prompt_tokens_limit == toy.WINDOW
+    # Measured by the warm-up before the first request.
+    assert estimates[1].seconds == pytest.approx(4 * estimates[0].seconds, rel=0.01)
+    assert 0 < estimates[0].memory_bytes < estimates[1].memory_bytes
+
+
+def _without_plate(request):
+    request.plate.sha256 = "0" * 64
+
+
+def _not_a_plate(request):
+    request.plate.CopyFrom(request.parent)
+
+
+def _other_layer_count(request):
+    request.layers.add(name="third")
+
+
+def _span_outside(request):
+    request.layers[1].text_end = 999
+
+
+def _too_long(request):
+    request.prompt = "a sushi on a table" + " rice" * 80
+
+
+def _unknown_model(request):
+    request.sampling.model = "huge"
+
+
+def _unknown_sampler(request):
+    request.sampling.sampler = "magic"
+
+
+def _nan_dial(request):
+    request.layers[0].attract = float("nan")
+
+
+def _learned_word(request):
+    request.layers[0].word.CopyFrom(blob_pb2.BlobRef(sha256="0" * 64))
+
+
+def _bad_digest(request):
+    request.plate.sha256 = "../etc"
+
+
+def _missing_parent(request):
+    request.parent.sha256 = "1" * 64
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "field"),
+    [
+        (_without_plate, MissingBlobs, "plate"),
+        (_missing_parent, MissingBlobs, "parent"),
+        (_not_a_plate, InvalidRequest, "plate"),
+        (_bad_digest, InvalidRequest, "plate.sha256"),
+        (_other_layer_count, InvalidRequest, "layers"),
+        (_span_outside, InvalidRequest, "layers[1].text_end"),
+        (_too_long, InvalidRequest, "prompt"),
+        (_unknown_model, InvalidRequest, "sampling.model"),
+        (_unknown_sampler, InvalidRequest, "sampling.sampler"),
+        (_nan_dial, InvalidRequest, "layers[0].attract"),
+        (_learned_word, NotSupported, "layers[0].word"),
+    ],
+)
+async def test_a_wrong_request_names_its_field(served, spoil, kind, field):
+    _, stub, blobs = served
+    plate = plates.plate()
+    request = await request_for(blobs, plate, parent=encode_png(plate.composite_HWC))
+    spoil(request)
+    with pytest.raises(kind) as told:
+        await answers(stub, request)
+    assert told.value.metadata["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("plate", "part"),
+    [
+        (plates.plate(side=64, factor=8), "latent factor 8"),
+        (plates.plate(side=40), "multiples of 16 from 16 to 128, the nearest being 32 or 48"),
+    ],
+)
+async def test_a_plate_that_does_not_fit_the_model_is_refused(served, plate, part):
+    _, stub, blobs = served
+    with pytest.raises(InvalidRequest, match=part):
+        await answers(stub, await request_for(blobs, plate))
+
+
+async def test_a_client_that_leaves_frees_the_device_within_a_step(served):
+    _, stub, blobs = served
+    call = stub.Generate(await request_for(blobs, steps=1000), timeout=WAIT_S)
+    async for answer in call:
+        if answer.HasField("step"):
+            break
+    call.cancel()
+    # The cancel crosses a socket; the device then has at most the step under way to end.
+    await asyncio.sleep(0.3)
+    before = unet_calls()
+    await asyncio.sleep(0.3)
+    assert unet_calls() == before
+
+
+async def test_a_deadline_ends_the_work(served):
+    _, stub, blobs = served
+    with pytest.raises(DeadlinePassed):
+        await answers(stub, await request_for(blobs, steps=1000), timeout_s=0.5)
+    await asyncio.sleep(0.3)
+    before = unet_calls()
+    await asyncio.sleep(0.3)
+    assert unet_calls() == before
+
+
+async def test_stopping_lets_an_admitted_call_finish(folder, tmp_path):
+    async with serving(folder, tmp_path) as (server, stub, blobs):
+        async with connect(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        call = stub.Generate(await request_for(blobs, steps=60), timeout=WAIT_S)
+        answered = []
+        async for answer in call:
+            answered.append(answer)
+            if answer.HasField("step"):
+                break
+        stopping = asyncio.create_task(server.stop(drain_s=WAIT_S))
+        answered += [answer async for answer in call]
+        assert len(images(answered)) == 1
+        await asyncio.wait_for(stopping, WAIT_S)

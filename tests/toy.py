@@ -1,0 +1,139 @@
+"""Complete, tiny, untrained model folders in diffusers format, for tests: made on the spot, the same ones every time.
+
+They differ where real models differ: `sd1` is shaped like Stable Diffusion 1.x (four U-Net levels, 8x autoencoder,
+predicts noise), `sd2` like 2.x (predicts v, wider text, linear projections, heads of equal width), `mini` like the
+bundled model (three levels, 4x).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+# Words that are one token each; any other text is spelt in bytes.
+WORDS = ("a", "of", "on", "the", "and", "box", "table", "sushi", "cake", "rice", "lemon", "photo")
+WINDOW = 77
+
+
+def sd1(folder: Path, *, text_width: int = 32) -> Path:
+    """Stable Diffusion 1.x in small: canvas 64 px."""
+    scheduler = PNDMScheduler(**_SCHEDULE, skip_prk_steps=True)
+    return _save(folder, levels=4, vae_levels=4, text_width=text_width, scheduler=scheduler)
+
+
+def sd2(folder: Path) -> Path:
+    """Stable Diffusion 2.x in small: canvas 64 px, v-prediction."""
+    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False, prediction_type="v_prediction")
+    return _save(
+        folder,
+        levels=4,
+        vae_levels=4,
+        text_width=48,
+        scheduler=scheduler,
+        use_linear_projection=True,
+        attention_head_dim=(2, 4, 4, 4),
+    )
+
+
+def mini(folder: Path) -> Path:
+    """The bundled model in small: canvas 32 px, three levels, 4x autoencoder."""
+    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False)
+    return _save(folder, levels=3, vae_levels=3, text_width=32, scheduler=scheduler)
+
+
+# The schedule that Stable Diffusion was trained with.
+_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def _save(folder, *, levels, vae_levels, text_width, scheduler, **unet_options):
+    with torch.random.fork_rng():
+        # The networks take their first weights from the global generator and offer no other.
+        torch.manual_seed(0)
+        tokenizer = _tokenizer(folder)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=text_width,
+                intermediate_size=2 * text_width,
+                projection_dim=text_width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=WINDOW,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        # The stock start is so narrow that all words look alike.
+        text_encoder.get_input_embeddings().weight.data.normal_(std=0.5)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32, 32, 32)[:levels],
+            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+            layers_per_block=1,
+            cross_attention_dim=text_width,
+            norm_num_groups=8,
+            **{"attention_head_dim": 4, **unet_options},
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16)[:vae_levels],
+            down_block_types=("DownEncoderBlock2D",) * vae_levels,
+            up_block_types=("UpDecoderBlock2D",) * vae_levels,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(folder):
+    """CLIP's byte-level BPE with 256 bytes, their word-final forms, and merges that make up `WORDS`."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable]
+    letters += [chr(256 + index) for index in range(256 - len(printable))]
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            # From the end, so that a word's last letter joins first and other words stay as they are.
+            right, left = pieces.pop(), pieces.pop()
+            if (left, right) not in merges:
+                merges.append((left, right))
+                vocabulary.append(left + right)
+            pieces.append(left + right)
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    source = folder / "tokenizer"
+    source.mkdir(parents=True, exist_ok=True)
+    (source / "vocab.json").write_text(
+        json.dumps({piece: index for index, piece in enumerate(vocabulary)})
+    )
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (source / "merges.txt").write_text("\n".join(lines) + "\n")
+    return CLIPTokenizer.from_pretrained(source, model_max_length=WINDOW)
