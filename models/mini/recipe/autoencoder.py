@@ -71,12 +71,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=32.0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start", type=Path, help="an exported folder whose weights to begin with")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    model = networks.autoencoder().to(device, memory_format=torch.channels_last)
+    model = networks.autoencoder()
+    if arguments.start:
+        model = AutoencoderKL.from_pretrained(arguments.start, subfolder="vae").float()
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=1e-3)
     step, worked = 0, 0.0
     if arguments.resume and CHECKPOINT.exists():
