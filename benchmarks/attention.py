@@ -27,10 +27,10 @@ from services.common import wire
 from services.common.collage import Sampling
 from services.common.plate import Plate
 from services.common.prompt import bind
+from services.common.registry import BUNDLED
 from services.compositor.compose import Composition
 from services.compositor.service import Work, make
 from services.generator.attention import ControlledAttention, grid_of, project
-from services.generator.catalog import BUNDLED
 from services.generator.conditioning import Conditioning, LayerControl, prepare
 from services.generator.models import load
 from services.generator.sampler import Run, step

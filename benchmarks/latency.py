@@ -27,9 +27,9 @@ from services.common import wire
 from services.common.collage import Sampling
 from services.common.plate import Plate
 from services.common.prompt import bind
+from services.common.registry import BUNDLED
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make
-from services.generator.catalog import BUNDLED
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import load as load_model
 from services.generator.png import encode_png

@@ -28,7 +28,7 @@ from PIL import Image
 
 from services.common.collage import Sampling
 from services.common.plate import Plate
-from services.generator.catalog import BUNDLED
+from services.common.registry import BUNDLED
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import LoadedModel, load
 from services.generator.sampler import Run, step

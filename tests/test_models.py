@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from services.common.collage import Extent
+from services.common.registry import NotAModel, digest
 from services.generator import models
 from tests import toy
 
@@ -57,28 +58,28 @@ def test_every_job_gets_its_own_scheduler_of_the_folders_schedule(folder):
 
 
 def test_digest_is_of_contents(folder, copy):
-    assert models.digest(copy) == models.digest(folder)
+    assert digest(copy) == digest(folder)
     (copy / "README.md").write_text("not a part of the model")
-    assert models.digest(copy) == models.digest(folder)
+    assert digest(copy) == digest(folder)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert models.digest(copy) != models.digest(folder)
+    assert digest(copy) != digest(folder)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(models.NotAModel, match=r"model_index\.json"):
+    with pytest.raises(NotAModel, match=r"model_index\.json"):
         load(tmp_path)
     for name in (tmp_path / "none", "none", "a/b/c", "not a name/at all"):
-        with pytest.raises(models.NotAModel, match="no such folder"):
+        with pytest.raises(NotAModel, match="no such folder"):
             load(name)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_part_is_named(copy, part):
     shutil.rmtree(copy / part)
-    with pytest.raises(models.NotAModel, match=part):
+    with pytest.raises(NotAModel, match=part):
         load(copy)
 
 
@@ -88,20 +89,20 @@ def test_a_missing_part_is_named(copy, part):
 def test_cut_weights_are_refused(copy, name):
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(models.NotAModel, match=name.split("/")[0]):
+    with pytest.raises(NotAModel, match=name.split("/")[0]):
         load(copy)
 
 
 def test_a_config_that_is_not_json_is_refused(copy):
     (copy / "unet" / "config.json").write_text("{")
-    with pytest.raises(models.NotAModel, match=r"unet/config\.json"):
+    with pytest.raises(NotAModel, match=r"unet/config\.json"):
         load(copy)
 
 
 def test_pickled_weights_are_not_read(copy):
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(models.NotAModel, match="unet"):
+    with pytest.raises(NotAModel, match="unet"):
         load(copy)
 
 

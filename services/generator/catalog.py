@@ -11,12 +11,11 @@ from pathlib import Path
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
+from services.common.registry import ModelError, ModelSource, digest, locate, read_sources
 from services.common.settings import InvalidSetting
 from services.common.wire import MAX_SIDE, MIN_SIDE
-from services.generator.models import ModelError, ModelFacts, digest, locate, read_facts
+from services.generator.models import ModelFacts, read_facts
 
-# The bundled model, beside the packages in the repository.
-BUNDLED = Path(__file__).parents[2] / "models" / "mini" / "weights"
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
 MAX_SIDE_PER_NATIVE = 4
 # The paper's setting is Euler ancestral with 50 steps at scale 7; plain Euler converges in fewer, and its pictures do
@@ -48,16 +47,16 @@ class ModelCard:
     vae_channels: int
 
     @classmethod
-    def read(cls, name: str, source: str) -> "ModelCard":
-        """The card of a folder or hub id. Hashes the weights: seconds for a large model.
+    def read(cls, source: ModelSource) -> "ModelCard":
+        """The card of a served model. Hashes the weights: seconds for a large model.
 
         Raises:
             ModelError: no model, or none of a kind that is supported.
         """
-        folder = locate(source)
+        folder = locate(source.source)
         facts = read_facts(folder)
         return cls(
-            name=name,
+            name=source.name,
             folder=folder,
             digest=digest(folder),
             facts=facts,
@@ -145,20 +144,17 @@ class Catalog:
 
     @classmethod
     def read(cls, models: str) -> "Catalog":
-        """The catalog of a setting: `NAME=FOLDER or OWNER/NAME`, separated by commas; empty for the bundled model.
+        """The catalog of a setting, see `read_sources`.
 
         Raises:
             InvalidSetting: naming the entry that does not parse, stands twice, or is no usable model.
         """
         cards: dict[str, ModelCard] = {}
-        for entry in (models or f"mini={BUNDLED}").split(","):
-            name, _, source = (part.strip() for part in entry.partition("="))
-            if not name or not source or name in cards:
-                raise InvalidSetting(f"models: {entry!r} must be NAME=FOLDER, each name once")
+        for source in read_sources(models):
             try:
-                cards[name] = ModelCard.read(name, source)
+                cards[source.name] = ModelCard.read(source)
             except ModelError as error:
-                raise InvalidSetting(f"models: {name}: {error}") from error
+                raise InvalidSetting(f"models: {source.name}: {error}") from error
         return cls(cards)
 
     @property

@@ -5,7 +5,6 @@ Nothing about a model is assumed that its folder can say: channels, latent facto
 native size come from the configs. This module knows no job and no device policy beyond the one it is told.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from diffusers import (
     EulerDiscreteScheduler,
     UNet2DConditionModel,
 )
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from services.common.collage import Extent
+from services.common.registry import ModelError, NotAModel, locate
 from services.generator.noise import HoldingUniPC
 
 # The parts of a folder and the classes that may fill them, by their names in model_index.json.
@@ -39,8 +37,6 @@ _PARTS = {
 }
 # Parts of other model families that change what the U-Net is fed.
 _FOREIGN_PARTS = ("text_encoder_2", "text_encoder_3", "transformer", "image_encoder", "prior")
-# What a folder is made of, besides model_index.json: digested, and fetched from a hub.
-_FILES = ("*/*.json", "*/*.txt", "*/*.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -51,14 +47,6 @@ SAMPLERS: Mapping[str, type] = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": HoldingUniPC,
 }
-
-
-class ModelError(Exception):
-    """A model that cannot be loaded."""
-
-
-class NotAModel(ModelError):
-    """The folder does not hold a whole diffusers model."""
 
 
 class UnsupportedModel(ModelError):
@@ -181,46 +169,6 @@ def load(model: str | Path, *, dtype: torch.dtype, device: torch.device) -> Load
     return LoadedModel(
         facts=facts, unet=unet, vae=vae, text_encoder=text_encoder, dtype=dtype, device=device
     )
-
-
-def locate(model: str | Path) -> Path:
-    """The folder of a model, fetched from the hub if it is no local one.
-
-    Raises:
-        NotAModel: there is no such folder, and the hub does not know it either.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    parts = str(model).split("/")
-    if len(parts) != 2 or not all(parts):
-        raise NotAModel(f"{model}: no such folder, and not of the form owner/name")
-    try:
-        return Path(
-            snapshot_download(
-                str(model),
-                allow_patterns=[
-                    "model_index.json",
-                    "scheduler/*.json",
-                    *(f"{part}/{pattern[2:]}" for part in _PARTS for pattern in _FILES),
-                ],
-                # Second copies of the same weights, which from_pretrained would not read.
-                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
-            )
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise NotAModel(f"{model}: no such folder, and the hub says: {error}") from error
-
-
-def digest(folder: Path) -> str:
-    """sha256 over the sorted (relative name, sha256 of contents) of the model's configs and weights, hex."""
-    names = ["model_index.json"]
-    for pattern in _FILES:
-        names += [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
-    whole = hashlib.sha256()
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
 
 
 def read_facts(folder: Path) -> ModelFacts:
