@@ -92,29 +92,33 @@ class Transform(_message.Message):
     def __init__(self, x: _Optional[float] = ..., y: _Optional[float] = ..., scale: _Optional[float] = ..., rotation: _Optional[float] = ..., flip_horizontal: _Optional[bool] = ..., flip_vertical: _Optional[bool] = ...) -> None: ...
 
 class Structure(_message.Message):
-    __slots__ = ("kind", "scale", "start", "end")
+    __slots__ = ("kind", "scale", "start", "end", "image")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     kind: str
     scale: float
     start: float
     end: float
-    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+    image: _blob_pb2.Image
+    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ...) -> None: ...
 
 class Appearance(_message.Message):
-    __slots__ = ("learn", "word", "weight")
+    __slots__ = ("learn", "word", "weight", "vectors")
     LEARN_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
     learn: bool
     word: str
     weight: float
-    def __init__(self, learn: _Optional[bool] = ..., word: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    vectors: int
+    def __init__(self, learn: _Optional[bool] = ..., word: _Optional[str] = ..., weight: _Optional[float] = ..., vectors: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("model", "sampler", "steps", "guidance_scale", "images", "seed", "preview_every")
+    __slots__ = ("model", "sampler", "steps", "guidance_scale", "images", "seed", "preview_every", "adapters")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +126,7 @@ class Sampling(_message.Message):
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     sampler: str
     steps: int
@@ -129,7 +134,16 @@ class Sampling(_message.Message):
     images: int
     seed: int
     preview_every: int
-    def __init__(self, model: _Optional[str] = ..., sampler: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., images: _Optional[int] = ..., seed: _Optional[int] = ..., preview_every: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, model: _Optional[str] = ..., sampler: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., images: _Optional[int] = ..., seed: _Optional[int] = ..., preview_every: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "weight")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class LayerPlan(_message.Message):
     __slots__ = ("name", "opacity", "noise", "attract", "repel", "visible_fraction", "unoccluded_fraction", "mask", "text_start", "text_end", "transform")

@@ -86,28 +86,32 @@ class CreateJobRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., generate: _Optional[_Union[GenerateWork, _Mapping]] = ..., redo: _Optional[_Union[RedoWork, _Mapping]] = ..., learn: _Optional[_Union[LearnWork, _Mapping]] = ...) -> None: ...
 
 class GenerateWork(_message.Message):
-    __slots__ = ("collage", "sampling")
+    __slots__ = ("collage", "sampling", "skip_failed_words")
     COLLAGE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FAILED_WORDS_FIELD_NUMBER: _ClassVar[int]
     collage: _collage_pb2.Collage
     sampling: _collage_pb2.Sampling
-    def __init__(self, collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ...) -> None: ...
+    skip_failed_words: bool
+    def __init__(self, collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., skip_failed_words: _Optional[bool] = ...) -> None: ...
 
 class RedoWork(_message.Message):
-    __slots__ = ("collage", "parent", "layers", "sampling", "feather", "restore_cutout")
+    __slots__ = ("collage", "parent", "layers", "sampling", "feather", "restore_cutout", "skip_failed_words")
     COLLAGE_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     FEATHER_FIELD_NUMBER: _ClassVar[int]
     RESTORE_CUTOUT_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FAILED_WORDS_FIELD_NUMBER: _ClassVar[int]
     collage: _collage_pb2.Collage
     parent: _blob_pb2.Image
     layers: _containers.RepeatedScalarFieldContainer[str]
     sampling: _collage_pb2.Sampling
     feather: float
     restore_cutout: bool
-    def __init__(self, collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., parent: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., feather: _Optional[float] = ..., restore_cutout: _Optional[bool] = ...) -> None: ...
+    skip_failed_words: bool
+    def __init__(self, collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., parent: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., feather: _Optional[float] = ..., restore_cutout: _Optional[bool] = ..., skip_failed_words: _Optional[bool] = ...) -> None: ...
 
 class LearnWork(_message.Message):
     __slots__ = ("collage", "layers", "model")
@@ -327,16 +331,18 @@ class Done(_message.Message):
     def __init__(self, stage_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class GenerateImagesRequest(_message.Message):
-    __slots__ = ("request_id", "collage", "sampling", "on_disconnect")
+    __slots__ = ("request_id", "collage", "sampling", "on_disconnect", "skip_failed_words")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     COLLAGE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FAILED_WORDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     collage: _collage_pb2.Collage
     sampling: _collage_pb2.Sampling
     on_disconnect: DisconnectPolicy
-    def __init__(self, request_id: _Optional[str] = ..., collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., on_disconnect: _Optional[_Union[DisconnectPolicy, str]] = ...) -> None: ...
+    skip_failed_words: bool
+    def __init__(self, request_id: _Optional[str] = ..., collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., on_disconnect: _Optional[_Union[DisconnectPolicy, str]] = ..., skip_failed_words: _Optional[bool] = ...) -> None: ...
 
 class GenerateImagesResponse(_message.Message):
     __slots__ = ("event",)
@@ -401,7 +407,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "family", "size_multiple", "min_side", "max_side", "native_side", "prompt_tokens_limit", "samplers", "control_kinds", "defaults", "max_layers", "latent_factor")
+    __slots__ = ("name", "digest", "family", "size_multiple", "min_side", "max_side", "native_side", "prompt_tokens_limit", "samplers", "control_kinds", "defaults", "max_layers", "latent_factor", "adapters")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -415,6 +421,7 @@ class Model(_message.Message):
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     MAX_LAYERS_FIELD_NUMBER: _ClassVar[int]
     LATENT_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     family: str
@@ -428,21 +435,24 @@ class Model(_message.Message):
     defaults: _collage_pb2.Sampling
     max_layers: int
     latent_factor: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., size_multiple: _Optional[int] = ..., min_side: _Optional[int] = ..., max_side: _Optional[int] = ..., native_side: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., samplers: _Optional[_Iterable[str]] = ..., control_kinds: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., max_layers: _Optional[int] = ..., latent_factor: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., size_multiple: _Optional[int] = ..., min_side: _Optional[int] = ..., max_side: _Optional[int] = ..., native_side: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., samplers: _Optional[_Iterable[str]] = ..., control_kinds: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., max_layers: _Optional[int] = ..., latent_factor: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Word(_message.Message):
-    __slots__ = ("name", "text", "model_digest", "vectors", "create_time")
+    __slots__ = ("name", "text", "model_digest", "vectors", "create_time", "vector_count")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_COUNT_FIELD_NUMBER: _ClassVar[int]
     name: str
     text: str
     model_digest: str
     vectors: _blob_pb2.BlobRef
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., text: _Optional[str] = ..., model_digest: _Optional[str] = ..., vectors: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    vector_count: int
+    def __init__(self, name: _Optional[str] = ..., text: _Optional[str] = ..., model_digest: _Optional[str] = ..., vectors: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., vector_count: _Optional[int] = ...) -> None: ...
 
 class ListWordsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")

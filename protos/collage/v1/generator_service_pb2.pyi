@@ -26,7 +26,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerControl, _Mapping]]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., parent: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ...) -> None: ...
 
 class LayerControl(_message.Message):
-    __slots__ = ("name", "text_start", "text_end", "attract", "repel", "seed", "word", "word_weight")
+    __slots__ = ("name", "text_start", "text_end", "attract", "repel", "seed", "word", "word_weight", "structures")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TEXT_START_FIELD_NUMBER: _ClassVar[int]
     TEXT_END_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class LayerControl(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
     WORD_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURES_FIELD_NUMBER: _ClassVar[int]
     name: str
     text_start: int
     text_end: int
@@ -43,7 +44,20 @@ class LayerControl(_message.Message):
     seed: int
     word: _blob_pb2.BlobRef
     word_weight: float
-    def __init__(self, name: _Optional[str] = ..., text_start: _Optional[int] = ..., text_end: _Optional[int] = ..., attract: _Optional[float] = ..., repel: _Optional[float] = ..., seed: _Optional[int] = ..., word: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., word_weight: _Optional[float] = ...) -> None: ...
+    structures: _containers.RepeatedCompositeFieldContainer[StructureControl]
+    def __init__(self, name: _Optional[str] = ..., text_start: _Optional[int] = ..., text_end: _Optional[int] = ..., attract: _Optional[float] = ..., repel: _Optional[float] = ..., seed: _Optional[int] = ..., word: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., word_weight: _Optional[float] = ..., structures: _Optional[_Iterable[_Union[StructureControl, _Mapping]]] = ...) -> None: ...
+
+class StructureControl(_message.Message):
+    __slots__ = ("kind", "scale", "start", "end")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    scale: float
+    start: float
+    end: float
+    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("queued", "step", "preview", "image")
@@ -68,18 +82,20 @@ class DescribeModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[_collage_service_pb2.Model, _Mapping]]] = ...) -> None: ...
 
 class EstimateRequest(_message.Message):
-    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt")
+    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt", "word_tokens")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    WORD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sampling: _collage_pb2.Sampling
     size: _collage_pb2.Size
     layers: int
     prompt: str
     negative_prompt: str
-    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ...) -> None: ...
+    word_tokens: int
+    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ...) -> None: ...
 
 class EstimateResponse(_message.Message):
     __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes")
