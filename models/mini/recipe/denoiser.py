@@ -19,21 +19,21 @@ import scenes
 import torch
 import words
 from art import WORK
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 BATCH = 16
 FIRST_SCENES = 1500
 NEW_SCENES = 2
 POOL = 20_000
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 8e-4
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
 OFFSET_NOISE = 0.1
-AVERAGE = 0.995
+AVERAGE = 0.998
 CHECKPOINT = WORK / "denoiser.pt"
 WEIGHTS = WORK.parent / "weights"
 PROMPTS = (
@@ -55,10 +55,13 @@ PROMPTS = (
 class Model(nn.Module):
     """The two networks that learn together, so that one optimiser and one average hold both."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, start: Path | None = None) -> None:
         super().__init__()
         self.unet = networks.denoiser()
         self.text = networks.text_encoder(len(tokenizer), tokenizer.eos_token_id)
+        if start:
+            self.unet.load_state_dict(_weights(UNet2DConditionModel, start, "unet"))
+            self.text.load_state_dict(_weights(CLIPTextModel, start, "text_encoder"))
 
     def forward(
         self, x_BCHW: torch.Tensor, t_B: torch.Tensor, ids_BT: torch.Tensor
@@ -66,6 +69,12 @@ class Model(nn.Module):
         """Predicted noise [B, 4, H, W] of noisy latents at steps t_B under token ids_BT."""
         states_BTC = self.text(input_ids=ids_BT).last_hidden_state
         return self.unet(x_BCHW, t_B, states_BTC).sample.float()
+
+
+def _weights(kind: type, folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """The float32 weights of a part of an exported folder."""
+    weights: dict[str, torch.Tensor] = kind.from_pretrained(folder, subfolder=part).state_dict()  # type: ignore[attr-defined]
+    return {name: value.float() for name, value in weights.items()}
 
 
 class Average:
@@ -132,8 +141,7 @@ def export(vae: AutoencoderKL, model: Model, tokenizer: CLIPTokenizer, folder: P
         for path in Path(made).rglob("*.safetensors"):
             halved = {name: value.half() for name, value in load_file(path).items()}
             save_file(halved, path, metadata={"format": "pt"})
-        # Newer transformers write only tokenizer.json; other readers want CLIP's own two files.
-        words.write_vocabulary(Path(made) / "tokenizer")
+        words.copy_vocabulary(WORK / "tokenizer", Path(made) / "tokenizer")
         for path in sorted(Path(made).rglob("*")):
             if path.is_file():
                 target = folder / path.relative_to(made)
@@ -179,6 +187,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=65.0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start", type=Path, help="an exported folder whose weights to begin with")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     # A thread for each part of a batch, one core each: they meet once a step instead of at every
@@ -190,8 +199,8 @@ def main() -> None:
     vae = networks.autoencoder().to(device, memory_format=torch.channels_last).eval()
     trained = torch.load(autoencoder.CHECKPOINT, map_location=device, weights_only=True)
     vae.load_state_dict(trained["model"])
-    tokenizer = words.make_tokenizer(WORK / "tokenizer")
-    model = Model(tokenizer).to(device, memory_format=torch.channels_last)
+    tokenizer = words.make_tokenizer(WORK / "tokenizer", arguments.start)
+    model = Model(tokenizer, arguments.start).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=1e-3, fused=True
     )

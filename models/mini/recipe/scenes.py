@@ -239,15 +239,17 @@ def compose(seed: int) -> tuple[np.ndarray, str]:
     kind = rng.random()
     if kind > 0.88:
         return _landscape(rng, look)
-    low, high, count = 78, 104, 1
-    if kind > 0.78:
-        low, high, count = 36, 46, int(rng.integers(4, 8))
-    elif kind > 0.55:
-        low, high, count = 50, 64, int(rng.integers(2, 4))
+    low, high, count = 60, 104, 1
+    if kind > 0.76:
+        low, high, count = 36, 50, int(rng.integers(4, 8))
+    elif kind > 0.46:
+        low, high, count = 46, 66, int(rng.integers(2, 4))
     words = _pick(list(art.CONCEPTS.values()), OFTEN, count, rng)
     ground = _pick(list(GROUNDS), OFTEN_GROUNDS, 1, rng)[0]
     side = rng.uniform(low, high)
-    spots = [(SIDE / 2 + rng.uniform(-8, 8), SIDE / 2 + rng.uniform(-8, 8))]
+    # A small object stands farther from the middle than a large one can.
+    reach = 8 + 0.35 * (104 - side)
+    spots = [(SIDE / 2 + rng.uniform(-reach, reach), SIDE / 2 + rng.uniform(-reach, reach))]
     if count > 1:
         spots = _spots(count, side, rng)
     placements = [

@@ -1,6 +1,7 @@
 """A genuine CLIP tokenizer with a small vocabulary, learned from captions and emoji names."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,8 +68,18 @@ def write_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines))
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer over the two files, written into the folder first."""
-    write_vocabulary(folder)
+def copy_vocabulary(source: Path, folder: Path) -> None:
+    """Copy CLIP's two files; newer transformers write only tokenizer.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, folder / name)
+
+
+def make_tokenizer(folder: Path, start: Path | None = None) -> CLIPTokenizer:
+    """The tokenizer over the two files in the folder: those of an exported model, or learned now."""
+    if start:
+        copy_vocabulary(start / "tokenizer", folder)
+    else:
+        write_vocabulary(folder)
     files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
     return CLIPTokenizer(**files, model_max_length=77, pad_token=END)
