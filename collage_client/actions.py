@@ -184,9 +184,9 @@ def _sampling(args: argparse.Namespace) -> collage_pb2.Sampling:
 
 
 def _is_served_here(args: argparse.Namespace) -> bool:
-    """Does --model name a folder or hub id that an embedded server is to load, rather than a served model?"""
+    """Does --model name a folder, models.yaml or hub id for an embedded server to load, rather than a served model?"""
     model = getattr(args, "model", "")
-    return not args.server and bool(model) and ("/" in model or Path(model).is_dir())
+    return not args.server and bool(model) and ("/" in model or Path(model).exists())
 
 
 def _layer(collage: collage_pb2.Collage, name: str) -> collage_pb2.Layer:

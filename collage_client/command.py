@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         "--address", default="127.0.0.1:50051", help="host:port (default: %(default)s)"
     )
     sub.add_argument(
-        "--model", default="", help="model folder or hub id (default: the bundled model)"
+        "--model",
+        default="",
+        help="model folder, hub id, or models.yaml (default: the bundled model)",
     )
     _add_data(sub)
     sub.set_defaults(server="")
@@ -270,7 +272,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="M",
         default="",
-        help="a served model's name; without --server also a model folder or hub id to serve",
+        help="a served model's name; without --server also a model folder, hub id or models.yaml to serve",
     )
 
 

@@ -10,6 +10,7 @@ import gateway.__main__ as gateway
 import services.compositor.__main__ as compositor
 import services.generator.__main__ as generator
 import services.inversion.__main__ as inversion
+from services.common.registry import MODELS_FILE_SUFFIXES
 from services.common.rpc import Server
 
 # Free ports, on loopback only.
@@ -39,7 +40,8 @@ async def start(
     Args:
         data: folder for blobs and jobs; made when absent, found again when present.
         address: the gateway's host:port.
-        model: folder or hub id of the one model to serve, named after its last part; empty for the bundled model.
+        model: folder or hub id of the one model to serve, named after its last part; or a models.yaml; empty for the
+            bundled model.
         threads: CPU threads of one operation of the generator, 0 for one a core.
     """
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
@@ -56,7 +58,7 @@ async def start(
             generator.Settings(
                 address=ANY_PORT,
                 blobs=blobs,
-                models=f"{Path(model).name}={model}" if model else "",
+                models=_models_setting(model),
                 threads=threads,
             )
         )
@@ -79,3 +81,10 @@ async def start(
             await server.stop(drain_s=0)
         raise
     return Embedded(servers)
+
+
+def _models_setting(model: str) -> str:
+    """`COLLAGE_MODELS` for one model or a models.yaml."""
+    if not model or Path(model).suffix in MODELS_FILE_SUFFIXES:
+        return model
+    return f"{Path(model).name}={model}"

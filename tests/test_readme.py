@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from local import embedded
+from services.common.registry import read_sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,10 +36,18 @@ def test_the_program_in_the_readme_writes_its_picture(tmp_path, monkeypatch):
         assert picture.size == (128, 128)
 
 
+def test_the_models_file_in_the_readme_can_be_read(tmp_path):
+    (text,) = re.findall(r"```yaml\n(models:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "models.yaml").write_text(text)
+    (model,) = read_sources(str(tmp_path / "models.yaml"))
+    assert model.limits.max_side == 1024
+
+
 def test_every_path_the_readme_names_is_there():
     text = (ROOT / "README.md").read_text()
     named = re.findall(
-        r"`((?:protos|gateway|services|local|models|docs|benchmarks|examples)[\w/.-]*)`", text
+        r"`((?:protos|gateway|services|local|models(?!.yaml)|docs|benchmarks|examples)[\w/.-]*)`",
+        text,
     )
     named += re.findall(r"\]\(([\w./-]+)\)", text)
     missing = [path for path in named if not (ROOT / path).exists()]

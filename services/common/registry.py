@@ -5,6 +5,8 @@ the same setting here. This module opens configs and hashes files; it knows no n
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +14,31 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from services.common.operator_file import Place, read_file
 from services.common.settings import InvalidSetting
+from services.common.wire import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 
 # The bundled model, beside the packages in the repository.
 BUNDLED = Path(__file__).parents[2] / "models" / "mini" / "weights"
-# What a folder in diffusers format is made of, besides model_index.json; this is what its digest covers.
-_FILES = ("*/*.json", "*/*.txt", "*/*.safetensors")
+# What a model is made of in diffusers format, and a ControlNet, and an adapter: what is fetched from a hub, and what a
+# digest covers.
 _PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-# What is fetched from a hub for a model, and for a ControlNet.
-MODEL_FILES = ("model_index.json", *(f"{part}/{kind[2:]}" for part in _PARTS for kind in _FILES))
+MODEL_FILES = (
+    "model_index.json",
+    *(f"{part}/{kind}" for part in _PARTS for kind in ("*.json", "*.txt", "*.safetensors")),
+)
 CONTROLNET_FILES = ("config.json", "*.safetensors")
+ADAPTER_FILES = ("*.safetensors",)
+# Second copies of the same weights, which from_pretrained would not read.
+_SECOND_COPIES = ("*.fp16.*", "*.non_ema.*")
+
+# The safetensors library takes no longer one either.
+_MAX_HEAD_BYTES = 100_000_000
+
+# What models.yaml may say; empty stands for the generator's choice.
+_DEVICE = r"cpu|cuda(:\d+)?"
+DTYPES = ("float32", "float16", "bfloat16")
+MODELS_FILE_SUFFIXES = (".yaml", ".yml")
 
 
 class ModelError(Exception):
@@ -33,46 +50,126 @@ class NotAModel(ModelError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The most a request may ask of a model; None for no limit beyond the model's own."""
+
+    max_side: int | None = None
+    max_images: int | None = None
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a request that leaves sampling unset gets; None for the generator's choice."""
+
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
     """One served model, as the operator names it.
 
-    source: a folder in diffusers format, or a hub id `owner/name`. controlnets: by control kind ("canny"), folders or
-    hub ids of ControlNets for it.
+    source: a folder in diffusers format, or a hub id, see `locate`. controlnets: by control kind ("canny"), folders or
+    hub ids of ControlNets for it. adapters: by name, safetensors files, or folders or hub ids that hold one. dtype: one
+    of `DTYPES`, device: "cpu", "cuda" or "cuda:1"; either empty for the generator's choice.
     """
 
     name: str
     source: str
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = ""
+    device: str = ""
+    limits: Limits = Limits()
+    defaults: Defaults = Defaults()
 
 
 def read_sources(models: str) -> tuple[ModelSource, ...]:
     """The models of a setting, the default first.
 
     Args:
-        models: `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas; empty for the bundled model. A folder's
-            subfolders `controlnet-KIND` are its ControlNets.
+        models: `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, or the path of a `.yaml` file, see
+            `read_models_file`; empty for the bundled model. A folder's subfolders `controlnet-KIND` are its
+            ControlNets.
 
     Raises:
         InvalidSetting: naming the entry that does not parse or stands twice.
     """
+    if models.endswith(MODELS_FILE_SUFFIXES) and "=" not in models:
+        return read_models_file(Path(models))
     sources: dict[str, ModelSource] = {}
     for entry in (models or f"mini={BUNDLED}").split(","):
         name, _, source = (part.strip() for part in entry.partition("="))
         if not name or not source or name in sources:
             raise InvalidSetting(f"models: {entry!r} must be NAME=FOLDER, each name once")
-        controlnets = {
-            folder.name.removeprefix("controlnet-"): str(folder)
-            for folder in sorted(Path(source).glob("controlnet-*"))
-        }
-        sources[name] = ModelSource(name=name, source=source, controlnets=controlnets)
+        sources[name] = ModelSource(name=name, source=source, controlnets=_controlnets_in(source))
     return tuple(sources.values())
+
+
+def read_models_file(file: Path) -> tuple[ModelSource, ...]:
+    """The models of a `models.yaml`, the default first. Relative folders are relative to the file.
+
+    Raises:
+        InvalidSetting: naming the file, the place in it, the value and what is allowed there.
+    """
+    top = read_file(file)
+    top.keys("models")
+    places = top.get("models").items()
+    sources: dict[str, ModelSource] = {}
+    for place in places:
+        source = _read_model(place)
+        if source.name in sources:
+            raise place.get("name").wrong("the name of an earlier model; allowed: one of its own")
+        sources[source.name] = source
+    return tuple(sources.values())
+
+
+def _read_model(place: Place) -> ModelSource:
+    place.keys("name", "source", "dtype", "device", "controlnets", "adapters", "limits", "defaults")
+    source = place.get("source").source()
+    limits, defaults = place.get("limits"), place.get("defaults")
+    limits.keys("max_side", "max_images", "max_steps")
+    defaults.keys("sampler", "steps", "guidance_scale")
+    return ModelSource(
+        name=place.get("name").name(),
+        source=source,
+        controlnets={**_controlnets_in(source), **place.get("controlnets").sources()},
+        adapters=place.get("adapters").sources(),
+        dtype=place.get("dtype").optional(lambda dtype: dtype.one_of(DTYPES)) or "",
+        device=place.get("device").optional(
+            lambda device: device.matching(_DEVICE, "cpu, cuda, or cuda:NUMBER")
+        )
+        or "",
+        limits=Limits(
+            max_side=limits.get("max_side").optional(lambda side: side.integer(MIN_SIDE, MAX_SIDE)),
+            max_images=limits.get("max_images").optional(lambda most: most.integer(1, MAX_IMAGES)),
+            max_steps=limits.get("max_steps").optional(lambda most: most.integer(1, MAX_STEPS)),
+        ),
+        defaults=Defaults(
+            sampler=defaults.get("sampler").optional(Place.name),
+            steps=defaults.get("steps").optional(lambda steps: steps.integer(1, MAX_STEPS)),
+            guidance_scale=defaults.get("guidance_scale").optional(
+                lambda scale: scale.number(0, MAX_GUIDANCE)
+            ),
+        ),
+    )
+
+
+def _controlnets_in(source: str) -> dict[str, str]:
+    """The ControlNets that lie beside the parts of a local model, by kind."""
+    return {
+        folder.name.removeprefix("controlnet-"): str(folder)
+        for folder in sorted(Path(source).glob("controlnet-*"))
+    }
 
 
 def locate(source: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a model, fetched from the hub if it is no local one.
 
     Args:
-        source: a folder, or a hub id `owner/name`.
+        source: a folder, or a hub id `owner/name` or `owner/name@revision` (a branch, a tag or a commit).
         files: patterns of what is fetched.
 
     Raises:
@@ -80,29 +177,98 @@ def locate(source: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    parts = str(source).split("/")
+    name, _, revision = str(source).partition("@")
+    parts = name.split("/")
     if len(parts) != 2 or not all(parts):
         raise NotAModel(f"{source}: no such folder, and not of the form owner/name")
     try:
         return Path(
             snapshot_download(
-                str(source),
+                name,
+                revision=revision or None,
                 allow_patterns=list(files),
-                # Second copies of the same weights, which from_pretrained would not read.
-                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+                ignore_patterns=list(_SECOND_COPIES),
             )
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise NotAModel(f"{source}: no such folder, and the hub says: {error}") from error
 
 
-def digest(folder: Path) -> str:
-    """sha256 over the sorted (relative name, sha256 of contents) of a folder's configs and weights, hex."""
-    names = ["model_index.json"]
-    for pattern in _FILES:
-        names += [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
+def locate_adapter(source: str | Path) -> Path:
+    """The safetensors file of an adapter.
+
+    Args:
+        source: the file; or a folder or a hub id, as `locate` takes it, that holds one such file.
+
+    Raises:
+        NotAModel: no such file or folder, or not one file in it.
+    """
+    if Path(source).is_file():
+        if Path(source).suffix != ".safetensors":
+            raise NotAModel(f"{source}: is not a .safetensors file")
+        return Path(source)
+    found = sorted(locate(source, ADAPTER_FILES).glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise NotAModel(f"{source}: must hold one .safetensors file; it holds: {names}")
+    return found[0]
+
+
+def digest(folder: Path, files: Sequence[str] = MODEL_FILES) -> str:
+    """sha256 over the sorted (relative name, sha256 of contents) of a folder's configs and weights, hex.
+
+    Args:
+        folder: of a model, or with `CONTROLNET_FILES` of a ControlNet.
+        files: patterns of what counts.
+    """
     whole = hashlib.sha256()
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name in sorted(file.relative_to(folder).as_posix() for file in _all(folder, files)):
+        whole.update(f"{name}\0{digest_file(folder / name)}\n".encode())
     return whole.hexdigest()
+
+
+def digest_file(file: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def weights(folder: Path, files: Sequence[str] = MODEL_FILES) -> int:
+    """How many numbers a folder's weights are, read from the heads of its safetensors files.
+
+    Raises:
+        NotAModel: a file is no safetensors file.
+    """
+    names = [file for file in _all(folder, files) if file.suffix == ".safetensors"]
+    copies = {file for pattern in _SECOND_COPIES for file in names if file.match(pattern)}
+    return sum(
+        math.prod(shape)
+        for file in names
+        if file not in copies
+        for shape in tensor_shapes(file).values()
+    )
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a safetensors file by name; reads its head only.
+
+    Raises:
+        NotAModel: it is no safetensors file.
+    """
+    try:
+        with file.open("rb") as opened:
+            head_bytes = int.from_bytes(opened.read(8), "little")
+            if head_bytes > _MAX_HEAD_BYTES:
+                raise ValueError("its head is too long")
+            head = json.loads(opened.read(head_bytes))
+        return {
+            name: tuple(tensor["shape"]) for name, tensor in head.items() if name != "__metadata__"
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NotAModel(
+            f"{file.parent.name}/{file.name} is no safetensors file: {error}"
+        ) from error
+
+
+def _all(folder: Path, patterns: Sequence[str]) -> set[Path]:
+    return {file for pattern in patterns for file in folder.glob(pattern)}

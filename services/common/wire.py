@@ -307,6 +307,7 @@ def parse_sampling(
     """
     check = Checker()
     defaults = model.defaults
+    max_steps, max_images = model.max_steps or MAX_STEPS, model.max_images or MAX_IMAGES
 
     def pick(name: str, low: float, high: float) -> float:
         source = message if message.HasField(name) else defaults
@@ -320,9 +321,9 @@ def parse_sampling(
     sampling = Sampling(
         model=model.name,
         sampler=message.sampler or defaults.sampler,
-        steps=int(pick("steps", 1, MAX_STEPS)),
+        steps=int(pick("steps", 1, max_steps)),
         guidance_scale=pick("guidance_scale", 0, MAX_GUIDANCE),
-        images=int(pick("images", 1, MAX_IMAGES)) if message.HasField("images") else 1,
+        images=int(pick("images", 1, max_images)) if message.HasField("images") else 1,
         seed=message.seed if message.HasField("seed") else fallback_seed,
         preview_every=(
             int(pick("preview_every", 1, MAX_STEPS)) if message.HasField("preview_every") else None

@@ -1,11 +1,9 @@
 """The generator process: `python -m services.generator`."""
 
 import asyncio
-import math
 import os
 from dataclasses import dataclass
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from collage.v1 import generator_service_pb2_grpc
@@ -28,7 +26,8 @@ class Settings:
     address: str = "127.0.0.1:50054"
     # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
     blobs: str = "folder:data/blobs"
-    # `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, the default first; empty for the bundled model.
+    # `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, the default first; or the path of a models.yaml; empty
+    # for the bundled model.
     models: str = ""
     # U-Net rows that several jobs may share; 1 keeps every picture's bytes independent of the load.
     max_rows: int = DEFAULT_MAX_ROWS
@@ -45,17 +44,10 @@ class Settings:
 
 
 def load_stages(card: ModelCard) -> Stages:
-    """The model on the GPU in half precision where there is one, else on the CPU in single precision."""
+    """The model on its device."""
     # The log is JSON lines, and nobody watches a bar there.
     disable_progress_bar()
-    has_gpu = torch.cuda.is_available()
-    return TorchStages(
-        load(
-            card.folder,
-            dtype=torch.float16 if has_gpu else torch.float32,
-            device=torch.device("cuda" if has_gpu else "cpu"),
-        )
-    )
+    return TorchStages(load(card.folder, dtype=card.dtype, device=card.device))
 
 
 async def build(settings: Settings) -> Server:
@@ -67,11 +59,10 @@ async def build(settings: Settings) -> Server:
         scheduler=Scheduler(max_rows=settings.max_rows, max_waiting=settings.max_waiting),
         threads=settings.threads or len(os.sched_getaffinity(0)),
     )
-    limit_bytes = settings.request_memory * 2**30 or machine_bytes() / 2
     server = Server("generator", settings.address, drain=engine.drain)
     generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
         GeneratorServicer(
-            engine, blobs, limit_bytes=math.inf if torch.cuda.is_available() else limit_bytes
+            engine, blobs, limit_bytes=settings.request_memory * 2**30 or machine_bytes() / 2
         ),
         server.grpc,
     )

@@ -9,12 +9,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
-from services.common.registry import ModelError, ModelSource, digest, locate, read_sources
+from services.common.registry import (
+    Defaults,
+    Limits,
+    ModelError,
+    ModelSource,
+    digest,
+    locate,
+    read_sources,
+    weights,
+)
 from services.common.settings import InvalidSetting
-from services.common.wire import MAX_SIDE, MIN_SIDE
-from services.generator.models import ModelFacts, read_facts
+from services.common.telemetry import log
+from services.common.wire import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
+from services.generator.models import SAMPLERS, ModelFacts, read_facts
 
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
 MAX_SIDE_PER_NATIVE = 4
@@ -37,7 +49,10 @@ VAE_COPIES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCard:
-    """One served model. `digest` is over the folder's files; channels are those of the widest activations."""
+    """One served model. `digest` is over the folder's files; channels are those of the widest activations.
+
+    weights_bytes: memory of the networks in `dtype`. limits, preset: what the operator says of requests.
+    """
 
     name: str
     folder: Path
@@ -45,6 +60,11 @@ class ModelCard:
     facts: ModelFacts
     unet_channels: int
     vae_channels: int
+    dtype: torch.dtype
+    device: torch.device
+    weights_bytes: int
+    limits: Limits
+    preset: Defaults
 
     @classmethod
     def read(cls, source: ModelSource) -> "ModelCard":
@@ -55,14 +75,42 @@ class ModelCard:
         """
         folder = locate(source.source)
         facts = read_facts(folder)
-        return cls(
+        if source.adapters:
+            raise ModelError("adapters: this generator takes none yet")
+        device = _device(source.device)
+        dtype = _dtype(source.dtype, device)
+        card = cls(
             name=source.name,
             folder=folder,
             digest=digest(folder),
             facts=facts,
             unet_channels=_first_block_channels(folder / "unet"),
             vae_channels=_first_block_channels(folder / "vae"),
+            dtype=dtype,
+            device=device,
+            weights_bytes=weights(folder) * dtype.itemsize,
+            limits=source.limits,
+            preset=source.defaults,
         )
+        card._check_settings()
+        return card
+
+    def _check_settings(self) -> None:
+        """Refuses limits and defaults that contradict the model or one another."""
+        if self.preset.sampler not in (None, *SAMPLERS):
+            raise ModelError(
+                f"defaults.sampler: is {self.preset.sampler!r}; allowed: {', '.join(SAMPLERS)}"
+            )
+        if self.defaults().steps > self.max_steps:
+            raise ModelError(
+                f"defaults.steps: is {self.defaults().steps}, above limits.max_steps, "
+                f"which is {self.max_steps}"
+            )
+        if self.max_side < self.min_side:
+            raise ModelError(
+                f"limits.max_side: is {self.limits.max_side}; the model's smallest side is "
+                f"{self.min_side}"
+            )
 
     @property
     def family(self) -> str:
@@ -78,8 +126,18 @@ class ModelCard:
     def max_side(self) -> int:
         """Largest side, pixels."""
         native = max(self.facts.native.width, self.facts.native.height)
-        largest = min(MAX_SIDE, MAX_SIDE_PER_NATIVE * native)
+        largest = min(self.limits.max_side or MAX_SIDE, MAX_SIDE_PER_NATIVE * native)
         return largest - largest % self.facts.size_multiple
+
+    @property
+    def max_images(self) -> int:
+        """Most pictures of one request."""
+        return self.limits.max_images or MAX_IMAGES
+
+    @property
+    def max_steps(self) -> int:
+        """Most denoising steps."""
+        return self.limits.max_steps or MAX_STEPS
 
     @property
     def tokens_limit(self) -> int:
@@ -110,11 +168,12 @@ class ModelCard:
 
     def defaults(self) -> Sampling:
         """What a request that leaves sampling unset gets."""
+        preset, guidance = self.preset, _GUIDANCE.get(self.family, DEFAULT_GUIDANCE)
         return Sampling(
             model=self.name,
-            sampler=DEFAULT_SAMPLER,
-            steps=DEFAULT_STEPS,
-            guidance_scale=_GUIDANCE.get(self.family, DEFAULT_GUIDANCE),
+            sampler=preset.sampler or DEFAULT_SAMPLER,
+            steps=preset.steps or min(DEFAULT_STEPS, self.max_steps),
+            guidance_scale=guidance if preset.guidance_scale is None else preset.guidance_scale,
             images=1,
             seed=0,
         )
@@ -152,9 +211,18 @@ class Catalog:
         cards: dict[str, ModelCard] = {}
         for source in read_sources(models):
             try:
-                cards[source.name] = ModelCard.read(source)
+                card = ModelCard.read(source)
             except ModelError as error:
                 raise InvalidSetting(f"models: {source.name}: {error}") from error
+            log.info(
+                "model found",
+                model=card.name,
+                digest=card.digest,
+                dtype=str(card.dtype).removeprefix("torch."),
+                device=str(card.device),
+                weights_mib=round(card.weights_bytes / 2**20, 1),
+            )
+            cards[source.name] = card
         return cls(cards)
 
     @property
@@ -178,6 +246,23 @@ class Catalog:
 def unet_rows(sampling: Sampling) -> int:
     """Rows of one U-Net call: a picture each, two with guidance."""
     return sampling.images * (2 if sampling.guidance_scale > 1 else 1)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; for an empty one the GPU where there is one, else the CPU."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ModelError(f"device: is {name!r}; this machine has: {', '.join(found)}")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; for an empty one half precision on a GPU, single precision on the CPU."""
+    found = getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
+    assert isinstance(found, torch.dtype), f"{name} is no dtype"
+    return found
 
 
 def _first_block_channels(part: Path) -> int:

@@ -58,7 +58,7 @@ VALUE_BYTES = 4
 
 
 class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
-    """Generates with `engine` from plates in `blobs`; a request may take `limit_bytes` beyond the weights."""
+    """Generates from plates in `blobs`; on the CPU a request may take `limit_bytes` beyond the weights."""
 
     def __init__(self, engine: Engine, blobs: BlobStore, *, limit_bytes: float) -> None:
         self._engine = engine
@@ -137,7 +137,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
 
     def _check_memory(self, card: ModelCard, size: Extent, sampling: Sampling) -> None:
         needed = card.memory_bytes(size, sampling, value_bytes=VALUE_BYTES)
-        if needed > self._limit_bytes:
+        if card.device.type == "cpu" and needed > self._limit_bytes:
             raise InvalidRequest.of(
                 "sampling.images",
                 f"is {sampling.images}; at {size.width} x {size.height} pixels that takes "
@@ -255,7 +255,8 @@ def _digest(
     inputs.sampling.ClearField("model")
     inputs.sampling.ClearField("preview_every")
     message = inputs.SerializeToString(deterministic=True)
-    return hashlib.sha256(f"{VERSION} {card.digest} ".encode() + message).hexdigest()
+    networks = f"{VERSION} {card.digest} {card.dtype} "
+    return hashlib.sha256(networks.encode() + message).hexdigest()
 
 
 def _controls(
@@ -313,6 +314,8 @@ def _render_model(card: ModelCard) -> collage_service_pb2.Model:
         samplers=list(SAMPLERS),
         defaults=wire.render_sampling(card.defaults()),
         max_layers=wire.MAX_LAYERS,
+        max_images=card.max_images,
+        max_steps=card.max_steps,
         latent_factor=card.facts.latent_factor,
     )
 

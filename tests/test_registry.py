@@ -1,0 +1,191 @@
+"""The operator's models.yaml: what it may say, and that every mistake in it is told with its place."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from services.common.registry import (
+    CONTROLNET_FILES,
+    Defaults,
+    Limits,
+    NotAModel,
+    digest,
+    locate_adapter,
+    read_sources,
+    weights,
+)
+from services.common.settings import InvalidSetting
+from services.generator.catalog import Catalog
+from tests import toy
+
+
+def read(tmp_path, text):
+    file = tmp_path / "models.yaml"
+    file.write_text(text)
+    return read_sources(str(file))
+
+
+def test_everything_a_file_may_say(tmp_path):
+    for folder in ("sd15/controlnet-depth", "control/canny"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ink.safetensors").touch()
+    one, other = read(
+        tmp_path,
+        """
+models:
+  - name: sd15
+    source: sd15
+    dtype: float16
+    device: cuda:1
+    controlnets: {canny: control/canny, pose: owner/pose@v2}
+    adapters: {ink: ink.safetensors}
+    limits: {max_side: 1024, max_images: 4, max_steps: 60}
+    defaults: {sampler: ddim, steps: 20, guidance_scale: 5}
+  - {name: "2.1", source: owner/name@main}
+""",
+    )
+    # Folders are found from where the file is, whatever the process' own folder; others are hub ids.
+    assert one.source == str(tmp_path / "sd15")
+    assert one.controlnets == {
+        "depth": str(tmp_path / "sd15/controlnet-depth"),
+        "canny": str(tmp_path / "control/canny"),
+        "pose": "owner/pose@v2",
+    }
+    assert one.adapters == {"ink": str(tmp_path / "ink.safetensors")}
+    assert (one.dtype, one.device) == ("float16", "cuda:1")
+    assert one.limits == Limits(max_side=1024, max_images=4, max_steps=60)
+    assert one.defaults == Defaults(sampler="ddim", steps=20, guidance_scale=5.0)
+    assert (other.name, other.source, other.dtype) == ("2.1", "owner/name@main", "")
+    assert other.limits == Limits() and other.defaults == Defaults()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "models.yaml: models: is missing; required: a list of at least one"),
+        ("models: []", r"models: is \[\]; required: a list"),
+        ("models: [1]", r"models\[0\]: is 1; required: a mapping with the keys name, source"),
+        ("[]", "models.yaml: is .*; required: a mapping with the keys models"),
+        ("model: []", "models.yaml: has the key 'model'; allowed: models"),
+        ("models: [{name: a, source: b, dtpye: x}]", r"models\[0\]: has the key 'dtpye'; allowed"),
+        ("models: [{source: b}]", r"models\[0\].name: is missing; allowed: 1 to 64"),
+        ("models: [{name: 2.1, source: b}]", r"models\[0\].name: is 2.1; .* in quotes"),
+        ("models: [{name: a}]", r"models\[0\].source: is missing; required: a folder"),
+        (
+            "models: [{name: a, source: b}, {name: b, source: b, dtype: fp8}]",
+            r"models.yaml: models\[1\].dtype: is 'fp8'; allowed: float32, float16, bfloat16",
+        ),
+        ("models: [{name: a, source: b, device: tpu}]", "device: is 'tpu'; allowed: cpu, cuda"),
+        ("models: [{name: a, source: b}, {name: a, source: c}]", r"models\[1\].name: is 'a'; the"),
+        (
+            "models: [{name: a, source: b, limits: {max_steps: yes}}]",
+            "max_steps: is True; allowed: a whole number from 1 to 1000",
+        ),
+        (
+            "models: [{name: a, source: b, limits: {max_side: 4096}}]",
+            "limits.max_side: is 4096; allowed: a whole number from 16 to 2048",
+        ),
+        (
+            "models: [{name: a, source: b, defaults: {guidance_scale: .nan}}]",
+            "defaults.guidance_scale: is nan; allowed: a number from 0 to 50",
+        ),
+        ("models: [{name: a, source: b, adapters: [x]}]", "adapters: is .*; required: a mapping"),
+        ("models: [{name: a, source: b, adapters: {'a b': x}}]", "has the name 'a b'"),
+        ("models: [{name: a, source: b, adapters: {ink: 3}}]", "adapters.ink: is 3; required: a f"),
+        ("models:\n- name: a\n  name: b", "models.yaml: line 3: the key 'name' stands twice"),
+        ("models: [", "is no YAML"),
+        ("models: &a [*a]", r"required: a mapping|is no YAML"),
+        ("models: !!python/object:os.system {}", "is no YAML"),
+    ],
+)
+def test_mistakes_are_told_with_their_place(tmp_path, text, message):
+    with pytest.raises(InvalidSetting, match=message):
+        read(tmp_path, text)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(InvalidSetting, match=r"none\.yaml: cannot be read: No such file"):
+        read_sources(str(tmp_path / "none.yaml"))
+
+
+def test_an_adapter_is_one_file(tmp_path):
+    with pytest.raises(NotAModel, match="it holds: none"):
+        locate_adapter(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    assert locate_adapter(tmp_path) == tmp_path / "a.safetensors"
+    assert locate_adapter(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    (tmp_path / "b.safetensors").touch()
+    with pytest.raises(NotAModel, match=r"it holds: a.safetensors, b.safetensors"):
+        locate_adapter(tmp_path)
+    (tmp_path / "c.bin").touch()
+    with pytest.raises(NotAModel, match=r"not a \.safetensors file"):
+        locate_adapter(tmp_path / "c.bin")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy.mini(tmp_path_factory.mktemp("registry") / "mini")
+
+
+def test_the_digest_is_of_the_models_own_parts(tmp_path, folder):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "controlnet-canny").mkdir()
+    (copy / "controlnet-canny" / "config.json").write_text("{}")
+    assert digest(copy) == digest(folder)
+    assert digest(copy / "controlnet-canny", CONTROLNET_FILES) != digest(copy, CONTROLNET_FILES)
+    (copy / "unet" / "config.json").write_text("{}")
+    assert digest(copy) != digest(folder)
+
+
+def catalog(tmp_path, folder, **entry):
+    entry = {"name": "toy", "source": str(folder), **entry}
+    (tmp_path / "models.yaml").write_text(json.dumps({"models": [entry]}))
+    return Catalog.read(str(tmp_path / "models.yaml"))
+
+
+def test_the_card_says_what_the_operator_said(tmp_path, folder):
+    (card,) = catalog(
+        tmp_path,
+        folder,
+        dtype="bfloat16",
+        device="cpu",
+        limits={"max_side": 100, "max_images": 3, "max_steps": 20},
+        defaults={"sampler": "ddim", "guidance_scale": 0},
+    ).cards
+    assert (card.dtype, card.device) == (torch.bfloat16, torch.device("cpu"))
+    # A multiple of 16; the model alone would take 128.
+    assert (card.max_side, card.max_images, card.max_steps) == (96, 3, 20)
+    defaults = card.defaults()
+    assert (defaults.sampler, defaults.steps, defaults.guidance_scale) == ("ddim", 20, 0.0)
+
+
+def test_the_weights_size_is_that_in_memory(tmp_path, folder):
+    from services.generator.models import load
+
+    loaded = load(folder, dtype=torch.float32, device=torch.device("cpu"))
+    numbers = sum(
+        parameter.numel()
+        for part in (loaded.unet, loaded.vae, loaded.text_encoder)
+        for parameter in part.parameters()
+    )
+    assert weights(folder) == pytest.approx(numbers, rel=0.001)
+    (half,) = catalog(tmp_path, folder, dtype="float16").cards
+    assert half.weights_bytes == 2 * weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"device": "cuda:99"}, "toy: device: is 'cuda:99'; this machine has: cpu"),
+        ({"defaults": {"sampler": "magic"}}, "defaults.sampler: is 'magic'; allowed: euler"),
+        (
+            {"limits": {"max_steps": 5}, "defaults": {"steps": 6}},
+            "defaults.steps: is 6, above limits.max_steps, which is 5",
+        ),
+    ],
+)
+def test_settings_that_contradict_the_model_stop_the_start(tmp_path, folder, entry, message):
+    with pytest.raises(InvalidSetting, match=message):
+        catalog(tmp_path, folder, **entry)
