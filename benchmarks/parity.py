@@ -2,9 +2,11 @@
 
 Three model folders are made on the spot; every sampler, several strengths, with and without guidance, two pictures a
 call, fp32, one thread. First columns: largest difference of latents and pictures to `StableDiffusionImg2ImgPipeline`.
-Last columns: the noise map against the exact-level injection of `inject`, with strengths 0 and 1 only, and with five.
-Exit code 1 if anything differs. (UniPC's corrector would undo a hold that ends midway; ours leaves held cells alone,
-which a stock pipeline cannot be told, so for it the five strengths are not compared.)
+Next columns: the noise map against the exact-level injection of `inject`, with strengths 0 and 1 only, and with five.
+Last columns: with one layer over the whole canvas that uses one ControlNet at scale 1, or two of them at other scales
+and for a part of the steps, against `StableDiffusionControlNetImg2ImgPipeline`. Exit code 1 if anything differs.
+(UniPC's corrector would undo a hold that ends midway; ours leaves held cells alone, which a stock pipeline cannot be
+told, so for it the five strengths are not compared.)
 
     python -m benchmarks.parity
 """
@@ -17,13 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import (
+    ControlNetModel,
+    MultiControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from services.common.collage import Sampling
+from services.common.collage import Sampling, Structure
 from services.common.plate import Plate
-from services.generator.conditioning import prepare
+from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import SAMPLERS, load
 from services.generator.sampler import Run, step
 from services.generator.stages import TorchStages
@@ -36,38 +44,67 @@ STEPS = 10
 STRENGTHS = (0.3, 0.7, 1.0)
 GUIDANCE_SCALES = (1.0, 5.0)
 SEEDS = (0, 1)
+KINDS = ("canny", "depth")
+# What a layer asks for; diffusers takes the starts and ends as fractions of the steps that are left, as we do.
+STRUCTURES = {
+    "control": (Structure(kind="canny"),),
+    "controls": (
+        Structure(kind="canny", scale=0.6, start=0.2, end=0.7),
+        Structure(kind="depth", scale=0.9, start=0.4),
+    ),
+}
 
 
 class Case:
-    """One model folder, loaded twice: by us, and by diffusers' pipeline. Twice as wide as high: nothing is square."""
+    """One model folder, loaded twice: by us, and by diffusers' pipelines. Twice as wide as high: nothing is square."""
 
     def __init__(self, folder: Path) -> None:
-        self.stages = TorchStages(load(folder, dtype=torch.float32, device=torch.device("cpu")))
+        networks = {kind: toy.controlnet(folder, kind) for kind in KINDS}
+        self.stages = TorchStages(
+            load(
+                folder,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                controlnets=networks,
+            )
+        )
         self.facts = self.stages.facts
         self.pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.controlnets = {
+            kind: ControlNetModel.from_pretrained(network) for kind, network in networks.items()
+        }
         self.rng = np.random.default_rng(0)
         shape = (self.facts.native.height, 2 * self.facts.native.width, 3)
         self.composite = self.rng.integers(0, 256, shape, dtype=np.uint8)
         self.z0 = self.stages.encode_image(torch.from_numpy(self.composite)[None])
         self.grid = tuple(self.z0.shape[2:])
+        self.control = {
+            kind: self.rng.integers(0, 256, shape, dtype=np.uint8) for kind in sorted(KINDS)
+        }
 
     def ours(
-        self, sampler: str, strength_hw: NDArray[np.float64], scale: float
+        self,
+        sampler: str,
+        strength_hw: NDArray[np.float64],
+        scale: float,
+        structures: tuple[Structure, ...] = (),
     ) -> tuple[Tensor, NDArray[np.uint8]]:
-        """Latents and pictures, by the code that the service runs."""
+        """Latents and pictures, by the code that the service runs; one layer over everything has the structures."""
+        layers = [LayerControl(text_start=0, text_end=0, attract=0, repel=0, structures=structures)]
         plate = Plate(
             composite_HWC=self.composite,
-            visible_Lhw=np.zeros((0, *self.grid), np.float32),
+            visible_Lhw=np.ones((1, *self.grid), np.float32),
             strength_hw=strength_hw,
             release_HW=np.full(self.composite.shape[:2], 255, np.uint8),
+            control=self.control,
         )
         conditioning = prepare(
             self.stages,
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
             guidance_scale=scale,
-            layers=(),
+            layers=layers,
         )
         sampling = Sampling(
             model="toy",
@@ -97,6 +134,32 @@ class Case:
             **{"output_type": "latent", **options},
         ).images
 
+    def stock_controlled(
+        self, sampler: str, strength: float, scale: float, structures: Sequence[Structure]
+    ) -> Any:
+        """Latents by the stock pipeline with ControlNets."""
+        used = MultiControlNetModel([self.controlnets[part.kind] for part in structures])
+        pipeline = StableDiffusionControlNetImg2ImgPipeline(
+            **self.pipeline.components, controlnet=used, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = self.facts.scheduler(sampler)
+        return pipeline(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            image=self.z0.expand(len(SEEDS), -1, -1, -1),
+            control_image=[Image.fromarray(self.control[part.kind]) for part in structures],
+            strength=strength,
+            num_inference_steps=STEPS,
+            guidance_scale=scale,
+            num_images_per_prompt=len(SEEDS),
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            controlnet_conditioning_scale=[part.scale for part in structures],
+            control_guidance_start=[part.start for part in structures],
+            control_guidance_end=[part.end for part in structures],
+            output_type="latent",
+        ).images
+
     def inject(self, sampler: str, strength_hw: NDArray[np.float64], scale: float) -> Any:
         """Latents by exact-level injection: after each step of a stock pipeline, cells not yet free are put back."""
         shape = (1, *self.z0.shape[1:])
@@ -117,7 +180,10 @@ class Case:
         return self.stock(sampler, 1.0, scale, callback_on_step_end=put_back)
 
     def differences(
-        self, sampler: str, scales: Sequence[float] = GUIDANCE_SCALES
+        self,
+        sampler: str,
+        scales: Sequence[float] = GUIDANCE_SCALES,
+        strengths: Sequence[float] = STRENGTHS,
     ) -> dict[str, float]:
         """Largest difference of each kind over all settings."""
         found: dict[str, list[float]] = {}
@@ -129,11 +195,15 @@ class Case:
         if sampler != "unipc":
             maps["map 0..1"] = self.rng.choice([0.0, 0.3, 0.7, 0.95, 1.0], self.grid)
         for scale in scales:
-            for strength in STRENGTHS:
+            for strength in strengths:
                 latents, pictures = self.ours(sampler, np.full(self.grid, strength), scale)
                 note("latents", latents, self.stock(sampler, strength, scale))
                 theirs = self.stock(sampler, strength, scale, output_type="np")
                 note("pictures", pictures, (theirs * 255).round())
+                for kind, structures in STRUCTURES.items():
+                    latents, _ = self.ours(sampler, np.full(self.grid, strength), scale, structures)
+                    stock = self.stock_controlled(sampler, strength, scale, structures)
+                    note(kind, latents, stock)
             for kind, strength_hw in maps.items():
                 latents, _ = self.ours(sampler, strength_hw, scale)
                 note(kind, latents, self.inject(sampler, strength_hw, scale))
@@ -151,7 +221,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, float]]]:
 
 def main() -> int:
     torch.set_num_threads(1)
-    kinds = ("latents", "pictures", "map 0/1", "map 0..1")
+    kinds = ("latents", "pictures", "map 0/1", "map 0..1", *STRUCTURES)
     print(f"{'model':6} {'sampler':16}" + "".join(f"{kind:>10}" for kind in kinds))
     is_equal = True
     for model, sampler, differences in rows():

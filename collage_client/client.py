@@ -299,6 +299,8 @@ def _creation(work: Work, span: Span) -> pb.CreateJobRequest:
 
 def _pictures(collage: collage_pb2.Collage) -> list[blob_pb2.Image]:
     pictures = [layer.image for layer in collage.layers]
+    for layer in collage.layers:
+        pictures += [part.image for part in layer.structure if part.HasField("image")]
     if collage.background.WhichOneof("kind") == "image":
         pictures.append(collage.background.image)
     return pictures

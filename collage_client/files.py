@@ -72,9 +72,16 @@ def save(collage: collage_pb2.Collage, folder: Path) -> list[Path]:
     copy = collage_pb2.Collage()
     copy.CopyFrom(collage)
     written = []
-    names = ["background", *(f"layers/{file_stem(layer.name)}" for layer in copy.layers)]
-    images = [copy.background.image, *(layer.image for layer in copy.layers)]
-    for name, image in zip(names, images, strict=True):
+    targets = {"background": copy.background.image}
+    for layer in copy.layers:
+        stem = f"layers/{file_stem(layer.name)}"
+        targets[stem] = layer.image
+        # No layer's name has a dot.
+        targets |= {
+            f"{stem}.structure-{number}": structure.image
+            for number, structure in enumerate(layer.structure)
+        }
+    for name, image in targets.items():
         if image.WhichOneof("source") != "data":
             continue
         suffix = next((end for magic, end in _SUFFIXES if image.data.startswith(magic)), ".bin")
@@ -92,10 +99,14 @@ def save(collage: collage_pb2.Collage, folder: Path) -> list[Path]:
 
 def pictures(collage: collage_pb2.Collage) -> list[tuple[str, blob_pb2.Image]]:
     """Every picture of a collage (not copied) with its field path."""
-    found = [
-        (f"collage.layers[{index}].image", layer.image)
-        for index, layer in enumerate(collage.layers)
-    ]
+    found = []
+    for index, layer in enumerate(collage.layers):
+        found.append((f"collage.layers[{index}].image", layer.image))
+        found += [
+            (f"collage.layers[{index}].structure[{number}].image", structure.image)
+            for number, structure in enumerate(layer.structure)
+            if structure.HasField("image")
+        ]
     if collage.background.WhichOneof("kind") == "image":
         found.append(("collage.background.image", collage.background.image))
     return found

@@ -263,6 +263,15 @@ def _generate_request(
             attract=plan.attract,
             repel=plan.repel,
             seed=layer.seed,
+            structures=[
+                generator_service_pb2.StructureControl(
+                    kind=structure.kind,
+                    scale=structure.scale,
+                    start=structure.start,
+                    end=structure.end,
+                )
+                for structure in layer.structure
+            ],
         )
         if layer.name in words:
             assert layer.appearance is not None, "only such a layer has a word"

@@ -162,7 +162,7 @@ class Planner:
             collage=stored,
             sampling=settings,
             bound=bound,
-            plate=wire.parse_blob(composed.plate, "plate"),
+            plate=wire.parse_blob(composed.plate, "plate", limit_bytes=wire.MAX_PLATE_BYTES),
             plan=_render_plan(stored, settings, bound, composed, estimate),
             redo=stored_redo,
         )
@@ -180,12 +180,8 @@ class Planner:
         self, collage: Collage, redo: RedoFields | None, root: str
     ) -> tuple[Collage, Redo | None]:
         """The same collage with every picture a stored blob."""
-        pictures: dict[str, Picture] = {
-            f"{root}collage.layers[{index}].image": layer.image
-            for index, layer in enumerate(collage.layers)
-        }
-        if isinstance(collage.background, bytes | BlobRef):
-            pictures[f"{root}collage.background.image"] = collage.background
+        prefix = f"{root}collage."
+        pictures = {f"{prefix}{path}": picture for path, picture in collage.pictures().items()}
         if redo is not None:
             pictures["redo.parent"] = redo.parent
         stored = dict(
@@ -203,12 +199,10 @@ class Planner:
         if missing:
             raise MissingBlobs(missing)
         refs = {field: ref for field, ref in stored.items() if ref is not None}
-        layers = tuple(
-            replace(layer, image=refs[f"{root}collage.layers[{index}].image"])
-            for index, layer in enumerate(collage.layers)
+        with_refs = collage.with_pictures(
+            {path.removeprefix(prefix): ref for path, ref in refs.items()}
         )
-        background = refs.get(f"{root}collage.background.image", collage.background)
-        return replace(collage, layers=layers, background=background), (
+        return with_refs, (
             Redo(
                 parent=refs["redo.parent"],
                 layers=redo.layers,

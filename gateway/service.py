@@ -416,6 +416,9 @@ def _refer(request: collage_service_pb2.CreateJobRequest, checked: Planned | Col
     collage = checked if isinstance(checked, Collage) else checked.collage
     for part, layer in zip(message.layers, collage.layers, strict=True):
         part.image.CopyFrom(wire.render_picture(layer.image))
+        for structure, value in zip(part.structure, layer.structure, strict=True):
+            if value.image is not None:
+                structure.image.CopyFrom(wire.render_picture(value.image))
     if isinstance(collage.background, BlobRef):
         message.background.image.CopyFrom(wire.render_picture(collage.background))
     if isinstance(checked, Planned) and checked.redo is not None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,13 @@ class System:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[System]:
-    """Starts everything on the toy model, the data in `folder`."""
+async def running(folder: Path, *, kinds: Sequence[str] = ()) -> AsyncIterator[System]:
+    """Starts everything on the toy model with ControlNets of these kinds, the data in `folder`."""
     # Several threads stall on a machine that has other work.
-    model = str(toy.mini(folder / "toy"))
-    server = await embedded.start(folder / "data", model=model, threads=1)
+    model = toy.mini(folder / "toy")
+    for kind in kinds:
+        toy.controlnet(model, kind)
+    server = await embedded.start(folder / "data", model=str(model), threads=1)
     try:
         async with connect(server.address) as channel:
             yield System(channel=channel, stub=collage_service_pb2_grpc.CollageServiceStub(channel))

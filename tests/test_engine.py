@@ -46,13 +46,13 @@ class WatchedStages:
     def encode_text(self, ids_BT):
         return self.inner.encode_text(ids_BT)
 
-    def predict(self, x_BChw, timestep_B, text_BTD, control):
+    def predict(self, x_BChw, timestep_B, text_BTD, control, structure):
         self.rows.append(len(x_BChw))
         if self._cursed_TD is not None and any(
             torch.equal(text_TD, self._cursed_TD) for text_TD in text_BTD
         ):
             raise self._error
-        return self.inner.predict(x_BChw, timestep_B, text_BTD, control)
+        return self.inner.predict(x_BChw, timestep_B, text_BTD, control, structure)
 
 
 @pytest.fixture(scope="module", autouse=True)

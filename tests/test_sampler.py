@@ -85,7 +85,7 @@ def finish(stages, run):
 def test_equals_diffusers_bit_for_bit(tmp_path):
     """The whole table, with more strengths and models, is benchmarks/parity.py."""
     case = Case(toy.sd2(tmp_path))
-    assert set(case.differences("euler_ancestral", [5.0]).values()) == {0.0}
+    assert set(case.differences("euler_ancestral", [5.0], [0.7]).values()) == {0.0}
 
 
 def test_no_strength_no_work(stages, calls):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -47,6 +48,23 @@ def mini(folder: Path) -> Path:
     """The bundled model in small: canvas 32 px, three levels, 4x autoencoder."""
     scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False)
     return _save(folder, levels=3, vae_levels=3, text_width=32, scheduler=scheduler)
+
+
+def controlnet(folder: Path, kind: str) -> Path:
+    """A ControlNet for the model in `folder`, which finds it there; made so that it acts, unlike an untrained one."""
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    vae = AutoencoderKL.load_config(folder, subfolder="vae")
+    channels = (4, 4, 8, 8)[: len(vae["block_out_channels"])]
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(kind.encode()))
+        network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
+        for parameter in network.parameters():
+            if not parameter.any():
+                # Its last layers and biases start at 0.
+                parameter.data.normal_(std=0.1)
+    target = folder / f"controlnet-{kind}"
+    network.save_pretrained(target)
+    return target
 
 
 # The schedule that Stable Diffusion was trained with.

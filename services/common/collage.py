@@ -5,7 +5,8 @@ turns a message into these values, and complains about the ones that cannot exis
 Pixels are not here, only references to them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from services.common.blobs import BlobRef
 
@@ -47,12 +48,16 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """One ControlNet's part in a layer: weight in [0, 1], acting from `start` to `end` of the steps (fractions)."""
+    """One ControlNet's part in a layer: weight in [0, 1], acting from `start` to `end` of the steps (fractions).
+
+    `image` is a control picture made elsewhere, stretched over the layer's own; None to make one from the layer.
+    """
 
     kind: str
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    image: Picture | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +96,36 @@ class Collage:
     negative_prompt: str = ""
     # An sRGB colour, or a picture stretched over the canvas.
     background: tuple[int, int, int] | Picture = DEFAULT_BACKGROUND
+
+    def pictures(self) -> dict[str, Picture]:
+        """Every picture by its field path below the collage."""
+        found: dict[str, Picture] = {}
+        for index, layer in enumerate(self.layers):
+            found[f"layers[{index}].image"] = layer.image
+            for number, structure in enumerate(layer.structure):
+                if structure.image is not None:
+                    found[f"layers[{index}].structure[{number}].image"] = structure.image
+        if not isinstance(self.background, tuple):
+            found["background.image"] = self.background
+        return found
+
+    def with_pictures(self, pictures: Mapping[str, Picture]) -> "Collage":
+        """The same collage with others in place of the `pictures` it has, by the same paths."""
+        layers = tuple(
+            replace(
+                layer,
+                image=pictures[f"layers[{index}].image"],
+                structure=tuple(
+                    replace(
+                        structure, image=pictures.get(f"layers[{index}].structure[{number}].image")
+                    )
+                    for number, structure in enumerate(layer.structure)
+                ),
+            )
+            for index, layer in enumerate(self.layers)
+        )
+        background = pictures.get("background.image", self.background)
+        return replace(self, layers=layers, background=background)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,15 @@ safetensors file. It knows neither prompts nor models, only the model's latent f
 Suffixes: H, W canvas pixels; h, w latent cells (H = h * factor); L layers of the collage, back to front; C = 3.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
+
+# Names of control pictures in the file begin with this; the kind follows.
+_CONTROL = "control_HWC."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,16 +28,22 @@ class Plate:
     strength_hw: float64 in [0, 1], the noise map: SDEdit strength of each latent cell as a fraction of the steps.
     release_HW: uint8, how much of the generated picture replaces the composite in each pixel; 0 keeps the
         composite's own bytes, 255 takes the generated pixel as it is.
+    control: by ControlNet kind, uint8 HWC, the control picture of all layers that use it; empty where none does.
     """
 
     composite_HWC: NDArray[np.uint8]
     visible_Lhw: NDArray[np.float32]
     strength_hw: NDArray[np.float64]
     release_HW: NDArray[np.uint8]
+    control: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         height, width, channels = self.composite_HWC.shape
         assert channels == 3 and self.release_HW.shape == (height, width), "pixel planes disagree"
+        assert all(
+            control_HWC.shape == (height, width, 3) and control_HWC.dtype == np.uint8
+            for control_HWC in self.control.values()
+        ), "control pictures disagree"
         assert self.visible_Lhw.shape[1:] == self.strength_hw.shape, "latent planes disagree"
         grid_height, grid_width = self.strength_hw.shape
         assert height % grid_height == 0 and height // grid_height == width // grid_width, (
@@ -53,6 +63,10 @@ class Plate:
                 "visible_Lhw": np.ascontiguousarray(self.visible_Lhw),
                 "strength_hw": np.ascontiguousarray(self.strength_hw),
                 "release_HW": np.ascontiguousarray(self.release_HW),
+                **{
+                    f"{_CONTROL}{kind}": np.ascontiguousarray(control_HWC)
+                    for kind, control_HWC in self.control.items()
+                },
             }
         )
         return data
@@ -60,4 +74,10 @@ class Plate:
     @classmethod
     def from_bytes(cls, data: bytes) -> "Plate":
         """Reads what `to_bytes` wrote."""
-        return cls(**load(data))
+        planes = load(data)
+        control = {
+            name.removeprefix(_CONTROL): planes.pop(name)
+            for name in sorted(planes)
+            if name.startswith(_CONTROL)
+        }
+        return cls(**planes, control=control)

@@ -32,6 +32,8 @@ MAX_TEXT_CHARACTERS = 300
 # gRPC's default message limit is 4 MiB; a picture above this goes through PutBlob.
 MAX_INLINE_BYTES = 1024 * 1024
 MAX_BLOB_BYTES = 64 * 1024 * 1024
+# A plate of 2048 x 2048 with 32 layers at latent factor 4 is 50 MiB; each control picture in it, one a kind, adds 12.
+MAX_PLATE_BYTES = 160 * 1024 * 1024
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 # Control kinds are a handful.
 MAX_STRUCTURES = 8
@@ -142,6 +144,17 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
             f"{path}.structure",
             f"has {len(message.structure)} parts; allowed: at most {MAX_STRUCTURES}",
         )
+    structure = tuple(
+        _parse_structure(check, part, f"{path}.structure[{index}]")
+        for index, part in enumerate(message.structure[:MAX_STRUCTURES])
+    )
+    kinds = [part.kind for part in structure]
+    for index, kind in enumerate(kinds):
+        if kind in kinds[:index]:
+            check.refuse(
+                f"{path}.structure[{index}].kind",
+                f"is {quote(kind)}, as in structure[{kinds.index(kind)}]; allowed: each kind once",
+            )
     return Layer(
         name=message.name,
         image=_parse_picture(check, message.image, f"{path}.image"),
@@ -153,10 +166,7 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
             else 1.0
         ),
         visible=message.visible if message.HasField("visible") else True,
-        structure=tuple(
-            _parse_structure(check, part, f"{path}.structure[{index}]")
-            for index, part in enumerate(message.structure[:MAX_STRUCTURES])
-        ),
+        structure=structure,
         appearance=_parse_appearance(check, message, path),
         seed=message.seed if message.HasField("seed") else None,
         **dials,
@@ -184,12 +194,19 @@ def _parse_transform(check: Checker, message: collage_pb2.Transform, path: str) 
 def _parse_structure(check: Checker, message: collage_pb2.Structure, path: str) -> Structure:
     if not message.kind:
         check.refuse(f"{path}.kind", "is empty; required: a control kind of the model")
+    elif not _NAME.fullmatch(message.kind):
+        check.refuse(
+            f"{path}.kind", f"is {quote(message.kind)}; allowed: 1 to 64 of A-Z a-z 0-9 _ -"
+        )
     values = {
         name: check.number(f"{path}.{name}", getattr(message, name), 0, 1)
         for name in ("scale", "start", "end")
         if message.HasField(name)
     }
-    structure = Structure(kind=message.kind, **values)
+    image = (
+        _parse_picture(check, message.image, f"{path}.image") if message.HasField("image") else None
+    )
+    structure = Structure(kind=message.kind, image=image, **values)
     if structure.start > structure.end:
         check.refuse(f"{path}.end", f"is {structure.end:g}, before start {structure.start:g}")
     return structure
@@ -249,8 +266,10 @@ def _parse_picture(check: Checker, message: blob_pb2.Image, path: str) -> Pictur
     return b""
 
 
-def _parse_blob(check: Checker, message: blob_pb2.BlobRef, path: str) -> Picture:
-    size_bytes = int(check.number(f"{path}.size_bytes", message.size_bytes, 0, MAX_BLOB_BYTES))
+def _parse_blob(
+    check: Checker, message: blob_pb2.BlobRef, path: str, limit_bytes: int = MAX_BLOB_BYTES
+) -> Picture:
+    size_bytes = int(check.number(f"{path}.size_bytes", message.size_bytes, 0, limit_bytes))
     try:
         ref = BlobRef(sha256=message.sha256, size_bytes=size_bytes, media_type=UNKNOWN_MEDIA_TYPE)
     except ValueError:
@@ -268,14 +287,16 @@ def _parse_blob(check: Checker, message: blob_pb2.BlobRef, path: str) -> Picture
         return b""
 
 
-def parse_blob(message: blob_pb2.BlobRef, field: str) -> BlobRef:
-    """The blob a message refers to.
+def parse_blob(
+    message: blob_pb2.BlobRef, field: str, *, limit_bytes: int = MAX_BLOB_BYTES
+) -> BlobRef:
+    """The blob a message refers to, which may have `limit_bytes`.
 
     Raises:
         InvalidRequest: naming the wrong field below `field`.
     """
     check = Checker()
-    blob = _parse_blob(check, message, field)
+    blob = _parse_blob(check, message, field, limit_bytes)
     check.done()
     assert isinstance(blob, BlobRef), "a checked reference is a reference"
     return blob
@@ -411,7 +432,13 @@ def _render_layer(layer: Layer) -> collage_pb2.Layer:
 
 def _render_structure(structure: Sequence[Structure]) -> list[collage_pb2.Structure]:
     return [
-        collage_pb2.Structure(kind=part.kind, scale=part.scale, start=part.start, end=part.end)
+        collage_pb2.Structure(
+            kind=part.kind,
+            scale=part.scale,
+            start=part.start,
+            end=part.end,
+            image=None if part.image is None else render_picture(part.image),
+        )
         for part in structure
     ]
 

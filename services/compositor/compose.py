@@ -7,7 +7,7 @@ in sRGB values, as in the paper; masks are linear in alpha. This module knows no
 Suffixes: H, W canvas pixels; h, w latent cells or a layer's box; C or 3 = R, G, B; 4 = R, G, B, A; L layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from services.common.collage import Collage, Dials, Extent, Layer, Redo, Transform
 from services.common.plate import Plate
 from services.compositor.noise import Visible, cell_means, resolve_dials, strength_map
+from services.compositor.pictures import stretch
 from services.compositor.placement import Placed, place
 from services.compositor.release import release_all_but, release_only
+from services.compositor.structure import DETECTORS, ControlPicture
 
 # A layer no pixel of which would show in an 8-bit mask is hidden.
 _HIDDEN_BELOW = 0.5 / 255
 # A layer with less than this of its own area visible deserves a warning.
 _BARELY_VISIBLE = 0.02
 
+# Answers the control picture that came with a structure, HW3, by the layer's index and the structure's in it.
+Supplied = Callable[[int, int], NDArray[np.uint8]]
 _Painted = list[tuple[Visible, float]]
 
 
@@ -113,6 +117,7 @@ def compose(
     *,
     latent_factor: int,
     redo: Redo | None = None,
+    supplied: Supplied | None = None,
 ) -> Composition:
     """Everything that is known about a collage before a model runs.
 
@@ -123,12 +128,15 @@ def compose(
         under_HWC: what lies under all layers: the background, or for a redo the parent.
         latent_factor: pixels from canvas to latent cell, each way.
         redo: which layers are drawn again; None for a generation.
+        supplied: asked for the control picture of each structure that has an image, where the layer is seen.
     """
     canvas = collage.size
     assert under_HWC.shape == (canvas.height, canvas.width, 3), "what lies under fills the canvas"
     stack = Stack(canvas)
     composed: list[ComposedLayer] = []
     notices: list[Notice] = []
+    kinds = {structure.kind for layer in collage.layers for structure in layer.structure}
+    control = {kind: ControlPicture(canvas) for kind in sorted(kinds)}
     is_topmost = True
     indices = reversed(range(len(collage.layers)))
     for index, pixels_HW4 in zip(indices, cutouts, strict=True):
@@ -139,6 +147,14 @@ def compose(
         if layer.visible:
             is_painted = redo is None or (is_redone and redo.restore_cutout)
             visible = stack.slide_under(placed, opacity=layer.opacity, is_painted=is_painted)
+        for number, structure in enumerate(layer.structure if visible else ()):
+            assert visible is not None, "only a layer that is seen has structure"
+            if structure.image is None:
+                picture_HW3 = DETECTORS[structure.kind](placed.on(canvas))
+            else:
+                assert supplied is not None, "a picture that came with the request is at hand"
+                picture_HW3 = _over_cutout(supplied(index, number), pixels_HW4, layer, canvas)
+            control[structure.kind].slide_under(picture_HW3, visible.box, visible.mask_hw)
         dials = resolve_dials(
             layer,
             size=max(placed.width / canvas.width, placed.height / canvas.height),
@@ -170,10 +186,21 @@ def compose(
                 painted, ground=ground, canvas=canvas, latent_factor=latent_factor
             ),
             release_HW=release_HW,
+            control={kind: picture.pixels_HW3 for kind, picture in control.items()},
         ),
         layers=tuple(composed),
         notices=tuple(notices),
     )
+
+
+def _over_cutout(
+    picture_HW3: NDArray[np.uint8], pixels_HW4: NDArray[np.uint8], layer: Layer, canvas: Extent
+) -> NDArray[np.uint8]:
+    """A control picture stretched over the layer's own picture, and where that lies on the canvas, HW3."""
+    height, width = pixels_HW4.shape[:2]
+    stretched_HW3 = stretch(picture_HW3, width=width, height=height)
+    opaque_HW4 = np.dstack([stretched_HW3, np.full((height, width), 255, np.uint8)])
+    return place(opaque_HW4, layer.transform, canvas).on(canvas)[..., :3]
 
 
 def _generation(

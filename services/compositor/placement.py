@@ -51,6 +51,15 @@ class Placed:
         height, width = self.alpha_hw.shape
         return slice(self.top, self.top + height), slice(self.left, self.left + width)
 
+    def on(self, canvas: Extent) -> NDArray[np.uint8]:
+        """The picture as pixels of the canvas, HW4 with straight alpha, transparent black around."""
+        pixels_HW4 = np.zeros((canvas.height, canvas.width, 4), np.uint8)
+        # Where nothing is, black is divided by the smallest alpha there is.
+        colour_3hw = self.paint_3hw / np.maximum(self.alpha_hw, np.finfo(np.float32).tiny)
+        planes_4hw = np.concatenate([colour_3hw.clip(0, 1), self.alpha_hw[None]])
+        pixels_HW4[self.box] = np.rint(planes_4hw * _FULL).astype(np.uint8).transpose(1, 2, 0)
+        return pixels_HW4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Frame:

@@ -6,7 +6,7 @@ answered without being worked out again. This module knows no arithmetic on pixe
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
 from services.common import wire
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, blob_key, put_blob
-from services.common.collage import Collage, Extent, Picture, Redo
+from services.common.collage import Collage, Extent, Picture, Redo, Structure
 from services.common.errors import InvalidRequest, MissingBlobs, Overloaded, Violation, quote
 from services.compositor.compose import ComposedLayer, Composition, compose
 from services.compositor.pictures import (
@@ -29,10 +29,11 @@ from services.compositor.pictures import (
     encode_png,
     stretch,
 )
+from services.compositor.structure import DETECTORS
 
 # Part of every digest of inputs: raise it when the same inputs give another composition.
 VERSION = 1
-# Compositions worked out at once; each takes a core and, at worst, about 1 GiB.
+# Compositions worked out at once; each takes a core and, at worst, about 1.3 GiB.
 MAX_RUNNING = 2
 # Calls that may wait for their turn.
 MAX_WAITING = 64
@@ -53,20 +54,29 @@ class Work:
 
     def pictures(self) -> dict[str, Picture]:
         """Every picture by its field path."""
-        found = {
-            f"collage.layers[{index}].image": layer.image
-            for index, layer in enumerate(self.collage.layers)
-        }
+        found = {f"collage.{path}": picture for path, picture in self.collage.pictures().items()}
         if self.redo is not None:
             found["redo.parent"] = self.redo.parent
-        elif not isinstance(self.collage.background, tuple):
-            found["collage.background.image"] = self.collage.background
+            # What lies under all layers is the parent.
+            found.pop("collage.background.image", None)
         return found
 
     def digest(self) -> str:
-        """Names the inputs: what the composition does not depend on, such as the words, is left out."""
+        """Names the inputs: what the composition does not depend on, such as the words, is left out.
+
+        Of structure it depends on the kinds and the control pictures, not on how much and when they count.
+        """
         layers = tuple(
-            replace(layer, text="", structure=(), appearance=None, seed=None)
+            replace(
+                layer,
+                text="",
+                structure=tuple(
+                    Structure(kind=structure.kind, image=structure.image)
+                    for structure in sorted(layer.structure, key=lambda structure: structure.kind)
+                ),
+                appearance=None,
+                seed=None,
+            )
             for layer in self.collage.layers
         )
         collage = replace(self.collage, prompt="", negative_prompt="", layers=layers)
@@ -218,6 +228,14 @@ def parse(request: compositor_service_pb2.ComposeRequest) -> Work:
                 f"collage.size.{name}",
                 f"is {side}; allowed: multiples of {factor}, the nearest: {' and '.join(nearest)}",
             )
+    for index, layer in enumerate(collage.layers):
+        for number, structure in enumerate(layer.structure):
+            if structure.image is None and structure.kind not in DETECTORS:
+                check.refuse(
+                    f"collage.layers[{index}].structure[{number}].kind",
+                    f"is {quote(structure.kind)}, which needs an image: control pictures are made here "
+                    f"only of kind {', '.join(DETECTORS)}",
+                )
     redo = _parse_redo(request.redo, collage, check) if request.HasField("redo") else None
     check.done()
     return Work(collage=collage, latent_factor=factor, redo=redo)
@@ -235,6 +253,7 @@ def make(work: Work, data: Mapping[str, bytes]) -> Files:
         _under(work, data),
         latent_factor=work.latent_factor,
         redo=work.redo,
+        supplied=lambda index, number: _control(work.collage, data, index, number),
     )
     return Files(
         composition=composition,
@@ -266,23 +285,35 @@ def _parse_redo(
 
 def _cutouts(collage: Collage, data: Mapping[str, bytes]) -> Iterator[NDArray[np.uint8]]:
     """The layers' pictures from the top down."""
-    paths = [f"collage.layers[{index}].image" for index in reversed(range(len(collage.layers)))]
-    for done, path in enumerate(paths):
+    for index in reversed(range(len(collage.layers))):
         try:
-            pixels_HW4 = decode_cutout(data[path])
+            pixels_HW4 = decode_cutout(data[f"collage.layers[{index}].image"])
         except InvalidPicture as error:
-            raise InvalidRequest(_faults(paths[done:], data)) from error
+            raise InvalidRequest(_faults(collage, data)) from error
         yield pixels_HW4
 
 
-def _faults(paths: Sequence[str], data: Mapping[str, bytes]) -> list[Violation]:
-    """What is wrong with which cut-outs, in the order of the layers."""
+def _control(
+    collage: Collage, data: Mapping[str, bytes], index: int, number: int
+) -> NDArray[np.uint8]:
+    """The control picture that came with structure `number` of layer `index`."""
+    try:
+        return decode_opaque(data[f"collage.layers[{index}].structure[{number}].image"])
+    except InvalidPicture as error:
+        raise InvalidRequest(_faults(collage, data)) from error
+
+
+def _faults(collage: Collage, data: Mapping[str, bytes]) -> list[Violation]:
+    """What is wrong with which cut-outs and control pictures, in the order of the layers."""
     faults = []
-    for path in reversed(paths):
-        try:
-            decode_cutout(data[path])
-        except InvalidPicture as error:
-            faults.append(Violation(field=path, description=str(error)))
+    for below in collage.pictures():
+        path = f"collage.{below}"
+        if below.startswith("layers"):
+            decode = decode_opaque if ".structure[" in below else decode_cutout
+            try:
+                decode(data[path])
+            except InvalidPicture as error:
+                faults.append(Violation(field=path, description=str(error)))
     return faults
 
 

@@ -47,7 +47,14 @@ def load_stages(card: ModelCard) -> Stages:
     """The model on its device."""
     # The log is JSON lines, and nobody watches a bar there.
     disable_progress_bar()
-    return TorchStages(load(card.folder, dtype=card.dtype, device=card.device))
+    return TorchStages(
+        load(
+            card.folder,
+            dtype=card.dtype,
+            device=card.device,
+            controlnets={kind: one.folder for kind, one in card.controlnets.items()},
+        )
+    )
 
 
 async def build(settings: Settings) -> Server:

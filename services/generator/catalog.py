@@ -14,6 +14,7 @@ import torch
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
 from services.common.registry import (
+    CONTROLNET_FILES,
     Defaults,
     Limits,
     ModelError,
@@ -26,7 +27,7 @@ from services.common.registry import (
 from services.common.settings import InvalidSetting
 from services.common.telemetry import log
 from services.common.wire import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
-from services.generator.models import SAMPLERS, ModelFacts, read_facts
+from services.generator.models import SAMPLERS, ModelFacts, check_controlnet, read_facts
 
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
 MAX_SIDE_PER_NATIVE = 4
@@ -47,11 +48,21 @@ UNET_COPIES = 40
 VAE_COPIES = 10
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetCard:
+    """One ControlNet. `digest` is over the folder's files."""
+
+    folder: Path
+    digest: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCard:
     """One served model. `digest` is over the folder's files; channels are those of the widest activations.
 
-    weights_bytes: memory of the networks in `dtype`. limits, preset: what the operator says of requests.
+    controlnets: by kind; they have digests of their own, so that a result without one does not depend on any.
+    weights_bytes: memory of all networks in `dtype`, of the ControlNets too, which are loaded when they are needed.
+    limits, preset: what the operator says of requests.
     """
 
     name: str
@@ -60,6 +71,7 @@ class ModelCard:
     facts: ModelFacts
     unet_channels: int
     vae_channels: int
+    controlnets: Mapping[str, ControlNetCard]
     dtype: torch.dtype
     device: torch.device
     weights_bytes: int
@@ -71,7 +83,7 @@ class ModelCard:
         """The card of a served model. Hashes the weights: seconds for a large model.
 
         Raises:
-            ModelError: no model, or none of a kind that is supported.
+            ModelError: no model, or none of a kind that is supported, or a ControlNet that does not fit it.
         """
         folder = locate(source.source)
         facts = read_facts(folder)
@@ -79,6 +91,15 @@ class ModelCard:
             raise ModelError("adapters: this generator takes none yet")
         device = _device(source.device)
         dtype = _dtype(source.dtype, device)
+        controlnets: dict[str, ControlNetCard] = {}
+        numbers = weights(folder)
+        for kind, where in sorted(source.controlnets.items()):
+            controlnet = locate(where, CONTROLNET_FILES)
+            check_controlnet(controlnet, folder)
+            numbers += weights(controlnet, CONTROLNET_FILES)
+            controlnets[kind] = ControlNetCard(
+                folder=controlnet, digest=digest(controlnet, CONTROLNET_FILES)
+            )
         card = cls(
             name=source.name,
             folder=folder,
@@ -86,9 +107,10 @@ class ModelCard:
             facts=facts,
             unet_channels=_first_block_channels(folder / "unet"),
             vae_channels=_first_block_channels(folder / "vae"),
+            controlnets=controlnets,
             dtype=dtype,
             device=device,
-            weights_bytes=weights(folder) * dtype.itemsize,
+            weights_bytes=numbers * dtype.itemsize,
             limits=source.limits,
             preset=source.defaults,
         )

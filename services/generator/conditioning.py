@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from services.common.collage import Structure
 from services.common.errors import InvalidRequest
 from services.generator.models import TextTooLong, Tokens
 from services.generator.stages import Stages
@@ -16,13 +17,17 @@ from services.generator.stages import Stages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerControl:
-    """How one layer steers: its words, half-open in characters of the prompt, its dials in [0, 1], its own seed."""
+    """How one layer steers: its words, half-open in characters of the prompt, its dials in [0, 1], its own seed.
+
+    structures: its ControlNets, each kind once; their control pictures are the plate's.
+    """
 
     text_start: int
     text_end: int
     attract: float
     repel: float
     seed: int | None = None
+    structures: tuple[Structure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

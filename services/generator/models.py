@@ -7,13 +7,14 @@ native size come from the configs. This module knows no job and no device policy
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -39,6 +40,15 @@ _PARTS = {
 _FOREIGN_PARTS = ("text_encoder_2", "text_encoder_3", "transformer", "image_encoder", "prior")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+# What a ControlNet copies from the U-Net it is for: the shapes of its inputs and residuals.
+_SHARED_WITH_UNET = (
+    "in_channels",
+    "block_out_channels",
+    "down_block_types",
+    "layers_per_block",
+    "cross_attention_dim",
+)
 
 SAMPLERS: Mapping[str, type] = {
     "euler": EulerDiscreteScheduler,
@@ -138,7 +148,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadedModel:
-    """The networks of one folder on one device in one dtype, and their facts."""
+    """The networks of one folder on one device in one dtype, and their facts.
+
+    controlnets: by kind the folder of a ControlNet, which is loaded when it is needed.
+    """
 
     facts: ModelFacts
     unet: UNet2DConditionModel
@@ -146,10 +159,19 @@ class LoadedModel:
     text_encoder: CLIPTextModel
     dtype: torch.dtype
     device: torch.device
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
 
-def load(model: str | Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    controlnets: Mapping[str, Path] | None = None,
+) -> LoadedModel:
     """Loads a model from a folder, or from the hub where no such folder exists and the name looks like owner/name.
+
+    ControlNets are noted, by kind and folder, and not loaded yet.
 
     Raises:
         NotAModel: a part or a file is missing or unreadable.
@@ -167,8 +189,63 @@ def load(model: str | Path, *, dtype: torch.dtype, device: torch.device) -> Load
         # last bits would differ from those of a stock diffusers pipeline. The stages run in inference mode anyway.
         part.eval().to(device)
     return LoadedModel(
-        facts=facts, unet=unet, vae=vae, text_encoder=text_encoder, dtype=dtype, device=device
+        facts=facts,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        dtype=dtype,
+        device=device,
+        controlnets=controlnets or {},
     )
+
+
+def load_controlnet(folder: Path, *, dtype: torch.dtype, device: torch.device) -> ControlNetModel:
+    """Loads a ControlNet that `check_controlnet` has found fit.
+
+    Raises:
+        NotAModel: a file is missing or unreadable.
+    """
+    disable_progress_bar()
+    # It is loaded in the midst of a step: weights made in inference mode need no gradient, which would change the last
+    # bits of what they give, see `load`.
+    with torch.inference_mode(False):
+        return _read(ControlNetModel, folder, None, torch_dtype=dtype).eval().to(device)
+
+
+def check_controlnet(folder: Path, model: Path) -> None:
+    """Looks, without reading weights, whether a ControlNet fits a model; both are folders.
+
+    Raises:
+        NotAModel: it is not whole.
+        UnsupportedModel: it is made for another U-Net or autoencoder, or is of another kind of network.
+    """
+    config, unet = _config(folder / "config.json"), _config(model / "unet" / "config.json")
+    if config.get("_class_name") != "ControlNetModel":
+        raise UnsupportedModel(
+            f"{folder.name}: is a {config.get('_class_name')}, not a ControlNetModel"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise NotAModel(f"{folder.name}: has no weights in safetensors form")
+    if misfits := [
+        f"{name} is {config.get(name)}, the U-Net's {unet.get(name)}"
+        for name in _SHARED_WITH_UNET
+        if config.get(name) != unet.get(name)
+    ]:
+        raise UnsupportedModel(f"{folder.name}: {'; '.join(misfits)}")
+    vae = _config(model / "vae" / "config.json")
+    factors = [
+        2 ** (len(channels) - 1)
+        for channels in (config["conditioning_embedding_out_channels"], vae["block_out_channels"])
+    ]
+    if factors[0] != factors[1]:
+        raise UnsupportedModel(
+            f"{folder.name}: takes pictures {factors[0]} times as large as latents, the autoencoder "
+            f"makes them {factors[1]} times as large"
+        )
+    if config.get("global_pool_conditions") or config.get("conditioning_channels", 3) != 3:
+        raise UnsupportedModel(
+            f"{folder.name}: pools its residuals or reads no RGB, which is not supported"
+        )
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -244,11 +321,12 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+def _read(kind: Any, folder: Path, part: str | None, **options: Any) -> Any:
     if kind is not CLIPTokenizer:
         # Weights are never unpickled.
         options["use_safetensors"] = True
     try:
         return kind.from_pretrained(folder, subfolder=part, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise NotAModel(f"{folder.name}: {part} cannot be loaded: {error}") from error
+        where = f"{folder.name}: {part}" if part else folder.name
+        raise NotAModel(f"{where} cannot be loaded: {error}") from error

@@ -19,6 +19,7 @@ from services.generator.attention import AttentionControl, StepControl, gain
 from services.generator.conditioning import Conditioning
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
 from services.generator.stages import Stages
+from services.generator.structure import StructureControl, passes
 
 # Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
 _PREVIEW_RIDGE = 1e-4
@@ -73,6 +74,11 @@ class Run:
         self._control = AttentionControl.of(
             conditioning.positions,
             [(layer.attract, layer.repel) for layer in conditioning.layers],
+            torch.from_numpy(plate.visible_Lhw).to(device),
+        )
+        self._structure = StructureControl.of(
+            [layer.structures for layer in conditioning.layers],
+            plate.control,
             torch.from_numpy(plate.visible_Lhw).to(device),
         )
 
@@ -201,8 +207,11 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
         for run, _ in with_prompt
         if run._control is not None
     ]
+    structure = passes(
+        [(run._structure, run._images, run.steps_done, run.steps_total) for run, _ in halves]
+    )
     prediction_BChw = stages.predict(
-        x_BChw, timestep_B, text_BTD, StepControl.of(controls) if controls else None
+        x_BChw, timestep_B, text_BTD, StepControl.of(controls) if controls else None, structure
     )
     predictions = torch.split(prediction_BChw, [run._images for run, _ in halves])
     unprompted = {run: x for (run, _), x in zip(without_prompt, predictions, strict=False)}

@@ -30,8 +30,8 @@ from services.common.blobs import (
     blob_key,
     put_blob,
 )
-from services.common.collage import Extent, Sampling
-from services.common.errors import InvalidRequest, MissingBlobs, NotSupported
+from services.common.collage import Extent, Sampling, Structure
+from services.common.errors import InvalidRequest, MissingBlobs, NotSupported, quote
 from services.common.plate import Plate
 from services.common.telemetry import log
 from services.generator.catalog import ModelCard
@@ -42,8 +42,6 @@ from services.generator.models import SAMPLERS
 
 # Part of every result's key: raise it when the same request gives another picture.
 VERSION = 1
-# A plate of 2048 x 2048 with 32 layers at latent factor 4 is 50 MiB.
-MAX_PLATE_BYTES = 64 * 1024 * 1024
 MAX_PARENT_BYTES = 32 * 1024 * 1024
 # A list of 16 pictures.
 MAX_RESULT_BYTES = 64 * 1024
@@ -73,7 +71,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         deadline_s = time.monotonic() + min(context.time_remaining() or MAX_JOB_S, MAX_JOB_S)
         card = self._engine.catalog.find(request.sampling.model)
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
-        _check(request)
+        _check(request, card)
         key = f"results/{_digest(request, sampling, card)}"
         kept = await self._kept(key)
         if kept is not None:
@@ -169,7 +167,9 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     async def _read_plate(
         self, request: generator_service_pb2.GenerateRequest, card: ModelCard
     ) -> Plate:
-        data = await self._read(wire.parse_blob(request.plate, "plate"), "plate", MAX_PLATE_BYTES)
+        limit = wire.MAX_PLATE_BYTES
+        ref = wire.parse_blob(request.plate, "plate", limit_bytes=limit)
+        data = await self._read(ref, "plate", limit)
         try:
             plate = await asyncio.to_thread(Plate.from_bytes, data)
         except (SafetensorError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
@@ -216,7 +216,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         return image
 
 
-def _check(request: generator_service_pb2.GenerateRequest) -> None:
+def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> None:
     """Refuses what the messages themselves show to be wrong."""
     check = wire.Checker()
     for name in ("prompt", "negative_prompt"):
@@ -234,6 +234,7 @@ def _check(request: generator_service_pb2.GenerateRequest) -> None:
                 f"spans characters {layer.text_start} to {layer.text_end}; the prompt has "
                 f"{len(request.prompt)}",
             )
+        _check_structures(check, layer, card, f"layers[{index}].structures")
     check.done()
     for index, layer in enumerate(request.layers):
         if layer.HasField("word"):
@@ -245,18 +246,40 @@ def _check(request: generator_service_pb2.GenerateRequest) -> None:
             )
 
 
+def _check_structures(
+    check: wire.Checker, layer: generator_service_pb2.LayerControl, card: ModelCard, path: str
+) -> None:
+    kinds = [structure.kind for structure in layer.structures]
+    for index, structure in enumerate(layer.structures):
+        for name in ("scale", "start", "end"):
+            check.number(f"{path}[{index}].{name}", getattr(structure, name), 0, 1)
+        if structure.start > structure.end:
+            check.refuse(f"{path}[{index}].end", f"is {structure.end:g}, before the start")
+        if structure.kind not in card.controlnets:
+            known = ", ".join(card.controlnets) or "none"
+            check.refuse(f"{path}[{index}].kind", f"is {quote(structure.kind)}; allowed: {known}")
+        elif structure.kind in kinds[:index]:
+            check.refuse(f"{path}[{index}].kind", f"is {structure.kind} again; allowed: once")
+
+
 def _digest(
     request: generator_service_pb2.GenerateRequest, sampling: Sampling, card: ModelCard
 ) -> str:
-    """Names all that the pictures depend on: the request and the model, not its name here, nor who watches."""
+    """Names all that the pictures depend on: the request and the networks, not their names, nor who watches."""
     inputs = generator_service_pb2.GenerateRequest()
     inputs.CopyFrom(request)
     inputs.sampling.CopyFrom(wire.render_sampling(sampling))
     inputs.sampling.ClearField("model")
     inputs.sampling.ClearField("preview_every")
     message = inputs.SerializeToString(deterministic=True)
-    networks = f"{VERSION} {card.digest} {card.dtype} "
+    controlnets = "".join(f"{card.controlnets[kind].digest} " for kind in _kinds(request))
+    networks = f"{VERSION} {card.digest} {card.dtype} {controlnets}"
     return hashlib.sha256(networks.encode() + message).hexdigest()
+
+
+def _kinds(request: generator_service_pb2.GenerateRequest) -> list[str]:
+    """The control kinds that the layers name, each once."""
+    return sorted({part.kind for layer in request.layers for part in layer.structures})
 
 
 def _controls(
@@ -266,6 +289,8 @@ def _controls(
         raise InvalidRequest.of(
             "layers", f"has {len(request.layers)} layers; the plate has {len(plate.visible_Lhw)}"
         )
+    if lacking := [kind for kind in _kinds(request) if kind not in plate.control]:
+        raise InvalidRequest.of("plate", f"has no control picture of kind {', '.join(lacking)}")
     return tuple(
         LayerControl(
             text_start=layer.text_start,
@@ -273,6 +298,10 @@ def _controls(
             attract=layer.attract,
             repel=layer.repel,
             seed=layer.seed if layer.HasField("seed") else None,
+            structures=tuple(
+                Structure(kind=part.kind, scale=part.scale, start=part.start, end=part.end)
+                for part in layer.structures
+            ),
         )
         for layer in request.layers
     )
@@ -313,6 +342,7 @@ def _render_model(card: ModelCard) -> collage_service_pb2.Model:
         prompt_tokens_limit=card.tokens_limit,
         samplers=list(SAMPLERS),
         defaults=wire.render_sampling(card.defaults()),
+        control_kinds=list(card.controlnets),
         max_layers=wire.MAX_LAYERS,
         max_images=card.max_images,
         max_steps=card.max_steps,

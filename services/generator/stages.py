@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from diffusers import ControlNetModel
 
 from services.generator.attention import ControlSlot, StepControl, install
-from services.generator.models import LoadedModel, ModelFacts, UnsupportedModel
+from services.generator.models import LoadedModel, ModelFacts, UnsupportedModel, load_controlnet
+from services.generator.structure import StructurePass
 
 
 class Stages(Protocol):
@@ -38,8 +40,12 @@ class Stages(Protocol):
         timestep_B: torch.Tensor,
         text_BTD: torch.Tensor,
         control: StepControl | None,
+        structure: Sequence[StructurePass],
     ) -> torch.Tensor:
-        """The U-Net's prediction [B, C, h, w] (noise, or v) for scaled model inputs; `control` rules the last rows."""
+        """The U-Net's prediction [B, C, h, w] (noise, or v) for scaled model inputs; `control` rules the last rows.
+
+        `structure` holds each ControlNet of the call once; empty for none.
+        """
 
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """Latents to pictures [B, H, W, 3], uint8 sRGB, rounded as diffusers' VaeImageProcessor rounds."""
@@ -56,6 +62,7 @@ class TorchStages:
         """
         self._model = model
         self._slot = ControlSlot()
+        self._controlnets: dict[str, ControlNetModel] = {}
         try:
             install(model.unet, self._slot)
         except ValueError as error:
@@ -94,20 +101,65 @@ class TorchStages:
         timestep_B: torch.Tensor,
         text_BTD: torch.Tensor,
         control: StepControl | None,
+        structure: Sequence[StructurePass],
     ) -> torch.Tensor:
         """See `Stages`."""
         dtype = self._model.dtype
+        x_BChw, text_BTD = x_BChw.to(dtype), text_BTD.to(dtype)
+        residuals = self._residuals(x_BChw, timestep_B, text_BTD, structure)
         self._slot.control = control
         try:
             noise_BChw: torch.Tensor = self._model.unet(
-                x_BChw.to(dtype),
+                x_BChw,
                 timestep_B,
-                encoder_hidden_states=text_BTD.to(dtype),
+                encoder_hidden_states=text_BTD,
+                down_block_additional_residuals=residuals[:-1] or None,
+                mid_block_additional_residual=residuals[-1] if residuals else None,
                 return_dict=False,
             )[0]
         finally:
             self._slot.control = None
         return noise_BChw.float()
+
+    def _residuals(
+        self,
+        x_BChw: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BTD: torch.Tensor,
+        structure: Sequence[StructurePass],
+    ) -> tuple[torch.Tensor, ...]:
+        """What the ControlNets add to the skip connections and, last, to the middle; 0 in rows without one."""
+        total: tuple[torch.Tensor, ...] = ()
+        for part in structure:
+            rows_R = torch.tensor(part.rows, device=x_BChw.device)
+            is_whole = len(part.rows) == len(x_BChw)
+            x_RChw, timestep_R, text_RTD = (
+                each if is_whole else each[rows_R] for each in (x_BChw, timestep_B, text_BTD)
+            )
+            down, middle = self._controlnet(part.kind)(
+                x_RChw,
+                timestep_R,
+                encoder_hidden_states=text_RTD,
+                controlnet_cond=part.picture_R3HW.to(x_BChw.dtype),
+                return_dict=False,
+            )
+            residuals = tuple(part.weighted(residual_RChw) for residual_RChw in (*down, middle))
+            if not is_whole:
+                residuals = tuple(
+                    each.new_zeros(len(x_BChw), *each.shape[1:]).index_copy(0, rows_R, each)
+                    for each in residuals
+                )
+            total = tuple(map(torch.add, total, residuals)) if total else residuals
+        return total
+
+    def _controlnet(self, kind: str) -> ControlNetModel:
+        """The ControlNet of this kind, loaded with its first use."""
+        if kind not in self._controlnets:
+            model = self._model
+            self._controlnets[kind] = load_controlnet(
+                model.controlnets[kind], dtype=model.dtype, device=model.device
+            )
+        return self._controlnets[kind]
 
     @torch.inference_mode()
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
