@@ -115,6 +115,11 @@ def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Colla
             )
         first_use.setdefault(layer.name, index)
         layers.append(layer)
+    kinds = {structure.kind for layer in layers for structure in layer.structure}
+    if len(kinds) > MAX_STRUCTURES:
+        check.refuse(
+            f"{field}.layers", f"name {len(kinds)} control kinds; allowed: at most {MAX_STRUCTURES}"
+        )
     check.done()
     return Collage(
         size=Extent(width=width, height=height),
@@ -139,22 +144,23 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
         for dial in ("noise", "attract", "repel")
         if message.HasField(dial)
     }
-    if len(message.structure) > MAX_STRUCTURES:
-        check.refuse(
-            f"{path}.structure",
-            f"has {len(message.structure)} parts; allowed: at most {MAX_STRUCTURES}",
-        )
     structure = tuple(
         _parse_structure(check, part, f"{path}.structure[{index}]")
         for index, part in enumerate(message.structure[:MAX_STRUCTURES])
     )
     kinds = [part.kind for part in structure]
-    for index, kind in enumerate(kinds):
-        if kind in kinds[:index]:
-            check.refuse(
-                f"{path}.structure[{index}].kind",
-                f"is {quote(kind)}, as in structure[{kinds.index(kind)}]; allowed: each kind once",
-            )
+    if len(message.structure) > MAX_STRUCTURES:
+        check.refuse(
+            f"{path}.structure",
+            f"has {len(message.structure)} parts; allowed: at most {MAX_STRUCTURES}",
+        )
+    else:
+        for index, kind in enumerate(kinds):
+            if kind in kinds[:index]:
+                check.refuse(
+                    f"{path}.structure[{index}].kind",
+                    f"is {quote(kind)}, as in structure[{kinds.index(kind)}]; allowed: each kind once",
+                )
     return Layer(
         name=message.name,
         image=_parse_picture(check, message.image, f"{path}.image"),
