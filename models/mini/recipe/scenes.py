@@ -45,6 +45,21 @@ class Placement:
     flip: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What is composed: a ground float32 [SIDE, SIDE, RGB], objects back to front, and words."""
+
+    ground_HWC: np.ndarray
+    placements: list[Placement]
+    look: int
+    shadow: tuple[float, float, float]
+    caption: str
+
+    def paint(self) -> np.ndarray:
+        """The picture, uint8 [SIDE, SIDE, RGB]."""
+        return paint(self.ground_HWC, self.placements, self.look, self.shadow)
+
+
 def _noise(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     grid = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
     size = (TEXTURE_SIDE, TEXTURE_SIDE)
@@ -127,6 +142,20 @@ def paint_land(land: str, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(sky + below_HW1 * (ground - sky), dtype=np.float32)
 
 
+def cut_out(item: Placement, look: int) -> Image.Image:
+    """One object alone on the canvas: RGBA with straight alpha."""
+    side = max(8, round(item.side))
+    picture = Image.fromarray(_gallery()[list(art.CONCEPTS.values()).index(item.concept), look])
+    picture = picture.resize((side, side), Image.Resampling.BOX if side < 100 else 3)
+    if item.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    layer = Image.new("RGBA", (SIDE, SIDE))
+    layer.paste(picture, (round(item.x - side / 2), round(item.y - side / 2)))
+    if item.angle:
+        layer = layer.rotate(item.angle, Image.Resampling.BICUBIC, center=(item.x, item.y))
+    return layer
+
+
 def paint(
     ground_HWC: np.ndarray,
     placements: list[Placement],
@@ -137,19 +166,11 @@ def paint(
 
     The shadow's offset is a fraction of the object's side. Returns uint8 [SIDE, SIDE, RGB].
     """
-    names = list(art.CONCEPTS.values())
     canvas = ground_HWC.copy()
     dx, dy, strength = shadow
     for item in placements:
         side = max(8, round(item.side))
-        picture = Image.fromarray(_gallery()[names.index(item.concept), look])
-        picture = picture.resize((side, side), Image.Resampling.BOX if side < 100 else 3)
-        if item.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        layer = Image.new("RGBA", (SIDE, SIDE))
-        layer.paste(picture, (round(item.x - side / 2), round(item.y - side / 2)))
-        if item.angle:
-            layer = layer.rotate(item.angle, Image.Resampling.BICUBIC, center=(item.x, item.y))
+        layer = cut_out(item, look)
         if strength > 0:
             moved = Image.new("L", (SIDE, SIDE))
             moved.paste(layer.getchannel("A"), (round(dx * side), round(dy * side)))
@@ -209,7 +230,7 @@ def _pick(
     return [str(name) for name in drawn]
 
 
-def _landscape(rng: np.random.Generator, look: int) -> tuple[np.ndarray, str]:
+def _landscape(rng: np.random.Generator, look: int) -> Scene:
     land = str(rng.choice(list(LANDS)))
     airborne = list(rng.choice(AIRBORNE, rng.integers(0, 3), replace=False))
     standing = list(rng.choice(STANDING, rng.integers(1, 3), replace=False))
@@ -229,11 +250,23 @@ def _landscape(rng: np.random.Generator, look: int) -> tuple[np.ndarray, str]:
     words = [item.concept for item in placements]
     where = rng.choice(["{on}", "on {land} under a blue sky", "in a landscape with {land}"])
     caption = _caption(words, str(where).format(on=land, land=LANDS[land]), rng)
-    return paint(paint_land(land, rng), placements, look, (0.0, 0.06, 0.3)), caption
+    return Scene(
+        ground_HWC=paint_land(land, rng),
+        placements=placements,
+        look=look,
+        shadow=(0.0, 0.06, 0.3),
+        caption=caption,
+    )
 
 
 def compose(seed: int) -> tuple[np.ndarray, str]:
     """One scene of the training mix: uint8 [SIDE, SIDE, RGB] and its caption."""
+    made = scene(seed)
+    return made.paint(), made.caption
+
+
+def scene(seed: int) -> Scene:
+    """One scene of the training mix."""
     rng = np.random.default_rng(seed)
     look = int(rng.integers(len(art.LOOKS)))
     kind = rng.random()
@@ -266,4 +299,10 @@ def compose(seed: int) -> tuple[np.ndarray, str]:
     shadow = (float(rng.uniform(-0.06, 0.06)), float(rng.uniform(0.04, 0.1)), 0.42)
     if not GROUNDS[ground]:
         shadow = (0.0, 0.0, 0.0)
-    return paint(paint_ground(ground, rng), placements, look, shadow), _caption(words, ground, rng)
+    return Scene(
+        ground_HWC=paint_ground(ground, rng),
+        placements=placements,
+        look=look,
+        shadow=shadow,
+        caption=_caption(words, ground, rng),
+    )
