@@ -19,7 +19,7 @@ from services.generator.engine import Engine
 from services.generator.job import ImageMade, PreviewMade, QueuedAt, StepDone
 from services.generator.models import load
 from services.generator.scheduler import Scheduler
-from services.generator.stages import TorchStages
+from services.generator.stages import Text, TorchStages
 from tests import plates, toy
 
 # Long enough that no test waits for its end.
@@ -41,10 +41,10 @@ class WatchedStages:
         self._error = error or RuntimeError("the device is on fire")
         self._cursed_TD = None
         if cursed is not None:
-            self._cursed_TD = inner.encode_text([inner.facts.tokenize(cursed).ids_T])[0]
+            self._cursed_TD = inner.encode_text([Text(ids_T=inner.facts.tokenize(cursed).ids_T)])[0]
 
-    def encode_text(self, ids_BT):
-        return self.inner.encode_text(ids_BT)
+    def encode_text(self, texts):
+        return self.inner.encode_text(texts)
 
     def predict(self, x_BChw, timestep_B, text_BTD, control, structure):
         self.rows.append(len(x_BChw))

@@ -8,12 +8,13 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from prometheus_client import REGISTRY
+from safetensors.torch import save
 
 from collage.v1 import (
-    blob_pb2,
     collage_pb2,
     generator_service_pb2,
     generator_service_pb2_grpc,
@@ -24,7 +25,6 @@ from services.common.errors import (
     DeadlinePassed,
     InvalidRequest,
     MissingBlobs,
-    NotSupported,
     from_rpc,
 )
 from services.common.rpc import connect
@@ -174,16 +174,50 @@ async def test_estimates_count_tokens_and_refuse_nothing_too_long(served):
                 layers=2,
                 prompt="a sushi " * 60,
                 negative_prompt="",
+                word_tokens=3,
             ),
             timeout=WAIT_S,
         )
         for count in (1, 4)
     ]
-    assert (estimates[0].prompt_tokens, estimates[0].negative_prompt_tokens) == (122, 2)
+    assert (estimates[0].prompt_tokens, estimates[0].negative_prompt_tokens) == (125, 2)
     assert estimates[0].prompt_tokens_limit == toy.WINDOW
     # Measured by the warm-up before the first request.
     assert estimates[1].seconds == pytest.approx(4 * estimates[0].seconds, rel=0.01)
     assert 0 < estimates[0].memory_bytes < estimates[1].memory_bytes
+
+
+async def word_of(blobs, vectors_VD):
+    data = save({"<it>": vectors_VD})
+    return wire.render_blob(await put_blob(blobs, data, media_type="application/vnd.safetensors"))
+
+
+async def test_a_learned_word_is_drawn_with_and_kept_apart(served):
+    _, stub, blobs = served
+    request = await request_for(blobs, seed=77)
+    (plain,) = images(await answers(stub, request))
+    request.layers[0].word.CopyFrom(await word_of(blobs, torch.linspace(-1, 1, 64).reshape(2, 32)))
+    request.layers[0].word_weight = 1.0
+    (drawn,) = images(await answers(stub, request))
+    assert drawn.blob.sha256 != plain.blob.sha256
+    request.layers[0].word_weight = 0.5
+    (lighter,) = images(await answers(stub, request))
+    assert lighter.blob.sha256 not in (plain.blob.sha256, drawn.blob.sha256)
+    # The model itself has learned nothing.
+    (again,) = images(await answers(stub, await request_for(blobs, seed=77, preview_every=1)))
+    assert again.blob.sha256 == plain.blob.sha256
+
+
+async def test_a_word_of_another_model_or_without_end_is_refused(served):
+    _, stub, blobs = served
+    request = await request_for(blobs)
+    request.layers[1].word.CopyFrom(await word_of(blobs, torch.zeros(1, 48)))
+    with pytest.raises(InvalidRequest, match=r"layers\[1\]\.word: .* 1 x 48; .* vectors x 32"):
+        await answers(stub, request)
+    request.layers[1].word.CopyFrom(await word_of(blobs, torch.zeros(2**16, 32)))
+    with pytest.raises(InvalidRequest, match="the limit is 1048576") as told:
+        await answers(stub, request)
+    assert told.value.metadata["field"] == "layers[1].word"
 
 
 def _without_plate(request):
@@ -218,8 +252,21 @@ def _nan_dial(request):
     request.layers[0].attract = float("nan")
 
 
-def _learned_word(request):
-    request.layers[0].word.CopyFrom(blob_pb2.BlobRef(sha256="0" * 64))
+def _missing_word(request):
+    request.layers[0].word.sha256 = "0" * 64
+
+
+def _not_a_word(request):
+    request.layers[1].word.CopyFrom(request.plate)
+
+
+def _heavy_word(request):
+    request.layers[1].word.CopyFrom(request.plate)
+    request.layers[1].word_weight = 2.5
+
+
+def _weight_without_a_word(request):
+    request.layers[1].word_weight = 1
 
 
 def _bad_digest(request):
@@ -243,7 +290,10 @@ def _missing_parent(request):
         (_unknown_model, InvalidRequest, "sampling.model"),
         (_unknown_sampler, InvalidRequest, "sampling.sampler"),
         (_nan_dial, InvalidRequest, "layers[0].attract"),
-        (_learned_word, NotSupported, "layers[0].word"),
+        (_missing_word, MissingBlobs, "layers[0].word"),
+        (_not_a_word, InvalidRequest, "layers[1].word"),
+        (_heavy_word, InvalidRequest, "layers[1].word_weight"),
+        (_weight_without_a_word, InvalidRequest, "layers[1].word_weight"),
     ],
 )
 async def test_a_wrong_request_names_its_field(served, spoil, kind, field):

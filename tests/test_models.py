@@ -41,7 +41,7 @@ def test_facts_come_from_the_folder(tmp_path, make, factor, multiple, side, widt
     assert facts.latent_factor == factor
     assert facts.size_multiple == multiple
     assert facts.native == Extent(width=side, height=side)
-    assert facts.text_width == width
+    assert facts.text_widths == (width,)
     assert facts.prediction_type == prediction
     assert facts.latent_channels == 4
     assert facts.token_limit == 75

@@ -11,7 +11,7 @@ from services.common.plate import Plate
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import SAMPLERS, load
 from services.generator.sampler import Run, paste, step
-from services.generator.stages import TorchStages
+from services.generator.stages import Text, TorchStages
 from tests import toy
 
 PROMPT = "sushi and cake on the table"
@@ -260,7 +260,7 @@ def test_a_prompt_that_does_not_fit_is_the_callers_mistake(stages):
 
 
 def test_plain_text_is_encoded_the_same_whatever_it_comes_with(stages):
-    texts = [stages.facts.tokenize(text).ids_T for text in ("sushi", "a cake", "")]
+    texts = [Text(ids_T=stages.facts.tokenize(text).ids_T) for text in ("sushi", "a cake", "")]
     together = stages.encode_text(texts)
-    for index, ids in enumerate(texts):
-        assert torch.equal(stages.encode_text([ids])[0], together[index])
+    for index, text in enumerate(texts):
+        assert torch.equal(stages.encode_text([text])[0], together[index])

@@ -137,7 +137,7 @@ class ModelCard:
     @property
     def family(self) -> str:
         """The shape of the model: "sd1", "sd2", or "mini" for any other."""
-        return _FAMILIES.get(self.facts.text_width, "mini")
+        return _FAMILIES.get(self.facts.text_widths[0], "mini")
 
     @property
     def min_side(self) -> int:

@@ -4,6 +4,7 @@ Main types: `LayerControl`, how one layer steers, and `Conditioning`, a job's pr
 character spans; the tokenizer's own offsets turn them into positions, so words need not be searched for.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,14 +13,16 @@ import torch
 from services.common.collage import Structure
 from services.common.errors import InvalidRequest
 from services.generator.models import TextTooLong, Tokens
-from services.generator.stages import Stages
+from services.generator.stages import Stages, Text
+from services.generator.word import Word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerControl:
     """How one layer steers: its words, half-open in characters of the prompt, its dials in [0, 1], its own seed.
 
-    structures: its ControlNets, each kind once; their control pictures are the plate's.
+    structures: its ControlNets, each kind once; their control pictures are the plate's. word: the learned word that
+    stands before its words.
     """
 
     text_start: int
@@ -28,6 +31,7 @@ class LayerControl:
     repel: float
     seed: int | None = None
     structures: tuple[Structure, ...] = ()
+    word: Word | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,7 +39,7 @@ class Conditioning:
     """Encoded prompts.
 
     prompt_1TD, negative_1TD: hidden states; negative None means no guidance. positions: for each layer the text
-    positions of its words, empty for a layer without words.
+    positions of its words, the learned one first; empty for a layer without words.
     """
 
     prompt_1TD: torch.Tensor
@@ -56,24 +60,37 @@ def prepare(
     """Encodes the prompts; without guidance (scale at most 1) the negative prompt is not read.
 
     Raises:
-        InvalidRequest: a prompt has more tokens than the model reads; says how many.
+        InvalidRequest: a prompt has more tokens than the model reads, learned words' vectors among them; says how many.
     """
-    tokens = _tokenize(stages, prompt, field="prompt")
+    words = {index: layer.word for index, layer in enumerate(layers) if layer.word is not None}
+    places = [(layers[index].text_start, len(word)) for index, word in words.items()]
+    tokens = _tokenize(stages, prompt, places, field="prompt")
+    learned = dict(zip(words, tokens.words, strict=True))
     negative_1TD = None
     if guidance_scale > 1:
         negative = _tokenize(stages, negative_prompt, field="negative_prompt")
-        negative_1TD = stages.encode_text([negative.ids_T])
+        negative_1TD = stages.encode_text([Text(ids_T=negative.ids_T)])
+    text = Text(
+        ids_T=tokens.ids_T,
+        word=Word.joined(words.values()) if words else None,
+        positions=tuple(itertools.chain(*tokens.words)),
+    )
     return Conditioning(
-        prompt_1TD=stages.encode_text([tokens.ids_T]),
+        prompt_1TD=stages.encode_text([text]),
         negative_1TD=negative_1TD,
         guidance_scale=guidance_scale,
         layers=tuple(layers),
-        positions=tuple(tokens.of_characters(layer.text_start, layer.text_end) for layer in layers),
+        positions=tuple(
+            (*learned.get(index, ()), *tokens.of_characters(layer.text_start, layer.text_end))
+            for index, layer in enumerate(layers)
+        ),
     )
 
 
-def _tokenize(stages: Stages, text: str, *, field: str) -> Tokens:
+def _tokenize(
+    stages: Stages, text: str, words: Sequence[tuple[int, int]] = (), *, field: str
+) -> Tokens:
     try:
-        return stages.facts.tokenize(text)
+        return stages.facts.tokenize(text, words)
     except TextTooLong as error:
         raise InvalidRequest.of(field, str(error), reason="PROMPT_TOO_LONG") from error

@@ -6,7 +6,7 @@ native size come from the configs. This module knows no job and no device policy
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,27 +68,60 @@ class Tokens:
     """A text as the text encoder takes it: begin, the text's tokens, end, padding.
 
     ids_T: token ids, T = the encoder's window. spans: for each of the text's own tokens, which start at
-    position 1, the half-open range of characters it stands for.
+    position 1, the half-open range of characters it stands for; None where a learned vector stands for none.
+    words: for each learned word the positions of its vectors.
     """
 
     ids_T: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int] | None, ...]
+    words: tuple[tuple[int, ...], ...] = ()
 
     def of_characters(self, start: int, end: int) -> tuple[int, ...]:
         """Positions in `ids_T` of the tokens that overlap characters start..end (half-open)."""
         return tuple(
             position
-            for position, (first, last) in enumerate(self.spans, start=1)
-            if first < end and start < last
+            for position, span in enumerate(self.spans, start=1)
+            if span is not None and span[0] < end and start < span[1]
         )
+
+    def insert(self, words: Sequence[tuple[int, int]]) -> "Tokens":
+        """The same text with places for learned words, which must fit; the padding gives way.
+
+        Args:
+            words: for each word the character it stands before and how many vectors it has. It comes directly before
+                the token of that character, or at the text's end; words of one place keep their order.
+        """
+        begin, end = self.ids_T[0], len(self.spans)
+        places = [
+            next((i for i, span in enumerate(self.spans) if span and span[1] > start), end)
+            for start, _ in words
+        ]
+        ids = [begin]
+        spans: list[tuple[int, int] | None] = []
+        found: list[tuple[int, ...]] = [()] * len(words)
+        for index in range(end + 1):
+            for word, (_, count) in enumerate(words):
+                if places[word] == index:
+                    found[word] = tuple(range(len(ids), len(ids) + count))
+                    # Any id that is not the end's, by which text encoders find where to pool.
+                    ids += [begin] * count
+                    spans += [None] * count
+            if index < end:
+                ids.append(self.ids_T[index + 1])
+                spans.append(self.spans[index])
+        rest = self.ids_T[end + 1 : len(self.ids_T) + end - len(spans)]
+        assert rest, "the words do not fit"
+        return Tokens(ids_T=(*ids, *rest), spans=tuple(spans), words=tuple(found))
 
 
 class TextTooLong(Exception):
-    """A text of more tokens than the text encoder's window holds."""
+    """A text of more tokens, vectors of learned words among them, than the text encoder's window holds."""
 
-    def __init__(self, *, tokens: int, limit: int) -> None:
+    def __init__(self, *, tokens: int, limit: int, learned: int = 0) -> None:
+        counted = f" with {learned} of learned words" if learned else ""
         super().__init__(
-            f"is {tokens} tokens long, {tokens - limit} more than the {limit} the model reads"
+            f"is {tokens} tokens long{counted}, {tokens - limit} more than the {limit} "
+            "the model reads"
         )
         self.tokens = tokens
         self.limit = limit
@@ -99,15 +132,16 @@ class ModelFacts:
     """What is known about a model without running it.
 
     latent_factor: pixels to a latent cell, each way. size_multiple: canvas width and height must be multiples of it,
-    so that every level of the U-Net halves evenly. native: the canvas the model was trained at. token_limit: tokens
-    a prompt may have. prediction_type: "epsilon" or "v_prediction". scheduler_config: the folder's noise schedule.
+    so that every level of the U-Net halves evenly. native: the canvas the model was trained at. text_widths: of each
+    text encoder's token embeddings. token_limit: tokens a prompt may have. prediction_type: "epsilon" or
+    "v_prediction". scheduler_config: the folder's noise schedule.
     """
 
     latent_channels: int
     latent_factor: int
     size_multiple: int
     native: Extent
-    text_width: int
+    text_widths: tuple[int, ...]
     token_limit: int
     prediction_type: str
     scheduler_config: Mapping[str, Any]
@@ -124,15 +158,16 @@ class ModelFacts:
         """Tokens of the text alone, without begin and end."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def tokenize(self, text: str) -> Tokens:
-        """The text as tokens.
+    def tokenize(self, text: str, words: Sequence[tuple[int, int]] = ()) -> Tokens:
+        """The text as tokens, with places for learned words: see `Tokens.insert`.
 
         Raises:
-            TextTooLong: the text does not fit; it says by how much.
+            TextTooLong: the text and the words do not fit; it says by how much.
         """
         count = self.token_count(text)
-        if count > self.token_limit:
-            raise TextTooLong(tokens=count, limit=self.token_limit)
+        learned = sum(vectors for _, vectors in words)
+        if count + learned > self.token_limit:
+            raise TextTooLong(tokens=count + learned, limit=self.token_limit, learned=learned)
         encoded = self.tokenizer(
             text,
             padding="max_length",
@@ -140,10 +175,11 @@ class ModelFacts:
             return_offsets_mapping=True,
         )
         spans = encoded["offset_mapping"][1 : count + 1]
-        return Tokens(
+        tokens = Tokens(
             ids_T=tuple(encoded["input_ids"]),
             spans=tuple((int(start), int(end)) for start, end in spans),
         )
+        return tokens.insert(words) if words else tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -278,7 +314,7 @@ def read_facts(folder: Path) -> ModelFacts:
             latent_factor=factor,
             size_multiple=factor * 2 ** (levels - 1),
             native=Extent(width=width * factor, height=height * factor),
-            text_width=text["hidden_size"],
+            text_widths=(text["hidden_size"],),
             # Begin and end take two places of the window.
             token_limit=text["max_position_embeddings"] - 2,
             prediction_type=scheduler.get("prediction_type", "epsilon"),

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from services.common.blobs import (
     put_blob,
 )
 from services.common.collage import Extent, Sampling, Structure
-from services.common.errors import InvalidRequest, MissingBlobs, NotSupported, quote
+from services.common.errors import InvalidRequest, MissingBlobs, quote
 from services.common.plate import Plate
 from services.common.telemetry import log
 from services.generator.catalog import ModelCard
@@ -39,10 +39,13 @@ from services.generator.conditioning import LayerControl
 from services.generator.engine import Engine
 from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
 from services.generator.models import SAMPLERS
+from services.generator.word import MAX_VECTORS, InvalidWord, Word
 
 # Part of every result's key: raise it when the same request gives another picture.
 VERSION = 1
 MAX_PARENT_BYTES = 32 * 1024 * 1024
+# Eight vectors for the text encoders of SDXL are 64 KiB; files made elsewhere carry notes beside them.
+MAX_WORD_BYTES = 1024 * 1024
 # A list of 16 pictures.
 MAX_RESULT_BYTES = 64 * 1024
 # A prompt as long as the contract allows, and every layer's text appended to it.
@@ -83,11 +86,12 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             plate = await self._read_plate(request, card)
             self._check_memory(card, _extent(plate), sampling)
             parent_HWC = await self._read_parent(request, plate)
+            words = await self._read_words(request, card)
         job = Job(
             plate=plate,
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
-            layers=_controls(request, plate),
+            layers=_controls(request, plate, words),
             sampling=sampling,
             deadline_s=deadline_s,
         )
@@ -119,6 +123,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check = wire.Checker()
         for name in ("prompt", "negative_prompt"):
             check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
+        check.number("word_tokens", request.word_tokens, 0, wire.MAX_LAYERS * MAX_VECTORS)
         width = check.number("size.width", request.size.width, wire.MIN_SIDE, wire.MAX_SIDE)
         height = check.number("size.height", request.size.height, wire.MIN_SIDE, wire.MAX_SIDE)
         check.done()
@@ -126,7 +131,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         card.check_size(size, field="size")
         self._check_memory(card, size, sampling)
         return generator_service_pb2.EstimateResponse(
-            prompt_tokens=card.count_tokens(request.prompt),
+            prompt_tokens=card.count_tokens(request.prompt) + request.word_tokens,
             negative_prompt_tokens=card.count_tokens(request.negative_prompt),
             prompt_tokens_limit=card.tokens_limit,
             seconds=self._engine.seconds(card, size, sampling),
@@ -193,6 +198,24 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         data = await self._read(ref, "parent", MAX_PARENT_BYTES)
         return await asyncio.to_thread(_decode_parent, data, _extent(plate))
 
+    async def _read_words(
+        self, request: generator_service_pb2.GenerateRequest, card: ModelCard
+    ) -> list[Word | None]:
+        """The learned word of each layer, its weight in it; None for a layer without one."""
+        words: list[Word | None] = []
+        for index, layer in enumerate(request.layers):
+            if not layer.HasField("word"):
+                words.append(None)
+                continue
+            field = f"layers[{index}].word"
+            data = await self._read(wire.parse_blob(layer.word, field), field, MAX_WORD_BYTES)
+            try:
+                word = Word.from_bytes(data, card.facts.text_widths)
+            except InvalidWord as error:
+                raise InvalidRequest.of(field, str(error)) from error
+            words.append(word.weighted(layer.word_weight))
+        return words
+
     async def _read(self, ref: BlobRef, field: str, limit_bytes: int) -> bytes:
         try:
             return await self._blobs.get(ref.key, limit_bytes=limit_bytes)
@@ -235,15 +258,14 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
                 f"{len(request.prompt)}",
             )
         _check_structures(check, layer, card, f"layers[{index}].structures")
-    check.done()
-    for index, layer in enumerate(request.layers):
         if layer.HasField("word"):
-            raise NotSupported(
-                f"layers[{index}].word: this generator does not take learned words yet; leave the "
-                "layer's appearance unset",
-                reason="WORDS_NOT_SUPPORTED",
-                metadata={"field": f"layers[{index}].word"},
+            check.number(f"layers[{index}].word_weight", layer.word_weight, 0, 2)
+        elif layer.word_weight:
+            check.refuse(
+                f"layers[{index}].word_weight",
+                f"is {layer.word_weight:g}; allowed: only beside a word",
             )
+    check.done()
 
 
 def _check_structures(
@@ -283,7 +305,7 @@ def _kinds(request: generator_service_pb2.GenerateRequest) -> list[str]:
 
 
 def _controls(
-    request: generator_service_pb2.GenerateRequest, plate: Plate
+    request: generator_service_pb2.GenerateRequest, plate: Plate, words: Sequence[Word | None]
 ) -> tuple[LayerControl, ...]:
     if len(request.layers) != len(plate.visible_Lhw):
         raise InvalidRequest.of(
@@ -302,8 +324,9 @@ def _controls(
                 Structure(kind=part.kind, scale=part.scale, start=part.start, end=part.end)
                 for part in layer.structures
             ),
+            word=word,
         )
-        for layer in request.layers
+        for layer, word in zip(request.layers, words, strict=True)
     )
 
 

@@ -7,6 +7,7 @@ Suffixes: B rows, T text positions, D text width, C latent channels, h, w latent
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,20 @@ from diffusers import ControlNetModel
 from services.generator.attention import ControlSlot, StepControl, install
 from services.generator.models import LoadedModel, ModelFacts, UnsupportedModel, load_controlnet
 from services.generator.structure import StructurePass
+from services.generator.word import Word, WordSlot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Text:
+    """One text on its way into the text encoder.
+
+    ids_T: token ids, begin to padding. word: the vectors of all its learned words, None for none. positions: where each
+    of them stands in place of a token.
+    """
+
+    ids_T: tuple[int, ...]
+    word: Word | None = None
+    positions: tuple[int, ...] = ()
 
 
 class Stages(Protocol):
@@ -28,8 +43,8 @@ class Stages(Protocol):
     def device(self) -> torch.device:
         """Where latents and texts live."""
 
-    def encode_text(self, ids_BT: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Token ids, begin to padding, to hidden states [B, T, D]."""
+    def encode_text(self, texts: Sequence[Text]) -> torch.Tensor:
+        """Texts to hidden states [B, T, D]."""
 
     def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:
         """Pictures, uint8 sRGB, to latents [B, C, h, w]: the mode of the posterior, scaled as the U-Net wants it."""
@@ -63,6 +78,8 @@ class TorchStages:
         self._model = model
         self._slot = ControlSlot()
         self._controlnets: dict[str, ControlNetModel] = {}
+        self._word = WordSlot()
+        self._word.install(model.text_encoder.get_input_embeddings())
         try:
             install(model.unet, self._slot)
         except ValueError as error:
@@ -79,11 +96,21 @@ class TorchStages:
         return self._model.device
 
     @torch.inference_mode()
-    def encode_text(self, ids_BT: Sequence[Sequence[int]]) -> torch.Tensor:
+    def encode_text(self, texts: Sequence[Text]) -> torch.Tensor:
         """See `Stages`."""
         # One by one: texts are short, and so a text's states never depend on what it came with.
-        ids = [torch.tensor([ids_T], device=self._model.device) for ids_T in ids_BT]
-        return torch.cat([self._model.text_encoder(ids_1T)[0] for ids_1T in ids]).float()
+        return torch.cat([self._encode(text) for text in texts]).float()
+
+    def _encode(self, text: Text) -> torch.Tensor:
+        ids_1T = torch.tensor([text.ids_T], device=self._model.device)
+        if text.word is not None:
+            (self._word.vectors_VD,) = text.word.vectors
+            self._word.positions = text.positions
+        try:
+            hidden_1TD: torch.Tensor = self._model.text_encoder(ids_1T)[0]
+        finally:
+            self._word.vectors_VD = None
+        return hidden_1TD
 
     @torch.inference_mode()
     def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:

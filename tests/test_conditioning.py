@@ -1,0 +1,159 @@
+"""Prompts with learned words: what the text encoders read, and which positions steer which layer."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save
+
+from services.common.errors import InvalidRequest
+from services.generator.conditioning import LayerControl, prepare
+from services.generator.models import load
+from services.generator.stages import Text, TorchStages
+from services.generator.word import MAX_VECTORS, InvalidWord, Word
+from tests import toy
+
+PROMPT = "a sushi on a table"
+SUSHI, TABLE = (2, 7), (13, 18)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy.sd1(tmp_path_factory.mktemp("conditioning") / "sd1")
+
+
+@pytest.fixture(scope="module")
+def stages(folder):
+    return TorchStages(load(folder, dtype=torch.float32, device=torch.device("cpu")))
+
+
+def vectors(count, width=32, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, width), generator=generator)
+
+
+def word(count=1, *, seed=0):
+    return Word(vectors=(vectors(count, seed=seed),))
+
+
+def control(span, learned=None):
+    start, end = span
+    return LayerControl(text_start=start, text_end=end, attract=0.5, repel=0.5, word=learned)
+
+
+def conditioned(stages, *layers, prompt=PROMPT, negative_prompt=""):
+    return prepare(
+        stages,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        guidance_scale=5.0,
+        layers=layers,
+    )
+
+
+def test_learned_words_equal_diffusers_textual_inversion(folder, stages, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    files = {"<pink>": save({"<pink>": vectors(3)}), "<oak>": save({"emb": vectors(1, seed=1)[0]})}
+    learned = []
+    for token, data in files.items():
+        (tmp_path / f"{token}.safetensors").write_bytes(data)
+        pipeline.load_textual_inversion(tmp_path, weight_name=f"{token}.safetensors", token=token)
+        learned.append(Word.from_bytes(data, (32,)))
+    with torch.inference_mode():
+        theirs, theirs_negative = pipeline.encode_prompt(
+            "a <pink> sushi on a <oak> table", "cpu", 1, True, "a box"
+        )
+    ours = conditioned(
+        stages, control(SUSHI, learned[0]), control(TABLE, learned[1]), negative_prompt="a box"
+    )
+    assert (ours.prompt_1TD - theirs).abs().max() == 0
+    assert (ours.negative_1TD - theirs_negative).abs().max() == 0
+    # The word's vectors steer with the layer's own tokens: begin, "a", three vectors, "sushi", "on", "a", and so on.
+    assert ours.positions == ((2, 3, 4, 5), (8, 9))
+
+
+def test_a_learned_word_is_there_for_one_prompt_only(stages):
+    before = conditioned(stages, control(SUSHI)).prompt_1TD
+    table = stages._model.text_encoder.get_input_embeddings().weight.clone()
+    with_word = conditioned(stages, control(SUSHI, word())).prompt_1TD
+    after = conditioned(stages, control(SUSHI)).prompt_1TD
+    assert not torch.equal(with_word, before)
+    assert torch.equal(after, before)
+    assert torch.equal(stages._model.text_encoder.get_input_embeddings().weight, table)
+
+
+def test_a_text_that_fails_leaves_no_word_behind(stages):
+    before = conditioned(stages, control(SUSHI)).prompt_1TD
+    ids = stages.facts.tokenize(PROMPT).ids_T
+    wrong = Word(vectors=(vectors(2, width=31),))
+    with pytest.raises(RuntimeError):
+        stages.encode_text([Text(ids_T=ids, word=wrong, positions=(1, 2))])
+    assert torch.equal(conditioned(stages, control(SUSHI)).prompt_1TD, before)
+
+
+def test_the_weight_multiplies_the_vectors(stages):
+    plain, doubled = word(), Word(vectors=(2 * vectors(1),))
+    assert torch.equal(plain.weighted(1).vectors[0], plain.vectors[0])
+    one, other = (
+        conditioned(stages, control(SUSHI, learned)).prompt_1TD
+        for learned in (plain.weighted(2), doubled)
+    )
+    assert torch.equal(one, other)
+
+
+def test_words_of_layers_that_share_text_keep_to_their_layer(stages):
+    # The whole prompt, a part of it, and a layer whose text is nowhere.
+    layers = (control((0, 18), word(2)), control(SUSHI, word(1)), control((0, 0), word(1)))
+    positions = conditioned(stages, *layers).positions
+    # Begin, two of the first, one of the third, "a", one of the second, "sushi", "on", "a", "table".
+    assert positions == ((1, 2, 4, 6, 7, 8, 9), (5, 6), (3,))
+
+
+def test_vectors_count_as_tokens_of_the_prompt(stages):
+    long = "sushi " * 70
+    conditioned(stages, control((0, 5), word(5)), prompt=long)
+    with pytest.raises(InvalidRequest, match="is 76 tokens long with 6 of learned words") as told:
+        conditioned(stages, control((0, 5), word(6)), prompt=long)
+    assert told.value.reason == "PROMPT_TOO_LONG"
+    # The negative prompt holds none.
+    conditioned(stages, control(SUSHI, word(8)), negative_prompt="sushi " * 75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_holds_one_tensor_of_any_name_for_one_encoder(dtype):
+    data = vectors(2).to(dtype)
+    assert torch.equal(Word.from_bytes(save({"x": data}), (32,)).vectors[0], data.float())
+    single = Word.from_bytes(save({"x": data[0]}), (32,))
+    assert (len(single), single.vectors[0].shape) == (1, (1, 32))
+
+
+def test_a_file_holds_both_encoders_for_two():
+    data = save({"clip_g": vectors(2, 48), "clip_l": vectors(2, 32)})
+    assert [each.shape for each in Word.from_bytes(data, (32, 48)).vectors] == [(2, 32), (2, 48)]
+
+
+@pytest.mark.parametrize(
+    ("data", "widths", "told"),
+    [
+        (b"", (32,), "is no safetensors file"),
+        (b"\x80\x02}q\x00.", (32,), "is no safetensors file"),
+        (save({"x": vectors(1)})[:-4], (32,), "is no safetensors file"),
+        (save({}), (32,), "holds no tensor; this model takes one tensor"),
+        (save({"x": vectors(1), "y": vectors(1)}), (32,), "holds x, y; this model takes one"),
+        (save({"x": vectors(1)}), (48,), "x as float32 of shape 1 x 32; .* vectors x 48"),
+        (save({"x": torch.zeros(2, 1, 32)}), (32,), "of shape 2 x 1 x 32"),
+        (save({"x": torch.tensor(1.0)}), (32,), "of shape a single number"),
+        (save({"x": torch.ones(1, 32, dtype=torch.int32)}), (32,), "x as int32"),
+        (save({"x": vectors(0)}), (32,), "holds 0 vectors; allowed: 1 to 8"),
+        (save({"x": vectors(MAX_VECTORS + 1)}), (32,), "holds 9 vectors; allowed: 1 to 8"),
+        (save({"x": vectors(1) / 0}), (32,), "not finite"),
+        (save({"x": vectors(1)}), (32, 48), "takes the tensors clip_l and clip_g"),
+        (
+            save({"clip_l": vectors(1), "clip_g": vectors(2, 48)}),
+            (32, 48),
+            "another number of vectors",
+        ),
+    ],
+)
+def test_files_that_are_no_word_say_why(data, widths, told):
+    with pytest.raises(InvalidWord, match=told):
+        Word.from_bytes(data, widths)
