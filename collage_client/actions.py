@@ -180,6 +180,8 @@ def _sampling(args: argparse.Namespace) -> collage_pb2.Sampling:
             except ValueError as error:
                 text = f"{value} is out of range"
                 raise InvalidInput.in_field(f"--{option}", text, reason="OPTION") from error
+    for name, weight in getattr(args, "adapter", []):
+        sampling.adapters.add(name=name, weight=weight)
     return sampling
 
 

@@ -98,6 +98,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _adapter(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{weight!r} is no number; NAME or NAME=WEIGHT") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="collage",
@@ -268,6 +276,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance", metavar="G", type=float, help="guidance scale, 0 to 50; 1 or less is none"
     )
     group.add_argument("--sampler", metavar="NAME", default="", help="see `collage models`")
+    group.add_argument(
+        "--adapter",
+        metavar="NAME[=W]",
+        type=_adapter,
+        action="append",
+        default=[],
+        help="draw with this adapter (LoRA), its weight -2 to 2 (default: 1); may be repeated",
+    )
     group.add_argument(
         "--model",
         metavar="M",

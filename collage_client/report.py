@@ -134,6 +134,7 @@ def model(found: pb.Model) -> str:
         ("prompt", f"at most {found.prompt_tokens_limit} tokens"),
         ("samplers", ", ".join(found.samplers)),
         ("controls", ", ".join(found.control_kinds) or "none"),
+        ("adapters", ", ".join(found.adapters) or "none"),
         (
             "defaults",
             f"{used.sampler}, {used.steps} steps, guidance {used.guidance_scale:g}",

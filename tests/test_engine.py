@@ -43,6 +43,9 @@ class WatchedStages:
         if cursed is not None:
             self._cursed_TD = inner.encode_text([Text(ids_T=inner.facts.tokenize(cursed).ids_T)])[0]
 
+    def use(self, adapters):
+        self.inner.use(adapters)
+
     def encode_text(self, texts):
         return self.inner.encode_text(texts)
 

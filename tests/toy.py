@@ -6,6 +6,7 @@ bundled model (three levels, 4x).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # Words that are one token each; any other text is spelt in bytes.
@@ -155,3 +157,42 @@ def _tokenizer(folder):
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (source / "merges.txt").write_text("\n".join(lines) + "\n")
     return CLIPTokenizer.from_pretrained(source, model_max_length=WINDOW)
+
+
+def lora(
+    file: Path,
+    folder: Path,
+    *,
+    seed: int = 0,
+    rank: int = 2,
+    form: str = "diffusers",
+    parts: Sequence[str] = ("unet", "text_encoder"),
+) -> Path:
+    """A LoRA of rank `rank` for the attentions of a folder's U-Net and text encoder, in diffusers' or kohya's form."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for part, prefix, names in (
+        ("unet", "lora_unet", ("to_q", "to_k", "to_v", "to_out.0")),
+        ("text_encoder", "lora_te", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")),
+    ):
+        if part not in parts:
+            continue
+        (source,) = (folder / part).glob("*.safetensors")
+        for name, tensor in load_file(source).items():
+            module = name.removesuffix(".weight")
+            if not module.endswith(names) or name == module:
+                continue
+            if part == "text_encoder":
+                # As files everywhere have it, whatever the installed transformers calls its modules.
+                module = f"text_model.{module.removeprefix('text_model.')}"
+            down = torch.randn((rank, tensor.shape[1]), generator=generator) * 0.3
+            up = torch.randn((tensor.shape[0], rank), generator=generator) * 0.3
+            if form == "kohya":
+                key = f"{prefix}_{module.replace('.', '_')}"
+                weights[f"{key}.lora_down.weight"], weights[f"{key}.lora_up.weight"] = down, up
+                weights[f"{key}.alpha"] = torch.tensor(rank / 2)
+            else:
+                weights[f"{part}.{module}.lora_A.weight"] = down
+                weights[f"{part}.{module}.lora_B.weight"] = up
+    save_file(weights, file)
+    return file

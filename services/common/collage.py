@@ -148,11 +148,20 @@ class Redo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A low-rank change of a model's weights, by its name there, and what multiplies it, in [-2, 2]."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a collage becomes pictures, every value resolved.
 
     `steps` counts the denoising steps at noise 1. `guidance_scale` at or below 1 means no guidance.
     Picture k of `images` uses seed (`seed` + k) mod 2**64. `preview_every` is in steps, None for no previews.
+    `adapters` are sorted by name, so that their sum is rounded one way.
     """
 
     model: str
@@ -162,6 +171,12 @@ class Sampling:
     images: int
     seed: int
     preview_every: int | None = None
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def active_adapters(self) -> tuple[Adapter, ...]:
+        """Those that change something."""
+        return tuple(adapter for adapter in self.adapters if adapter.weight != 0)
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`."""

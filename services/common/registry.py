@@ -233,13 +233,14 @@ def digest_file(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def weights(folder: Path, files: Sequence[str] = MODEL_FILES) -> int:
-    """How many numbers a folder's weights are, read from the heads of its safetensors files.
+def weights(source: Path, files: Sequence[str] = MODEL_FILES) -> int:
+    """How many numbers the weights in a folder, or in one safetensors file, are; reads the heads of files only.
 
     Raises:
         NotAModel: a file is no safetensors file.
     """
-    names = [file for file in _all(folder, files) if file.suffix == ".safetensors"]
+    found = _all(source, files) if source.is_dir() else {source}
+    names = [file for file in found if file.suffix == ".safetensors"]
     copies = {file for pattern in _SECOND_COPIES for file in names if file.match(pattern)}
     return sum(
         math.prod(shape)

@@ -13,6 +13,7 @@ from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2
 from services.common.blobs import BlobRef
 from services.common.collage import (
     DEFAULT_BACKGROUND,
+    Adapter,
     Appearance,
     Collage,
     Extent,
@@ -43,6 +44,8 @@ MAX_IMAGES = 16
 # Previews are kept in the job's log, up to some 100 kB each.
 MAX_PREVIEWS = 512
 MAX_FEATHER = 64.0
+MAX_ADAPTERS = 8
+MAX_ADAPTER_WEIGHT = 2.0
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
@@ -355,6 +358,7 @@ def parse_sampling(
         preview_every=(
             int(pick("preview_every", 1, MAX_STEPS)) if message.HasField("preview_every") else None
         ),
+        adapters=_parse_adapters(check, message, model, f"{field}.adapters"),
     )
     if sampling.preview_every is not None:
         previews = sampling.steps // sampling.preview_every * sampling.images
@@ -365,6 +369,32 @@ def parse_sampling(
             )
     check.done()
     return sampling
+
+
+def _parse_adapters(
+    check: Checker, message: collage_pb2.Sampling, model: collage_service_pb2.Model, path: str
+) -> tuple[Adapter, ...]:
+    if len(message.adapters) > MAX_ADAPTERS:
+        check.refuse(path, f"has {len(message.adapters)} adapters; allowed: at most {MAX_ADAPTERS}")
+    adapters: dict[str, Adapter] = {}
+    for index, part in enumerate(message.adapters[:MAX_ADAPTERS]):
+        weight = part.weight if part.HasField("weight") else 1.0
+        if part.name not in model.adapters:
+            known = ", ".join(model.adapters) or "none, it has no adapter"
+            check.refuse(
+                f"{path}[{index}].name", f"is {quote(part.name)}; model {model.name} takes: {known}"
+            )
+        elif part.name in adapters:
+            check.refuse(
+                f"{path}[{index}].name", f"is {quote(part.name)} again; allowed: each adapter once"
+            )
+        adapters[part.name] = Adapter(
+            name=part.name,
+            weight=check.number(
+                f"{path}[{index}].weight", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT
+            ),
+        )
+    return tuple(adapters[name] for name in sorted(adapters))
 
 
 def render_blob(blob: BlobRef) -> blob_pb2.BlobRef:
@@ -459,4 +489,8 @@ def render_sampling(sampling: Sampling) -> collage_pb2.Sampling:
         images=sampling.images,
         seed=sampling.seed,
         preview_every=sampling.preview_every,
+        adapters=[
+            collage_pb2.Adapter(name=adapter.name, weight=adapter.weight)
+            for adapter in sampling.adapters
+        ],
     )

@@ -53,6 +53,7 @@ def load_stages(card: ModelCard) -> Stages:
             dtype=card.dtype,
             device=card.device,
             controlnets={kind: one.folder for kind, one in card.controlnets.items()},
+            adapters={name: adapter.file for name, adapter in card.adapters.items()},
         )
     )
 

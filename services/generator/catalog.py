@@ -20,13 +20,16 @@ from services.common.registry import (
     ModelError,
     ModelSource,
     digest,
+    digest_file,
     locate,
+    locate_adapter,
     read_sources,
     weights,
 )
 from services.common.settings import InvalidSetting
 from services.common.telemetry import log
 from services.common.wire import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
+from services.generator.adapters import AdapterFile
 from services.generator.models import SAMPLERS, ModelFacts, check_controlnet, read_facts
 
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
@@ -56,13 +59,21 @@ class ControlNetCard:
     digest: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCard:
+    """One adapter of a model: its safetensors file, and the digest of that."""
+
+    file: Path
+    digest: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCard:
     """One served model. `digest` is over the folder's files; channels are those of the widest activations.
 
-    controlnets: by kind; they have digests of their own, so that a result without one does not depend on any.
-    weights_bytes: memory of all networks in `dtype`, of the ControlNets too, which are loaded when they are needed.
-    limits, preset: what the operator says of requests.
+    controlnets, adapters: by kind, and by name; they have digests of their own, so that a result without one does not
+    depend on any. weights_bytes: memory of all networks in `dtype`, with the ControlNets and adapters, which are loaded
+    when they are needed. limits, preset: what the operator says of requests.
     """
 
     name: str
@@ -75,6 +86,7 @@ class ModelCard:
     dtype: torch.dtype
     device: torch.device
     weights_bytes: int
+    adapters: Mapping[str, AdapterCard]
     limits: Limits
     preset: Defaults
 
@@ -83,12 +95,10 @@ class ModelCard:
         """The card of a served model. Hashes the weights: seconds for a large model.
 
         Raises:
-            ModelError: no model, or none of a kind that is supported, or a ControlNet that does not fit it.
+            ModelError: no model, or none of a supported kind, or a ControlNet or adapter that does not fit it.
         """
         folder = locate(source.source)
         facts = read_facts(folder)
-        if source.adapters:
-            raise ModelError("adapters: this generator takes none yet")
         device = _device(source.device)
         dtype = _dtype(source.dtype, device)
         controlnets: dict[str, ControlNetCard] = {}
@@ -100,6 +110,11 @@ class ModelCard:
             controlnets[kind] = ControlNetCard(
                 folder=controlnet, digest=digest(controlnet, CONTROLNET_FILES)
             )
+        adapters = {
+            name: _read_adapter(name, where, folder)
+            for name, where in sorted(source.adapters.items())
+        }
+        numbers += sum(weights(adapter.file) for adapter in adapters.values())
         card = cls(
             name=source.name,
             folder=folder,
@@ -110,6 +125,7 @@ class ModelCard:
             controlnets=controlnets,
             dtype=dtype,
             device=device,
+            adapters=adapters,
             weights_bytes=numbers * dtype.itemsize,
             limits=source.limits,
             preset=source.defaults,
@@ -240,6 +256,8 @@ class Catalog:
                 "model found",
                 model=card.name,
                 digest=card.digest,
+                controlnets={kind: one.digest for kind, one in card.controlnets.items()},
+                adapters={name: adapter.digest for name, adapter in card.adapters.items()},
                 dtype=str(card.dtype).removeprefix("torch."),
                 device=str(card.device),
                 weights_mib=round(card.weights_bytes / 2**20, 1),
@@ -268,6 +286,17 @@ class Catalog:
 def unet_rows(sampling: Sampling) -> int:
     """Rows of one U-Net call: a picture each, two with guidance."""
     return sampling.images * (2 if sampling.guidance_scale > 1 else 1)
+
+
+def _read_adapter(name: str, where: str, folder: Path) -> AdapterCard:
+    """Finds an adapter and looks whether it fits the model in `folder`."""
+    try:
+        file = locate_adapter(where)
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        AdapterFile.read(file, config).check(folder)
+    except ModelError as error:
+        raise ModelError(f"adapters.{name}: {error}") from error
+    return AdapterCard(file=file, digest=digest_file(file))
 
 
 def _device(name: str) -> torch.device:

@@ -186,7 +186,7 @@ class ModelFacts:
 class LoadedModel:
     """The networks of one folder on one device in one dtype, and their facts.
 
-    controlnets: by kind the folder of a ControlNet, which is loaded when it is needed.
+    controlnets, adapters: by kind, and by name, the folder or file of what is loaded when it is needed.
     """
 
     facts: ModelFacts
@@ -196,6 +196,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     controlnets: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def load(
@@ -204,10 +205,11 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     controlnets: Mapping[str, Path] | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> LoadedModel:
     """Loads a model from a folder, or from the hub where no such folder exists and the name looks like owner/name.
 
-    ControlNets are noted, by kind and folder, and not loaded yet.
+    ControlNets and adapters are noted, by kind or name and where they lie, and not loaded yet.
 
     Raises:
         NotAModel: a part or a file is missing or unreadable.
@@ -232,6 +234,7 @@ def load(
         dtype=dtype,
         device=device,
         controlnets=controlnets or {},
+        adapters=adapters or {},
     )
 
 

@@ -104,7 +104,12 @@ class Runner:
         height, width = released_hw.shape
         ticket = Ticket(
             id=next(self._ids),
-            shape=Shape(model=sampling.model, grid_height=height, grid_width=width),
+            shape=Shape(
+                model=sampling.model,
+                grid_height=height,
+                grid_width=width,
+                adapters=sampling.active_adapters,
+            ),
             rows=unet_rows(sampling),
             steps=sampling.steps - int(released_hw.min()),
             deadline_s=job.deadline_s,
@@ -176,6 +181,7 @@ class Runner:
         entry.mailbox.post(QueuedAt(place=0))
         job = entry.job
         stages = self._stages_of(job.sampling.model)
+        stages.use(job.sampling.active_adapters)
         with self._stage(entry, stages, "encode_text"):
             conditioning = prepare(
                 stages,
@@ -218,6 +224,8 @@ class Runner:
         stages = self._stages[entries[0].job.sampling.model]
         start_s = time.monotonic()
         try:
+            # All of a batch have the same ones; a job of others may have begun since their last step.
+            stages.use(entries[0].job.sampling.active_adapters)
             step(stages, runs)
             _synchronize(stages)
         except Exception as error:

@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
+from services.common.collage import Adapter
+
 # Rows that different jobs may share in one U-Net call. One means that every job is alone in its
 # batch. Convolutions and matrix products choose their order of summation by batch size, so a
 # picture made beside strangers differs in its last bits from one made alone; alone, its bytes
@@ -51,11 +53,12 @@ class DropReason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What must be equal for rows to share a U-Net call: the model and the latent grid (cells)."""
+    """What must be equal for rows to share a U-Net call: the model, its adapters and the latent grid (cells)."""
 
     model: str
     grid_height: int
     grid_width: int
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def cells(self) -> int:

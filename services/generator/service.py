@@ -293,9 +293,14 @@ def _digest(
     inputs.sampling.CopyFrom(wire.render_sampling(sampling))
     inputs.sampling.ClearField("model")
     inputs.sampling.ClearField("preview_every")
+    inputs.sampling.ClearField("adapters")
     message = inputs.SerializeToString(deterministic=True)
-    controlnets = "".join(f"{card.controlnets[kind].digest} " for kind in _kinds(request))
-    networks = f"{VERSION} {card.digest} {card.dtype} {controlnets}"
+    controlnets = [card.controlnets[kind].digest for kind in _kinds(request)]
+    adapters = [
+        f"{card.adapters[adapter.name].digest}*{adapter.weight!r}"
+        for adapter in sampling.active_adapters
+    ]
+    networks = " ".join([str(VERSION), card.digest, str(card.dtype), *controlnets, *adapters, ""])
     return hashlib.sha256(networks.encode() + message).hexdigest()
 
 
@@ -367,6 +372,7 @@ def _render_model(card: ModelCard) -> collage_service_pb2.Model:
         defaults=wire.render_sampling(card.defaults()),
         control_kinds=list(card.controlnets),
         max_layers=wire.MAX_LAYERS,
+        adapters=list(card.adapters),
         max_images=card.max_images,
         max_steps=card.max_steps,
         latent_factor=card.facts.latent_factor,

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from diffusers import ControlNetModel
 
+from services.common.collage import Adapter
+from services.generator.adapters import AdapterSwitch
 from services.generator.attention import ControlSlot, StepControl, install
 from services.generator.models import LoadedModel, ModelFacts, UnsupportedModel, load_controlnet
 from services.generator.structure import StructurePass
@@ -42,6 +44,9 @@ class Stages(Protocol):
     @property
     def device(self) -> torch.device:
         """Where latents and texts live."""
+
+    def use(self, adapters: Sequence[Adapter]) -> None:
+        """Turns on exactly these of the model's adapters for all that follows."""
 
     def encode_text(self, texts: Sequence[Text]) -> torch.Tensor:
         """Texts to hidden states [B, T, D]."""
@@ -78,6 +83,9 @@ class TorchStages:
         self._model = model
         self._slot = ControlSlot()
         self._controlnets: dict[str, ControlNetModel] = {}
+        self._adapters = AdapterSwitch(
+            {"unet": model.unet, "text_encoder": model.text_encoder}, model.adapters
+        )
         self._word = WordSlot()
         self._word.install(model.text_encoder.get_input_embeddings())
         try:
@@ -94,6 +102,10 @@ class TorchStages:
     def device(self) -> torch.device:
         """Where latents and texts live."""
         return self._model.device
+
+    def use(self, adapters: Sequence[Adapter]) -> None:
+        """See `Stages`."""
+        self._adapters.use(adapters)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[Text]) -> torch.Tensor:
