@@ -312,7 +312,9 @@ def main() -> None:
         x_BCHW = pool.latents_NCHW[chosen].float()
         noise_BCHW = torch.randn(x_BCHW.shape, generator=noise_rng)
         noise_BCHW += OFFSET_NOISE * torch.randn((BATCH, 4, 1, 1), generator=noise_rng)
-        spread = (torch.from_numpy(rng.permutation(BATCH)) + rng.random()) / BATCH
+        # Noisy steps are met more often: shapes are decided there (as in T2I-Adapter, Mou et al.
+        # 2023, with a square for their cube).
+        spread = 1 - ((torch.from_numpy(rng.permutation(BATCH)) + rng.random()) / BATCH).square()
         t_B = (spread * len(alphas_T)).long().clamp(max=len(alphas_T) - 1).to(device)
         signal_B111 = alphas_T[t_B].view(-1, 1, 1, 1)
         x_BCHW = x_BCHW.to(device, memory_format=torch.channels_last)
