@@ -55,9 +55,12 @@ async def generate(args: argparse.Namespace) -> None:
     results.prepare(args.out)
     async with _service(args) as client:
         sampling = _sampling(args)
-        result = await _follow(client, client.generate(collage, sampling), "")
+        events = client.generate(collage, sampling, skip_failed_words=args.skip_failed_words)
+        result = await _follow(client, events, "")
         drawn = await results.plan_pictures(client, result.job.plan)
-    work = pb.GenerateWork(collage=collage, sampling=sampling)
+    work = pb.GenerateWork(
+        collage=collage, sampling=sampling, skip_failed_words=args.skip_failed_words
+    )
     written = results.write_result(args.out, collage, work, result, drawn)
     print(report.result(result, collage.size))
     print(report.paths(written))
@@ -137,8 +140,12 @@ async def sweep(args: argparse.Namespace) -> None:
 async def learn(args: argparse.Namespace) -> None:
     """Learns words for layers of a collage."""
     collage = files.attach(files.load(args.path))
-    for name in args.layer:
-        _layer(collage, name)
+    named = [_layer(collage, name) for name in args.layer]
+    if args.vectors is not None:
+        for layer in named or collage.layers:
+            if named or layer.appearance.learn:
+                layer.appearance.learn = True
+                layer.appearance.vectors = args.vectors
     async with _service(args) as client:
         model = _sampling(args).model
         result = await _follow(client, client.learn(collage, args.layer, model=model), "")
@@ -151,6 +158,35 @@ async def words(args: argparse.Namespace) -> None:
     async with _service(args) as client:
         found = await client.words()
     print(report.words(found) if found else "no words yet; `collage learn` makes one")
+
+
+async def get_word(args: argparse.Namespace) -> None:
+    """Shows one word."""
+    async with _service(args) as client:
+        print(report.word(await client.word(args.name)))
+
+
+async def export_word(args: argparse.Namespace) -> None:
+    """Writes a word's vectors."""
+    async with _service(args) as client:
+        data = await client.fetch((await client.word(args.name)).vectors)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_bytes(data)
+    print(report.paths([args.out]))
+
+
+async def import_word(args: argparse.Namespace) -> None:
+    """Takes in a word learned elsewhere."""
+    data = args.file.read_bytes()
+    async with _service(args) as client:
+        print(report.word(await client.import_word(args.text, data, model=_sampling(args).model)))
+
+
+async def delete_word(args: argparse.Namespace) -> None:
+    """Forgets a word."""
+    async with _service(args) as client:
+        await client.delete_word(args.name)
+    print(f"deleted {args.name}")
 
 
 async def models(args: argparse.Namespace) -> None:

@@ -86,6 +86,7 @@ class AsyncCollageClient:
         collage: collage_pb2.Collage,
         sampling: collage_pb2.Sampling | None = None,
         *,
+        skip_failed_words: bool = False,
         request_id: str = "",
         cancel_on_disconnect: bool = False,
         timeout_s: float = JOB_TIMEOUT_S,
@@ -93,7 +94,8 @@ class AsyncCollageClient:
         """Creates a job and yields its events to the last one, over broken streams.
 
         `request_id` (a UUID) names the job across calls; "" draws one. With `cancel_on_disconnect` the server
-        cancels the job when the stream breaks, and this call then raises instead of resuming.
+        cancels the job when the stream breaks, and this call then raises instead of resuming. With
+        `skip_failed_words` a layer whose word cannot be learned is drawn without it, with a warning.
         """
         span = Span(timeout_s, request_id)
         request = pb.GenerateImagesRequest(
@@ -103,6 +105,7 @@ class AsyncCollageClient:
             on_disconnect=(
                 pb.DISCONNECT_POLICY_CANCEL if cancel_on_disconnect else pb.DISCONNECT_POLICY_DETACH
             ),
+            skip_failed_words=skip_failed_words,
         )
 
         async def start() -> Any:
@@ -120,6 +123,7 @@ class AsyncCollageClient:
         *,
         feather: float | None = None,
         restore_cutout: bool | None = None,
+        skip_failed_words: bool = False,
         request_id: str = "",
         timeout_s: float = JOB_TIMEOUT_S,
     ) -> Events:
@@ -131,6 +135,7 @@ class AsyncCollageClient:
             sampling=sampling,
             feather=feather,
             restore_cutout=restore_cutout,
+            skip_failed_words=skip_failed_words,
         )
         return self._run(work, request_id, timeout_s)
 
@@ -244,6 +249,12 @@ class AsyncCollageClient:
             return pb.ListWordsRequest(page_token=token)
 
         return await self._calls.pages("ListWords", page, "words", None, Span(timeout_s))
+
+    async def word(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> pb.Word:
+        """One learned word; `fetch` its `vectors` for the safetensors file."""
+        answer = await self._calls.call("GetWord", pb.GetWordRequest(name=name), Span(timeout_s))
+        word: pb.Word = answer.word
+        return word
 
     async def import_word(
         self, text: str, vectors: bytes, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S

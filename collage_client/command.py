@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         "collage.yaml with its pictures, and result.json: every seed and every dial as used.",
     )
     _add_path(sub)
+    sub.add_argument(
+        "--skip-failed-words",
+        action="store_true",
+        help="draw a layer whose word cannot be learned without it (default: fail)",
+    )
     _add_out(sub)
     _add_sampling(sub)
     _add_server(sub)
@@ -217,10 +222,23 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="layer; may be repeated (default: each whose appearance says learn)",
     )
+    sub.add_argument(
+        "--vectors",
+        metavar="N",
+        type=_count,
+        help="vectors of each word, 1 to 8: more hold more, and take as many tokens (default: 1)",
+    )
     sub.add_argument("--model", default="", help="for which model (default: the server's)")
     _add_server(sub)
 
-    _add_server(command("words", actions.words, "List the learned words."))
+    _add_words(
+        command(
+            "words",
+            actions.words,
+            "List the learned words, or get, import, export or delete one.",
+            "Alone it lists them. A word is a safetensors file that diffusers' load_textual_inversion reads.",
+        )
+    )
     _add_server(command("models", actions.models, "List the models, their limits and defaults."))
     sub = command("jobs", actions.jobs, "List the newest jobs.")
     sub.add_argument(
@@ -230,6 +248,35 @@ def _parser() -> argparse.ArgumentParser:
     # Handled in `main`; listed here for the help.
     command("cluster", None, "Run the production shape as processes on this machine.")
     return parser
+
+
+def _add_words(words: argparse.ArgumentParser) -> None:
+    _add_server(words)
+    commands = words.add_subparsers(metavar="COMMAND")
+
+    def command(name: str, action: object, line: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=line, description=line)
+        sub.set_defaults(action=action)
+        return sub
+
+    _add_server(command("list", actions.words, "List the learned words."), again=True)
+    sub = command("get", actions.get_word, "Show one word.")
+    sub.add_argument("name", metavar="WORD", help="as the list shows it: words/...")
+    _add_server(sub, again=True)
+    sub = command("export", actions.export_word, "Write a word's vectors as a safetensors file.")
+    sub.add_argument("name", metavar="WORD", help="as the list shows it: words/...")
+    sub.add_argument("--out", metavar="FILE", type=Path, required=True, help="file to write")
+    _add_server(sub, again=True)
+    sub = command("import", actions.import_word, "Take in a word learned elsewhere.")
+    sub.add_argument(
+        "file", metavar="FILE", type=Path, help="safetensors, as diffusers or A1111 write it"
+    )
+    sub.add_argument("--text", metavar="TEXT", required=True, help="the words it stands before")
+    sub.add_argument("--model", default="", help="for which model (default: the server's)")
+    _add_server(sub, again=True)
+    sub = command("delete", actions.delete_word, "Forget a word.")
+    sub.add_argument("name", metavar="WORD", help="as the list shows it: words/...")
+    _add_server(sub, again=True)
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -242,25 +289,26 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data(parser: argparse._ActionsContainer) -> None:
+def _add_data(parser: argparse._ActionsContainer, *, again: bool = False) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
         type=Path,
-        default=Path("data"),
-        help="where an embedded server keeps jobs and pictures (default: ./%(default)s)",
+        default=argparse.SUPPRESS if again else Path("data"),
+        help="where an embedded server keeps jobs and pictures (default: ./data)",
     )
 
 
-def _add_server(parser: argparse.ArgumentParser) -> None:
+def _add_server(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
+    """`again`: the command above takes the same options, whose values count where they are not repeated."""
     group = parser.add_argument_group("server")
     group.add_argument(
         "--server",
         metavar="ADDR",
-        default="",
+        default=argparse.SUPPRESS if again else "",
         help="host:port of a running server (default: one is started here)",
     )
-    _add_data(parser)
+    _add_data(parser, again=again)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

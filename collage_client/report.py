@@ -106,18 +106,30 @@ def jobs(found: Sequence[pb.Job]) -> str:
 def words(found: Sequence[pb.Word]) -> str:
     """The learned words."""
     return table(
-        ("word", "text", "model digest", "created (UTC)"),
+        ("word", "text", "model digest", "created (UTC)", "vectors"),
         (
             (
                 word.name,
                 word.text,
                 word.model_digest[:12],
                 word.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S"),
+                f"{word.vector_count}",
             )
             for word in found
         ),
         left=4,
     )
+
+
+def word(found: pb.Word) -> str:
+    """One learned word."""
+    rows = [
+        ("text", found.text),
+        ("vectors", f"{found.vector_count}, {found.vectors.size_bytes} bytes"),
+        ("model", f"digest {found.model_digest[:12]}"),
+        ("created", f"{found.create_time.ToDatetime():%Y-%m-%d %H:%M:%S} UTC"),
+    ]
+    return "\n".join([found.name, *(f"  {name:<9} {text}" for name, text in rows)])
 
 
 def model(found: pb.Model) -> str:

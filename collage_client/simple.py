@@ -147,6 +147,10 @@ class CollageClient:
         """See `AsyncCollageClient.words`."""
         return self._wait(self._client.words(**options))
 
+    def word(self, name: str, **options: Any) -> pb.Word:
+        """See `AsyncCollageClient.word`."""
+        return self._wait(self._client.word(name, **options))
+
     def import_word(self, text: str, vectors: bytes, **options: Any) -> pb.Word:
         """See `AsyncCollageClient.import_word`."""
         return self._wait(self._client.import_word(text, vectors, **options))

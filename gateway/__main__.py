@@ -12,6 +12,7 @@ from gateway.jobs import Jobs, QueuePolicy
 from gateway.pipeline import Pipeline
 from gateway.planner import Models, Planner
 from gateway.service import CollageServicer
+from gateway.words import Words
 from gateway.worker import Worker, exhausted_event
 from services.common.rpc import Server, connect
 from services.common.settings import InvalidSetting, open_blobs, read
@@ -71,9 +72,11 @@ async def build(settings: Settings) -> Server:
         connect, (settings.compositor, settings.inversion, settings.generator)
     )
     generating = generator_grpc.GeneratorServiceStub(generator)
-    models = Models(generating)
+    inverting = inversion_grpc.InversionServiceStub(inversion)
+    models, words = Models(generating), Words(blobs)
     planner = Planner(
         blobs=blobs,
+        words=words,
         models=models,
         compositor=compositor_grpc.CompositorServiceStub(compositor),
         generator=generating,
@@ -81,13 +84,19 @@ async def build(settings: Settings) -> Server:
     pipeline = Pipeline(
         planner=planner,
         models=models,
-        inversion=inversion_grpc.InversionServiceStub(inversion),
+        inversion=inverting,
         generator=generating,
     )
     worker = Worker(jobs, pipeline, slots=settings.slots)
     server = Server("gateway", settings.address, drain=worker.drain)
     servicer = CollageServicer(
-        blobs=blobs, jobs=jobs, planner=planner, models=models, pipeline=pipeline
+        blobs=blobs,
+        jobs=jobs,
+        words=words,
+        planner=planner,
+        models=models,
+        pipeline=pipeline,
+        inversion=inverting,
     )
     collage_grpc.add_CollageServiceServicer_to_server(servicer, server.grpc)
     server.add("collage.v1.CollageService")

@@ -7,13 +7,16 @@ inputs, so running a job again after a crash repeats only what was lost.
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc
+from google.rpc import status_pb2
 
 from collage.v1 import (
+    collage_pb2,
     collage_service_pb2,
     generator_service_pb2,
     generator_service_pb2_grpc,
@@ -23,13 +26,16 @@ from collage.v1 import (
 from gateway.planner import Models, Planned, Planner, parse_redo
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStoreUnavailable
-from services.common.collage import Collage
+from services.common.collage import Collage, Layer
 from services.common.errors import (
+    CollageError,
     DeadlinePassed,
     InvalidRequest,
+    MissingBlobs,
     Overloaded,
     Unavailable,
     from_rpc,
+    from_status,
     quote,
 )
 from services.common.rpc import outgoing
@@ -116,7 +122,7 @@ class Pipeline:
         planned, words = planning.result(), learning.result()
         await emit(_stage("generate", attempt))
         with _timed(done, "generate"):
-            await _patiently(lambda: self._generate(planned, words, emit))
+            await _patiently(lambda: self._generate(planned, {**planned.words, **words}, emit))
         return done
 
     async def _plan(
@@ -143,17 +149,28 @@ class Pipeline:
         emit: Emit,
         done: collage_service_pb2.Done,
     ) -> dict[str, BlobRef]:
-        """The learned word of each layer that asks for one, by layer name."""
+        """The learned word of each layer that asks to learn one, by layer name."""
         root = str(request.WhichOneof("work"))
         work = getattr(request, root)
         collage = wire.parse_collage(work.collage, f"{root}.collage")
-        learners = {layer.name for layer in collage.layers if layer.visible and layer.appearance}
-        if not learners:
+        names = {
+            layer.name
+            for layer in collage.layers
+            if layer.visible and layer.appearance is not None and layer.appearance.word is None
+        }
+        if not names:
             return {}
         await emit(_stage("learn", attempt))
         with _timed(done, "learn"):
             words: dict[str, BlobRef] = await _patiently(
-                lambda: self._learn(work.sampling.model, collage, learners, emit)
+                lambda: self._learn(
+                    work.sampling.model,
+                    collage,
+                    names,
+                    emit,
+                    root=root,
+                    skips_failed=work.skip_failed_words,
+                )
             )
         return words
 
@@ -165,34 +182,60 @@ class Pipeline:
         await emit(_stage("learn", attempt))
         with _timed(done, "learn"):
             names = _learners(collage, work)
-            await _patiently(lambda: self._learn(work.model, collage, names, emit))
+            await _patiently(lambda: self._learn(work.model, collage, names, emit, root="learn"))
         return done
 
     async def _learn(
-        self, model: str, collage: Collage, names: set[str], emit: Emit
+        self,
+        model: str,
+        collage: Collage,
+        names: set[str],
+        emit: Emit,
+        *,
+        root: str,
+        skips_failed: bool = False,
     ) -> dict[str, BlobRef]:
-        """Learns the named layers' words together, in one call."""
+        """Learns the named layers' words together, in one call.
+
+        Raises:
+            CollageError: of the first layer that gets no word, unless such layers are to be skipped.
+        """
         words: dict[str, BlobRef] = {}
+        indices = [i for i, layer in enumerate(collage.layers) if layer.name in names]
         call = self._inversion.LearnWords(
             inversion_service_pb2.LearnWordsRequest(
                 model=(await self._models.named(model, "model")).name,
-                subjects=[
-                    inversion_service_pb2.Subject(
-                        layer=layer.name,
-                        image=wire.render_picture(layer.image).blob,
-                        text=layer.text,
-                    )
-                    for layer in collage.layers
-                    if layer.name in names
-                ],
+                subjects=[_subject(collage.layers[index]) for index in indices],
             ),
             timeout=LEARN_TIMEOUT_S,
             metadata=outgoing(),
         )
-        async for answer in _answers(call):
-            await emit(collage_service_pb2.JobEvent(word=answer.progress))
-            if answer.HasField("word"):
-                words[answer.progress.layer] = wire.parse_blob(answer.word.vectors, "word.vectors")
+        fields = {
+            f"subjects[{number}]": f"{root}.collage.layers[{index}]"
+            for number, index in enumerate(indices)
+        }
+        index_of = {collage.layers[index].name: index for index in indices}
+        try:
+            async for answer in _answers(call):
+                layer = answer.progress.layer
+                if answer.HasField("error"):
+                    error = _in_request(_error_of(answer.error), fields)
+                    if not skips_failed:
+                        raise error
+                    warning = collage_pb2.Warning(
+                        reason="WORD_FAILED",
+                        field=f"collage.layers[{index_of[layer]}].appearance",
+                        message=f"drawn without its word: {error.message}",
+                    )
+                    await emit(
+                        collage_service_pb2.JobEvent(warning=warning), key=f"word-failed-{layer}"
+                    )
+                    continue
+                await emit(collage_service_pb2.JobEvent(word=answer.progress))
+                if answer.HasField("word"):
+                    words[layer] = wire.parse_blob(answer.word.vectors, "word.vectors")
+        except (InvalidRequest, MissingBlobs) as error:
+            raise _in_request(error, fields) from error
         return words
 
     async def _generate(self, planned: Planned, words: dict[str, BlobRef], emit: Emit) -> None:
@@ -244,6 +287,37 @@ def _learners(collage: Collage, work: collage_service_pb2.LearnWork) -> set[str]
             "learn.layers", "is empty, and no layer's appearance says learn; required: one layer"
         )
     return names
+
+
+def _subject(layer: Layer) -> inversion_service_pb2.Subject:
+    return inversion_service_pb2.Subject(
+        layer=layer.name,
+        image=wire.render_picture(layer.image).blob,
+        text=layer.text,
+        vectors=layer.appearance.vectors if layer.appearance is not None else 1,
+    )
+
+
+def _error_of(message: collage_service_pb2.JobError) -> CollageError:
+    """The error that a part told within a stream."""
+    return from_status(
+        status_pb2.Status(code=message.code, message=message.message, details=message.details)
+    )
+
+
+def _in_request(error: CollageError, fields: Mapping[str, str]) -> CollageError:
+    """The error of a part, with the fields of its own request named as the caller's."""
+
+    def renamed(field: str) -> str:
+        head, dot, rest = field.partition(".")
+        return f"{fields.get(head, head)}{dot}{rest}"
+
+    if isinstance(error, MissingBlobs):
+        return MissingBlobs({renamed(field): digest for field, digest in error.missing.items()})
+    if isinstance(error, InvalidRequest):
+        violations = [replace(each, field=renamed(each.field)) for each in error.violations]
+        return InvalidRequest(violations, reason=error.reason)
+    return error
 
 
 def _generate_request(

@@ -7,7 +7,7 @@ by the digest of the inputs. This module knows neither jobs nor pixels.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from collage.v1 import (
     generator_service_pb2,
     generator_service_pb2_grpc,
 )
+from gateway.words import Words
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStore, put_blob
 from services.common.collage import Collage, Picture, Redo, Sampling
@@ -47,7 +48,8 @@ Answer = TypeVar("Answer")
 class Planned:
     """A checked request: every picture stored, every setting resolved, the plate composed.
 
-    `plan` is what the caller sees; its layers carry the resolved dials and the spans of `bound`.
+    `plan` is what the caller sees; its layers carry the resolved dials and the spans of `bound`. `words` are the
+    vectors of the stored words that layers name, by layer name.
     """
 
     collage: Collage
@@ -56,6 +58,7 @@ class Planned:
     plate: BlobRef
     plan: collage_service_pb2.Plan
     redo: Redo | None
+    words: Mapping[str, BlobRef]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +116,13 @@ class Planner:
         self,
         *,
         blobs: BlobStore,
+        words: Words,
         models: Models,
         compositor: compositor_service_pb2_grpc.CompositorServiceStub,
         generator: generator_service_pb2_grpc.GeneratorServiceStub,
     ) -> None:
         self._blobs = blobs
+        self._words = words
         self._models = models
         self._compositor = compositor
         self._generator = generator
@@ -148,14 +153,14 @@ class Planner:
         settings = wire.parse_sampling(sampling, model, fallback_seed=seed, field=f"{root}sampling")
         parsed = wire.parse_collage(collage, f"{root}collage")
         _check_against(model, parsed, root)
-        _check_words(parsed, root)
+        used = await self._words_of(parsed, model, root)
         if redo is not None:
             _check_redo(redo, parsed)
         bound = bind(parsed.prompt, parsed.layers, field=f"{root}collage.prompt")
         stored, stored_redo = await self._store_pictures(parsed, redo, root)
         composed, estimate = await asyncio.gather(
             self._compose(stored, stored_redo, model.latent_factor, root),
-            self._estimate(stored, bound, settings, root),
+            self._estimate(stored, bound, settings, _word_tokens(stored, used), root),
         )
         _check_tokens(estimate, root)
         return Planned(
@@ -165,6 +170,9 @@ class Planner:
             plate=wire.parse_blob(composed.plate, "plate", limit_bytes=wire.MAX_PLATE_BYTES),
             plan=_render_plan(stored, settings, bound, composed, estimate),
             redo=stored_redo,
+            words={
+                name: wire.parse_blob(word.vectors, "word.vectors") for name, word in used.items()
+            },
         )
 
     async def store(self, collage: Collage, *, root: str) -> Collage:
@@ -175,6 +183,48 @@ class Planner:
         """
         stored, _ = await self._store_pictures(collage, None, root)
         return stored
+
+    async def _words_of(
+        self, collage: Collage, model: collage_service_pb2.Model, root: str
+    ) -> dict[str, collage_service_pb2.Word]:
+        """The stored word of each visible layer that names one, by layer name.
+
+        Raises:
+            InvalidRequest: a word that is not stored, or was learned for another model; of hidden layers too.
+        """
+        asked_for = {
+            index: layer.appearance.word
+            for index, layer in enumerate(collage.layers)
+            if layer.appearance is not None and layer.appearance.word is not None
+        }
+        found = dict(
+            zip(
+                asked_for,
+                await asyncio.gather(*(self._words.find(name) for name in asked_for.values())),
+                strict=True,
+            )
+        )
+        unknown, foreign = [], []
+        for index, word in found.items():
+            field = f"{root}collage.layers[{index}].appearance.word"
+            if word is None:
+                told = f"is {quote(asked_for[index])}; no word of that name is stored"
+                unknown.append(Violation(field=field, description=told))
+            elif word.model_digest != model.digest:
+                told = (
+                    f"is {quote(word.name)}, learned for a model of digest {word.model_digest[:12]}; "
+                    f"required: one for {model.name}, {model.digest[:12]}"
+                )
+                foreign.append(Violation(field=field, description=told))
+        if unknown:
+            raise InvalidRequest(unknown, reason="UNKNOWN_WORD")
+        if foreign:
+            raise InvalidRequest(foreign, reason="WORD_OF_ANOTHER_MODEL")
+        return {
+            collage.layers[index].name: word
+            for index, word in found.items()
+            if word is not None and collage.layers[index].visible
+        }
 
     async def _store_pictures(
         self, collage: Collage, redo: RedoFields | None, root: str
@@ -252,7 +302,12 @@ class Planner:
             raise _rooted(error, root) from error
 
     async def _estimate(
-        self, collage: Collage, bound: BoundPrompt, sampling: Sampling, root: str
+        self,
+        collage: Collage,
+        bound: BoundPrompt,
+        sampling: Sampling,
+        word_tokens: int,
+        root: str,
     ) -> generator_service_pb2.EstimateResponse:
         request = generator_service_pb2.EstimateRequest(
             sampling=wire.render_sampling(sampling),
@@ -260,6 +315,7 @@ class Planner:
             layers=len(collage.layers),
             prompt=bound.text,
             negative_prompt=collage.negative_prompt,
+            word_tokens=word_tokens,
         )
         try:
             return await asked(
@@ -322,18 +378,14 @@ def _check_against(model: collage_service_pb2.Model, collage: Collage, root: str
         raise InvalidRequest(violations)
 
 
-def _check_words(collage: Collage, root: str) -> None:
-    """Refuses words that are not stored; none can be stored yet."""
-    violations = [
-        Violation(
-            field=f"{root}collage.layers[{index}].appearance.word",
-            description=f"is {quote(layer.appearance.word)}; no word of that name is stored",
-        )
-        for index, layer in enumerate(collage.layers)
-        if layer.appearance is not None and layer.appearance.word is not None
-    ]
-    if violations:
-        raise InvalidRequest(violations, reason="UNKNOWN_WORD")
+def _word_tokens(collage: Collage, used: Mapping[str, collage_service_pb2.Word]) -> int:
+    """Tokens that learned words add to the prompt: one for each vector."""
+    learned = sum(
+        layer.appearance.vectors
+        for layer in collage.layers
+        if layer.visible and layer.appearance is not None and layer.appearance.word is None
+    )
+    return learned + sum(word.vector_count for word in used.values())
 
 
 def _check_redo(redo: RedoFields, collage: Collage) -> None:

@@ -13,7 +13,12 @@ from typing import Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from collage.v1 import collage_service_pb2, collage_service_pb2_grpc
+from collage.v1 import (
+    collage_service_pb2,
+    collage_service_pb2_grpc,
+    inversion_service_pb2,
+    inversion_service_pb2_grpc,
+)
 from gateway.jobs import (
     Event,
     JobMissing,
@@ -26,7 +31,8 @@ from gateway.jobs import (
     job_id_of,
 )
 from gateway.pipeline import Pipeline
-from gateway.planner import Models, Planned, Planner
+from gateway.planner import ASK_TIMEOUT_S, Models, Planned, Planner, asked
+from gateway.words import Words
 from gateway.worker import cancelled_event
 from services.common import wire
 from services.common.blobs import BlobMissing, BlobRef, BlobStore, blob_key
@@ -36,11 +42,11 @@ from services.common.errors import (
     InvalidRequest,
     MissingBlobs,
     NotFound,
-    NotSupported,
     Overloaded,
     Unavailable,
     quote,
 )
+from services.common.rpc import bounded, outgoing
 from services.common.telemetry import log
 
 DEFAULT_PAGE, LARGEST_PAGE = 20, 100
@@ -75,11 +81,15 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         *,
         blobs: BlobStore,
         jobs: Jobs,
+        words: Words,
         planner: Planner,
         models: Models,
         pipeline: Pipeline,
+        inversion: inversion_service_pb2_grpc.InversionServiceStub,
     ) -> None:
         self._blobs = blobs
+        self._words = words
+        self._inversion = inversion
         self._jobs = jobs
         self._planner = planner
         self._models = models
@@ -172,7 +182,9 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         create = collage_service_pb2.CreateJobRequest(
             request_id=_request_id(request.request_id),
             generate=collage_service_pb2.GenerateWork(
-                collage=request.collage, sampling=request.sampling
+                collage=request.collage,
+                sampling=request.sampling,
+                skip_failed_words=request.skip_failed_words,
             ),
         )
         try:
@@ -253,29 +265,48 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
     async def ListWords(
         self, request: collage_service_pb2.ListWordsRequest, context: Any
     ) -> collage_service_pb2.ListWordsResponse:
-        """No word can have been learned yet, so none is listed."""
-        _, token = _page([], request)
-        return collage_service_pb2.ListWordsResponse(next_page_token=token)
+        """By name."""
+        size = _page_size(request.page_size)
+        try:
+            found, token = await self._words.page(size, request.page_token)
+        except ValueError:
+            raise _bad_token(request.page_token) from None
+        return collage_service_pb2.ListWordsResponse(words=found, next_page_token=token)
 
     async def GetWord(
         self, request: collage_service_pb2.GetWordRequest, context: Any
     ) -> collage_service_pb2.GetWordResponse:
-        """No word can have been learned yet."""
-        raise _no_word(request.name)
+        """One word; its vectors are a blob."""
+        return collage_service_pb2.GetWordResponse(word=await self._words.get(request.name))
 
     async def ImportWord(
         self, request: collage_service_pb2.ImportWordRequest, context: Any
     ) -> collage_service_pb2.ImportWordResponse:
-        """Comes with the inversion service."""
-        raise NotSupported(
-            "this server does not take in learned words yet", reason="WORDS_NOT_SUPPORTED"
+        """Has the inversion service look at the vectors and keep them."""
+        model = await self._models.named(request.model, "model")
+        vectors = wire.parse_blob(request.vectors, "vectors")
+        stat = await self._blobs.stat(vectors.key)
+        if stat is None:
+            raise MissingBlobs({"vectors": vectors.sha256})
+        answer = await asked(
+            self._inversion.AdoptWord(
+                inversion_service_pb2.AdoptWordRequest(
+                    model=model.name,
+                    text=request.text,
+                    vectors=wire.render_blob(replace(vectors, size_bytes=stat.size_bytes)),
+                ),
+                timeout=bounded(ASK_TIMEOUT_S),
+                metadata=outgoing(),
+            )
         )
+        return collage_service_pb2.ImportWordResponse(word=answer.word)
 
     async def DeleteWord(
         self, request: collage_service_pb2.DeleteWordRequest, context: Any
     ) -> collage_service_pb2.DeleteWordResponse:
-        """No word can have been learned yet."""
-        raise _no_word(request.name)
+        """Jobs that are under way keep what they took."""
+        await self._words.delete(request.name)
+        return collage_service_pb2.DeleteWordResponse()
 
     async def _submit(self, request: collage_service_pb2.CreateJobRequest) -> JobRecord:
         """Plans the request and queues it, its pictures stored and referred to."""
@@ -510,7 +541,3 @@ def _storage_down() -> CollageError:
 
 def _no_blob(digest: str) -> NotFound:
     return NotFound(f"no blob {digest}", reason="BLOB_NOT_FOUND", metadata={"sha256": digest})
-
-
-def _no_word(name: str) -> NotFound:
-    return NotFound(f"no word {quote(name)}", reason="WORD_NOT_FOUND")

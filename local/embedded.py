@@ -33,7 +33,7 @@ class Embedded:
 
 
 async def start(
-    data: Path, *, address: str = ANY_PORT, model: str = "", threads: int = 0
+    data: Path, *, address: str = ANY_PORT, model: str = "", threads: int = 0, word_steps: int = 0
 ) -> Embedded:
     """Starts everything and returns when the gateway serves, the model loaded and warm.
 
@@ -42,16 +42,26 @@ async def start(
         address: the gateway's host:port.
         model: folder or hub id of the one model to serve, named after its last part; or a models.yaml; empty for the
             bundled model.
-        threads: CPU threads of one operation of the generator, 0 for one a core.
+        threads: CPU threads of one operation of generator and inversion, 0 for one a core.
+        word_steps: training steps of a learned word at most, 0 for the default.
     """
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
     blobs = f"folder:{data / 'blobs'}"
+    models = f"{Path(model).name}={model}" if model else ""
     servers: list[Server] = []
     try:
         compositing = await compositor.build(compositor.Settings(address=ANY_PORT, blobs=blobs))
         servers.append(compositing)
         await compositing.start()
-        inverting = await inversion.build(inversion.Settings(address=ANY_PORT))
+        inverting = await inversion.build(
+            inversion.Settings(
+                address=ANY_PORT,
+                blobs=blobs,
+                models=models,
+                threads=threads,
+                word_steps=word_steps or inversion.Settings().word_steps,
+            )
+        )
         servers.append(inverting)
         await inverting.start()
         generating = await generator.build(

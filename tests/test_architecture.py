@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
     [
         ("gateway.__main__", ("torch", "diffusers", "transformers", "PIL")),
         ("services.compositor.__main__", ("torch", "diffusers", "transformers")),
-        ("services.inversion.__main__", ("diffusers", "PIL")),
         ("collage_client", ("torch", "numpy", "PIL", "gateway", "services", "local")),
     ],
 )

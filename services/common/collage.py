@@ -62,10 +62,14 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appearance:
-    """The learned word before a layer's text: a stored word's name, or None to learn one from the layer itself."""
+    """The learned word before a layer's text: a stored word's name, or None to learn one from the layer itself.
+
+    `weight` multiplies its vectors. `vectors`: how many are learned; a stored word has as many as it has.
+    """
 
     word: str | None
     weight: float = 1.0
+    vectors: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

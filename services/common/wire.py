@@ -46,6 +46,8 @@ MAX_PREVIEWS = 512
 MAX_FEATHER = 64.0
 MAX_ADAPTERS = 8
 MAX_ADAPTER_WEIGHT = 2.0
+# Vectors of one learned word: each takes a token of the prompt.
+MAX_VECTORS = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
@@ -234,7 +236,16 @@ def _parse_appearance(check: Checker, message: collage_pb2.Layer, path: str) -> 
         if source.HasField("weight")
         else 1.0
     )
-    return Appearance(word=source.word or None, weight=weight)
+    vectors = 1
+    if source.HasField("vectors"):
+        vectors = int(check.number(f"{path}.appearance.vectors", source.vectors, 1, MAX_VECTORS))
+        if source.HasField("word"):
+            check.refuse(
+                f"{path}.appearance.vectors",
+                f"is {source.vectors} beside a stored word, which has as many as it has; allowed: "
+                "only with learn",
+            )
+    return Appearance(word=source.word or None, weight=weight, vectors=vectors)
 
 
 def _parse_background(
@@ -461,6 +472,7 @@ def _render_layer(layer: Layer) -> collage_pb2.Layer:
         message.appearance.weight = layer.appearance.weight
         if layer.appearance.word is None:
             message.appearance.learn = True
+            message.appearance.vectors = layer.appearance.vectors
         else:
             message.appearance.word = layer.appearance.word
     return message

@@ -1,25 +1,316 @@
-"""`InversionService`: says, of every request, that learning words comes later.
+"""InversionService over gRPC: requests to subjects, pictures read from storage, words and checkpoints written to it.
 
-The contract and the seam are in place; the training is not, so nothing pretends to learn.
+Main type: `InversionServicer`. A word is kept under the digest of all it depends on, so that a layer learned once is
+never learned again, on any machine. This module computes nothing.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from collage.v1 import inversion_service_pb2, inversion_service_pb2_grpc
-from services.common.errors import NotSupported
+from prometheus_client import Counter
+
+from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
+from services.common import wire, words
+from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, BlobTooLarge
+from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs
+from services.common.telemetry import log
+from services.inversion.catalog import ModelCard
+from services.inversion.engine import Engine, Learned
+from services.inversion.learn import Progress, Trainer, seeds_in
+from services.inversion.subject import MAX_ENCODED_BYTES, InvalidSubject, Subject, decode
+from services.inversion.word import MAX_FILE_BYTES, InvalidWord, from_file, to_file
+
+# Part of every word's digest: raise it when the same inputs give another word.
+VERSION = 1
+# Longest a call may take when its caller names no deadline.
+MAX_CALL_S = 3600.0
+# Pictures decoded at a time: each may take 64 MiB until it is cropped.
+MAX_READING = 2
+# A batch of 32 words of 8 vectors, four tensors each.
+MAX_STATE_BYTES = 64 * 1024 * 1024
+
+WORDS = Counter("collage_inversion_words_total", "Words answered", ["source"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One subject of a request: `digest` names its word, `field` where it stands."""
+
+    field: str
+    layer: str
+    image: BlobRef
+    text: str
+    vectors: int
+    digest: str
 
 
 class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
-    """Refuses with UNIMPLEMENTED and the reason."""
+    """Learns with `engine` from pictures in `blobs`."""
+
+    def __init__(self, engine: Engine, blobs: BlobStore) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._reading = asyncio.Semaphore(MAX_READING)
 
     async def LearnWords(
         self, request: inversion_service_pb2.LearnWordsRequest, context: Any
     ) -> AsyncIterator[inversion_service_pb2.LearnWordsResponse]:
-        """Refuses; no word is learned."""
-        raise NotSupported(
-            "this server cannot learn words yet; leave `appearance` unset",
-            reason="WORDS_NOT_SUPPORTED",
-            metadata={"layers": ", ".join(subject.layer for subject in request.subjects)},
+        """See inversion_service.proto."""
+        deadline_s = time.monotonic() + min(context.time_remaining() or MAX_CALL_S, MAX_CALL_S)
+        card = self._engine.catalog.find(request.model)
+        card.known  # noqa: B018 # refuses a model that takes no words, before anything is read
+        every = self._parse(request, card)
+        missing = []
+        for one in every:
+            if stored := await words.read(self._blobs, one.digest):
+                yield _found(one, stored)
+            else:
+                missing.append(one)
+        if not missing:
+            return
+        async with self._engine.turn():
+            # While this call waited, another may have learned the same.
+            left = []
+            for one in missing:
+                if stored := await words.read(self._blobs, one.digest):
+                    yield _found(one, stored)
+                else:
+                    left.append(one)
+            async with contextlib.aclosing(self._learn(card, every, left, deadline_s)) as answers:
+                async for answer in answers:
+                    yield answer
+
+    async def AdoptWord(
+        self, request: inversion_service_pb2.AdoptWordRequest, context: Any
+    ) -> inversion_service_pb2.AdoptWordResponse:
+        """See inversion_service.proto."""
+        card = self._engine.catalog.find(request.model)
+        widths = card.known.widths
+        check = wire.Checker()
+        text = check.text("text", request.text, wire.MAX_TEXT_CHARACTERS).strip()
+        if not request.text.strip():
+            check.refuse("text", "is empty; required: the words of the object it stands before")
+        check.done()
+        ref = wire.parse_blob(request.vectors, "vectors")
+        data = await self._read(ref, "vectors", MAX_FILE_BYTES)
+        try:
+            vectors = await asyncio.to_thread(from_file, data, widths)
+        except InvalidWord as error:
+            raise InvalidRequest.of("vectors", str(error), reason="INVALID_WORD") from error
+        inputs = f"{VERSION} import {card.digest} {hashlib.sha256(data).hexdigest()} {text}"
+        digest = hashlib.sha256(inputs.encode()).hexdigest()
+        word = await words.read(self._blobs, digest)
+        if word is None:
+            count = len(next(iter(vectors.values())))
+            file = to_file(vectors, digest)
+            word = await words.write(self._blobs, digest, file, _card(card, text, count))
+            WORDS.labels("import").inc()
+        return inversion_service_pb2.AdoptWordResponse(word=word)
+
+    def _parse(
+        self, request: inversion_service_pb2.LearnWordsRequest, card: ModelCard
+    ) -> list[Wanted]:
+        """The subjects of a request.
+
+        Raises:
+            InvalidRequest: naming every wrong field.
+        """
+        check = wire.Checker()
+        if not 1 <= len(request.subjects) <= wire.MAX_LAYERS:
+            check.refuse(
+                "subjects", f"has {len(request.subjects)}; allowed: from 1 to {wire.MAX_LAYERS}"
+            )
+        layers = [subject.layer for subject in request.subjects]
+        found = []
+        for index, subject in enumerate(request.subjects[: wire.MAX_LAYERS]):
+            field = f"subjects[{index}]"
+            text = check.text(f"{field}.text", subject.text, wire.MAX_TEXT_CHARACTERS).strip()
+            if not subject.text.strip():
+                check.refuse(f"{field}.text", "is empty; required: the words that name the object")
+            if layers.index(subject.layer) < index:
+                check.refuse(f"{field}.layer", f"is {subject.layer!r}, which stands before already")
+            vectors = int(check.number(f"{field}.vectors", subject.vectors, 1, wire.MAX_VECTORS))
+            image = wire.parse_blob(subject.image, f"{field}.image")
+            inputs = (
+                f"{VERSION} {card.digest} {self._engine.recipe.inputs()} {image.sha256} "
+                f"{vectors} {text}"
+            )
+            found.append(
+                Wanted(
+                    field=field,
+                    layer=subject.layer,
+                    image=image,
+                    text=text,
+                    vectors=vectors,
+                    digest=hashlib.sha256(inputs.encode()).hexdigest(),
+                )
+            )
+        check.done()
+        return found
+
+    async def _learn(
+        self, card: ModelCard, every: Sequence[Wanted], left: Sequence[Wanted], deadline_s: float
+    ) -> AsyncGenerator[inversion_service_pb2.LearnWordsResponse, None]:
+        """Learns what is left of a call, in one batch; `every` names the batch."""
+        if not left:
+            return
+        key = words.checkpoint_key(
+            hashlib.sha256(" ".join(one.digest for one in every).encode()).hexdigest()
         )
-        yield  # the signature of a stream
+        # Equal layers are one subject.
+        by_digest: dict[str, list[Wanted]] = {}
+        for one in left:
+            by_digest.setdefault(one.digest, []).append(one)
+        subjects: dict[str, Subject] = {}
+        for digest, sharing in by_digest.items():
+            try:
+                subjects[digest] = await self._subject(card, sharing[0])
+            except (InvalidRequest, MissingBlobs) as error:
+                for one in sharing:
+                    yield _failed(one, error)
+        state = await self._state(key)
+        # A word of this very call may have been stored since its checkpoint was: the batch stays as it was, or the
+        # others' last bits would change.
+        again = {one.digest: one for one in every if state and one.digest not in by_digest}
+        for digest, one in again.items():
+            with contextlib.suppress(InvalidRequest, MissingBlobs):
+                subjects[digest] = await self._subject(card, one)
+        batch = list(dict.fromkeys(one.digest for one in every if one.digest in subjects))
+        if state is not None:
+            held = seeds_in(state)
+            of_state = [digest for digest in batch if subjects[digest].seed in held]
+            if len(of_state) == len(held) and set(of_state) >= set(subjects) - set(again):
+                batch = of_state
+            else:
+                log.warning("checkpoint left aside: it is of another batch", key=key)
+                state, batch = None, [digest for digest in batch if digest not in again]
+        if not batch:
+            return
+        events = self._engine.learn(
+            card, [subjects[digest] for digest in batch], state=state, deadline_s=deadline_s
+        )
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if event.state is not None:
+                    await self._blobs.put(key, event.state, media_type=words.MEDIA_TYPE)
+                stored = await self._keep(card, batch, by_digest, event)
+                for digest, progress in zip(batch, event.progress, strict=True):
+                    for one in by_digest.get(digest, ()):
+                        yield self._render(one, progress, stored.get(digest))
+        await self._blobs.delete(key)
+
+    async def _keep(
+        self,
+        card: ModelCard,
+        batch: Sequence[str],
+        wanted: Mapping[str, Sequence[Wanted]],
+        event: Learned,
+    ) -> dict[str, collage_service_pb2.Word]:
+        """Stores the words that are done; answers their cards by digest."""
+        stored = {}
+        for number, vectors in event.vectors.items():
+            digest = batch[number]
+            if event.progress[number].is_broken or digest not in wanted:
+                continue
+            one = wanted[digest][0]
+            file = to_file(vectors, digest)
+            stored[digest] = await words.write(
+                self._blobs, digest, file, _card(card, one.text, one.vectors)
+            )
+            WORDS.labels("learned").inc()
+        return stored
+
+    def _render(
+        self, one: Wanted, progress: Progress, word: collage_service_pb2.Word | None
+    ) -> inversion_service_pb2.LearnWordsResponse:
+        if progress.is_done and progress.is_broken:
+            return _failed(
+                one,
+                Internal(
+                    f"the loss of layer {one.layer!r} is not finite", reason="LOSS_NOT_FINITE"
+                ),
+            )
+        return inversion_service_pb2.LearnWordsResponse(
+            progress=collage_service_pb2.WordProgress(
+                layer=one.layer,
+                step=progress.step,
+                # A word may be done early: then so many steps were all of them.
+                total=progress.step if progress.is_done else self._engine.recipe.steps,
+                loss=progress.loss if math.isfinite(progress.loss) else 0.0,
+                word=word.name if word else "",
+            ),
+            word=word,
+        )
+
+    async def _subject(self, card: ModelCard, one: Wanted) -> Subject:
+        """The picture and words of a layer.
+
+        Raises:
+            InvalidRequest: nothing can be learned from them.
+            MissingBlobs: the picture is not stored.
+        """
+        async with self._reading:
+            data = await self._read(one.image, f"{one.field}.image", MAX_ENCODED_BYTES)
+
+            def make() -> Subject:
+                return Subject.of(decode(data), one.text, vectors=one.vectors)
+
+            try:
+                subject = await asyncio.to_thread(make)
+            except InvalidSubject as error:
+                raise InvalidRequest.of(
+                    f"{one.field}.image", str(error), reason="INVALID_PICTURE"
+                ) from error
+        if not Trainer.fits(await self._engine.networks(card), subject):
+            raise InvalidRequest.of(
+                f"{one.field}.text",
+                "does not fit the model's text encoder together with its word; shorten it",
+                reason="PROMPT_TOO_LONG",
+            )
+        return subject
+
+    async def _state(self, key: str) -> bytes | None:
+        try:
+            return await self._blobs.get(key, limit_bytes=MAX_STATE_BYTES)
+        except (BlobMissing, BlobCorrupt):
+            return None
+
+    async def _read(self, ref: BlobRef, field: str, limit_bytes: int) -> bytes:
+        try:
+            return await self._blobs.get(ref.key, limit_bytes=limit_bytes)
+        except BlobMissing as error:
+            raise MissingBlobs({field: ref.sha256}) from error
+        except BlobTooLarge as error:
+            raise InvalidRequest.of(field, str(error)) from error
+
+
+def _card(card: ModelCard, text: str, vectors: int) -> collage_service_pb2.Word:
+    word = collage_service_pb2.Word(text=text, model_digest=card.digest, vector_count=vectors)
+    word.create_time.FromNanoseconds(time.time_ns())
+    return word
+
+
+def _found(one: Wanted, word: collage_service_pb2.Word) -> inversion_service_pb2.LearnWordsResponse:
+    """The answer for a word that is stored: no step was made for it."""
+    WORDS.labels("storage").inc()
+    return inversion_service_pb2.LearnWordsResponse(
+        progress=collage_service_pb2.WordProgress(layer=one.layer, word=word.name), word=word
+    )
+
+
+def _failed(one: Wanted, error: CollageError) -> inversion_service_pb2.LearnWordsResponse:
+    """The answer for a layer that gets no word."""
+    WORDS.labels("failed").inc()
+    log.info("no word", layer=one.layer, reason=error.reason, message=error.message)
+    return inversion_service_pb2.LearnWordsResponse(
+        progress=collage_service_pb2.WordProgress(layer=one.layer),
+        error=collage_service_pb2.JobError(
+            code=error.code, message=error.message, details=error.details()
+        ),
+    )

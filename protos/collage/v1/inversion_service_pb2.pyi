@@ -17,19 +17,39 @@ class LearnWordsRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., subjects: _Optional[_Iterable[_Union[Subject, _Mapping]]] = ...) -> None: ...
 
 class Subject(_message.Message):
-    __slots__ = ("layer", "image", "text")
+    __slots__ = ("layer", "image", "text", "vectors")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
     layer: str
     image: _blob_pb2.BlobRef
     text: str
-    def __init__(self, layer: _Optional[str] = ..., image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+    vectors: int
+    def __init__(self, layer: _Optional[str] = ..., image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., text: _Optional[str] = ..., vectors: _Optional[int] = ...) -> None: ...
 
 class LearnWordsResponse(_message.Message):
-    __slots__ = ("progress", "word")
+    __slots__ = ("progress", "word", "error")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     progress: _collage_service_pb2.WordProgress
     word: _collage_service_pb2.Word
-    def __init__(self, progress: _Optional[_Union[_collage_service_pb2.WordProgress, _Mapping]] = ..., word: _Optional[_Union[_collage_service_pb2.Word, _Mapping]] = ...) -> None: ...
+    error: _collage_service_pb2.JobError
+    def __init__(self, progress: _Optional[_Union[_collage_service_pb2.WordProgress, _Mapping]] = ..., word: _Optional[_Union[_collage_service_pb2.Word, _Mapping]] = ..., error: _Optional[_Union[_collage_service_pb2.JobError, _Mapping]] = ...) -> None: ...
+
+class AdoptWordRequest(_message.Message):
+    __slots__ = ("model", "text", "vectors")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    text: str
+    vectors: _blob_pb2.BlobRef
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., vectors: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ...) -> None: ...
+
+class AdoptWordResponse(_message.Message):
+    __slots__ = ("word",)
+    WORD_FIELD_NUMBER: _ClassVar[int]
+    word: _collage_service_pb2.Word
+    def __init__(self, word: _Optional[_Union[_collage_service_pb2.Word, _Mapping]] = ...) -> None: ...

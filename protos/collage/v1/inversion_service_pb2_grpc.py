@@ -40,6 +40,11 @@ class InversionServiceStub:
                 request_serializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsRequest.SerializeToString,
                 response_deserializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsResponse.FromString,
                 _registered_method=True)
+        self.AdoptWord = channel.unary_unary(
+                '/collage.v1.InversionService/AdoptWord',
+                request_serializer=collage_dot_v1_dot_inversion__service__pb2.AdoptWordRequest.SerializeToString,
+                response_deserializer=collage_dot_v1_dot_inversion__service__pb2.AdoptWordResponse.FromString,
+                _registered_method=True)
 
 
 class InversionServiceServicer:
@@ -47,7 +52,15 @@ class InversionServiceServicer:
     """
 
     def LearnWords(self, request, context):
-        """Learns all layers of a call together; streams progress, then each word.
+        """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
+        training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptWord(self, request, context):
+        """Takes in a word learned elsewhere, if its vectors fit the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -60,6 +73,11 @@ def add_InversionServiceServicer_to_server(servicer, server):
                     servicer.LearnWords,
                     request_deserializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsRequest.FromString,
                     response_serializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsResponse.SerializeToString,
+            ),
+            'AdoptWord': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptWord,
+                    request_deserializer=collage_dot_v1_dot_inversion__service__pb2.AdoptWordRequest.FromString,
+                    response_serializer=collage_dot_v1_dot_inversion__service__pb2.AdoptWordResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class InversionService:
             '/collage.v1.InversionService/LearnWords',
             collage_dot_v1_dot_inversion__service__pb2.LearnWordsRequest.SerializeToString,
             collage_dot_v1_dot_inversion__service__pb2.LearnWordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptWord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collage.v1.InversionService/AdoptWord',
+            collage_dot_v1_dot_inversion__service__pb2.AdoptWordRequest.SerializeToString,
+            collage_dot_v1_dot_inversion__service__pb2.AdoptWordResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,11 @@ class InversionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InversionServiceAsyncStub: ...
     LearnWords: _grpc.UnaryStreamMultiCallable[_inversion_service_pb2.LearnWordsRequest, _inversion_service_pb2.LearnWordsResponse]
-    """Learns all layers of a call together; streams progress, then each word."""
+    """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
+    training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+    """
+    AdoptWord: _grpc.UnaryUnaryMultiCallable[_inversion_service_pb2.AdoptWordRequest, _inversion_service_pb2.AdoptWordResponse]
+    """Takes in a word learned elsewhere, if its vectors fit the model."""
 
 @_typing.type_check_only
 class InversionServiceAsyncStub(InversionServiceStub):
@@ -42,7 +46,11 @@ class InversionServiceAsyncStub(InversionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LearnWords: _aio.UnaryStreamMultiCallable[_inversion_service_pb2.LearnWordsRequest, _inversion_service_pb2.LearnWordsResponse]  # type: ignore[assignment]
-    """Learns all layers of a call together; streams progress, then each word."""
+    """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
+    training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+    """
+    AdoptWord: _aio.UnaryUnaryMultiCallable[_inversion_service_pb2.AdoptWordRequest, _inversion_service_pb2.AdoptWordResponse]  # type: ignore[assignment]
+    """Takes in a word learned elsewhere, if its vectors fit the model."""
 
 class InversionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Learns words from layers and keeps them in object storage. Internal."""
@@ -53,6 +61,16 @@ class InversionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inversion_service_pb2.LearnWordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inversion_service_pb2.LearnWordsResponse], _abc.AsyncIterator[_inversion_service_pb2.LearnWordsResponse]]:
-        """Learns all layers of a call together; streams progress, then each word."""
+        """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
+        training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+        """
+
+    @_abc_1.abstractmethod
+    def AdoptWord(
+        self,
+        request: _inversion_service_pb2.AdoptWordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inversion_service_pb2.AdoptWordResponse, _abc.Awaitable[_inversion_service_pb2.AdoptWordResponse]]:
+        """Takes in a word learned elsewhere, if its vectors fit the model."""
 
 def add_InversionServiceServicer_to_server(servicer: InversionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,257 @@
+"""The engine: batches of subjects in, an async stream of what they learn out.
+
+Main type: `Engine`. One batch is at work at a time, on a thread of its own that owns the device; the others wait in
+turn, a bounded number of them. Between two units of work the thread looks whether it is still wanted. This module knows
+neither messages nor storage.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from prometheus_client import Counter, Gauge, Histogram
+from torch import Tensor
+
+from services.common.errors import CollageError, DeadlinePassed, Internal, Overloaded, Unavailable
+from services.common.telemetry import log
+from services.inversion.catalog import Catalog, ModelCard
+from services.inversion.learn import Progress, Recipe, Trainer
+from services.inversion.networks import Networks
+from services.inversion.subject import Subject
+
+# What a batch is believed to take before the first one has been timed.
+FIRST_GUESS_S = 30.0
+# Bounds of the delay told to a caller who finds the queue full.
+SHORTEST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
+DEFAULT_MAX_WAITING = 32
+
+WAITING = Gauge("collage_inversion_waiting", "Batches that wait for their turn")
+STEP_SECONDS = Histogram("collage_inversion_step_seconds", "One training step", ["model"])
+BATCHES = Counter("collage_inversion_batches_total", "Batches that ended", ["outcome"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """Where every subject of a batch stands, and the vectors of those that are done, by their place in it.
+
+    state: for a checkpoint, where one was due.
+    """
+
+    progress: tuple[Progress, ...]
+    vectors: dict[int, dict[str, Tensor]]
+    state: bytes | None = None
+
+
+class Engine:
+    """Learns words.
+
+    Args:
+        catalog: the models.
+        recipe: how words are learned.
+        threads: CPU threads of one operation; fixed, because sums split over another number round differently.
+        max_waiting: batches that may wait for their turn.
+        checkpoint_s: seconds between two checkpoints.
+        progress_s: seconds between two reports where nothing ended.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        recipe: Recipe,
+        threads: int,
+        max_waiting: int = DEFAULT_MAX_WAITING,
+        checkpoint_s: float = 3.0,
+        progress_s: float = 0.5,
+    ) -> None:
+        self.catalog = catalog
+        self.recipe = recipe
+        self._threads = threads
+        self._max_waiting = max_waiting
+        self._checkpoint_s = checkpoint_s
+        self._progress_s = progress_s
+        self._admitted = 0
+        self._turn = asyncio.Semaphore(1)
+        self._draining = threading.Event()
+        self._last_s = FIRST_GUESS_S
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="learn", initializer=self._set_up)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Holds the device for one batch, after those that came before.
+
+        Raises:
+            Overloaded: too many wait already.
+            Unavailable: the engine is draining.
+        """
+        self._refuse_when_draining()
+        if self._admitted > self._max_waiting:
+            wait_s = self._last_s * self._admitted
+            raise Overloaded(
+                f"{self._max_waiting} batches of words wait to be learned",
+                retry_after_s=min(max(wait_s, SHORTEST_RETRY_S), LONGEST_RETRY_S),
+            )
+        self._admitted += 1
+        WAITING.set(max(0, self._admitted - 1))
+        try:
+            async with self._turn:
+                self._refuse_when_draining()
+                yield
+        finally:
+            self._admitted -= 1
+            WAITING.set(max(0, self._admitted - 1))
+
+    async def networks(self, card: ModelCard) -> Networks:
+        """The model in memory."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._device, self.catalog.networks, card)
+
+    async def learn(
+        self,
+        card: ModelCard,
+        subjects: Sequence[Subject],
+        *,
+        state: bytes | None,
+        deadline_s: float,
+    ) -> AsyncGenerator[Learned, None]:
+        """Learns a batch; to be called within a `turn`, and to be closed (`contextlib.aclosing`).
+
+        Closing it, or cancelling the task that reads it, ends the work within one unit.
+
+        Raises:
+            DeadlinePassed: on the monotonic clock, the deadline passed first.
+            Unavailable: the engine drains; the last item held a state to go on from.
+            Internal: the work failed.
+        """
+        loop, mailbox, stop = (
+            asyncio.get_running_loop(),
+            asyncio.Queue[Learned | None](),
+            threading.Event(),
+        )
+
+        def post(item: Learned | None) -> None:
+            loop.call_soon_threadsafe(mailbox.put_nowait, item)
+
+        def work() -> None:
+            try:
+                self._work(card, subjects, state, deadline_s, stop, post)
+            finally:
+                post(None)
+
+        context = contextvars.copy_context()
+        working = loop.run_in_executor(self._device, context.run, work)
+        try:
+            while (item := await mailbox.get()) is not None:
+                yield item
+            await working
+            BATCHES.labels("DONE").inc()
+        except CollageError as error:
+            BATCHES.labels(error.reason).inc()
+            raise
+        except Exception as error:
+            BATCHES.labels("INTERNAL").inc()
+            raise _told(error) from error
+        finally:
+            stop.set()
+            # The turn passes on only when the device is free.
+            await _finished(working)
+
+    async def drain(self) -> None:
+        """Admits nothing more. What is at work ends within one unit, with a state to go on from elsewhere."""
+        self._draining.set()
+        async with self._turn:
+            pass
+
+    async def close(self) -> None:
+        """Lets go of the thread."""
+        self._device.shutdown(wait=False, cancel_futures=True)
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining.is_set():
+            raise Unavailable("the inversion service is shutting down", reason="DRAINING")
+
+    # Below: the device's thread.
+
+    def _set_up(self) -> None:
+        torch.set_num_threads(self._threads)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+    def _work(
+        self,
+        card: ModelCard,
+        subjects: Sequence[Subject],
+        state: bytes | None,
+        deadline_s: float,
+        stop: threading.Event,
+        post: Callable[[Learned], None],
+    ) -> None:
+        networks = self.catalog.networks(card)
+        try:
+            trainer = Trainer(networks, subjects, self.recipe, state=state)
+        except ValueError as error:
+            log.warning("checkpoint left aside", message=str(error))
+            trainer = Trainer(networks, subjects, self.recipe)
+        began_s = saved_s = told_s = time.monotonic()
+        begun, ended = trainer.steps_done, set[int]()
+        log.info("learning", model=card.name, words=len(subjects), step=begun)
+        while not stop.is_set():
+            now_s = time.monotonic()
+            fresh = {k for k, p in enumerate(trainer.progress()) if p.is_done} - ended
+            is_last = trainer.is_done or self._draining.is_set()
+            is_due = now_s - saved_s >= self._checkpoint_s and not trainer.is_done
+            if fresh or is_last or is_due or now_s - told_s >= self._progress_s:
+                words = trainer.words()
+                keeps = is_due or (is_last and not trainer.is_done)
+                post(
+                    Learned(
+                        progress=tuple(trainer.progress()),
+                        vectors={k: words[k] for k in fresh},
+                        state=trainer.state() if keeps else None,
+                    )
+                )
+                told_s, ended = now_s, ended | fresh
+                if keeps:
+                    saved_s = now_s
+            if trainer.is_done:
+                self._last_s = now_s - began_s
+                log.info(
+                    "learned", steps=trainer.steps_done - begun, seconds=round(self._last_s, 2)
+                )
+                return
+            self._refuse_when_draining()
+            if now_s > deadline_s:
+                raise DeadlinePassed("the deadline passed before the words were learned")
+            before = trainer.steps_done
+            trainer.advance()
+            if trainer.steps_done > before:
+                if networks.device.type == "cuda":
+                    # So that the time is true and a cancel is not overtaken by queued work.
+                    torch.cuda.synchronize(networks.device)
+                STEP_SECONDS.labels(card.name).observe(time.monotonic() - now_s)
+        BATCHES.labels("CANCELLED").inc()
+
+
+async def _finished(working: "asyncio.Future[None]") -> None:
+    """Waits for the thread even when the waiting task is cancelled once more."""
+    while not working.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((working,))
+
+
+def _told(error: Exception) -> CollageError:
+    """What the caller hears of an exception in the work."""
+    # On the CPU torch raises a plain RuntimeError with the words of its allocator.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return Internal(
+            "the words do not fit the memory together; learn fewer layers at a time",
+            reason="OUT_OF_MEMORY",
+        )
+    log.error("learning failed", exc_info=error)
+    return Internal("internal error; the inversion's log has more under this request id")

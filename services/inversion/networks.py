@@ -1,0 +1,251 @@
+"""The frozen networks a word is learned against, and how a learned vector enters the text encoder.
+
+Main type: `Networks`. Nothing here is ever trained and no weight keeps a gradient, but gradients flow through the U-Net
+and the text encoder to the vectors that take the place of token embeddings. This module knows no layer and no step.
+
+Suffixes: B rows, S texts, T tokens, D text width, V vectors, C latent channels, h, w latent cells, H, W pixels.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from services.common.registry import ModelError, NotAModel
+
+# Name of the one text encoder's vectors while they are learned; see `word` for the names in files.
+ONE = "vectors"
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
+_PARTS = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+}
+
+
+class UnsupportedModel(ModelError):
+    """A whole model, but of a kind that no word can be learned for here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What is known about a model without loading it.
+
+    widths: of the vectors, by the name of their text encoder. native_side: pixels. size_multiple: canvas sides must be
+    multiples of it.
+    """
+
+    widths: dict[str, int]
+    native_side: int
+    latent_factor: int
+    size_multiple: int
+    scheduler_config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A text with room for a word. ids_T: as the text encoder takes it. first: position of the word's first vector."""
+
+    ids_T: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Networks:
+    """One model's networks on one device. alphas_T: the schedule's cumulative products, one per timestep."""
+
+    facts: ModelFacts
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    alphas_T: Tensor
+    predicts_v: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def prompt(self, before: str, vectors: int, after: str) -> Prompt | None:
+        """The text `before <word> after` as tokens; None where the encoder's window does not hold it."""
+        limit = self.text_encoder.config.max_position_embeddings
+        head, tail = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)
+        )
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        # What stands in the word's place does not matter, only that it is no mark that ends a text.
+        ids = [begin, *head, *[0] * vectors, *tail, end]
+        if len(ids) > limit:
+            return None
+        padding = [self.tokenizer.pad_token_id] * (limit - len(ids))
+        return Prompt(ids_T=(*ids, *padding), first=1 + len(head))
+
+    def first_vectors(self, text: str, vectors: int) -> dict[str, Tensor]:
+        """Where learning starts, [V, D] by encoder name: the mean of the embeddings of the text's own tokens."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        table = self.text_encoder.get_input_embeddings().weight
+        mean_D = table[torch.tensor(ids, device=table.device)].float().mean(dim=0)
+        return {ONE: mean_D.repeat(vectors, 1)}
+
+    def spread(self) -> dict[str, float]:
+        """Root mean square of the embedding table's values, by encoder name: the scale on which vectors differ."""
+        table = self.text_encoder.get_input_embeddings().weight
+        return {ONE: float(table.float().square().mean().sqrt())}
+
+    def encode_text(
+        self, prompts: Sequence[Prompt], vectors: Sequence[dict[str, Tensor]]
+    ) -> Tensor:
+        """The texts as the U-Net takes them, STD, each with its own vectors in the word's place."""
+        ids_ST = torch.tensor([prompt.ids_T for prompt in prompts], device=self.device)
+        values = torch.cat([each[ONE] for each in vectors])
+        texts = [s for s, each in enumerate(vectors) for _ in range(len(each[ONE]))]
+        places = [
+            prompt.first + number
+            for prompt, each in zip(prompts, vectors, strict=True)
+            for number in range(len(each[ONE]))
+        ]
+
+        def put(module: Any, args: Any, embedded_STD: Tensor) -> Tensor:
+            # A copy for this call: neither the table nor the encoder is changed, and no gradient of the table's size
+            # comes into being.
+            embedded_STD = embedded_STD.clone()
+            embedded_STD[texts, places] = values.to(embedded_STD.dtype)
+            return embedded_STD
+
+        hook = self.text_encoder.get_input_embeddings().register_forward_hook(put)
+        try:
+            encoded_STD: Tensor = self.text_encoder(ids_ST)[0]
+        finally:
+            hook.remove()
+        return encoded_STD
+
+    @torch.no_grad()
+    def encode_image(self, pixels_BHW3: NDArray[np.uint8]) -> Tensor:
+        """Latents BChw: the mean of the autoencoder's posterior, scaled as the U-Net takes it."""
+        config = self.vae.config
+        pixels_BCHW = torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).to(self.device)
+        posterior = self.vae.encode((pixels_BCHW.float() / 127.5 - 1).to(self.vae.dtype))
+        shift = config.shift_factor or 0.0
+        latents: Tensor = (posterior.latent_dist.mean.float() - shift) * config.scaling_factor
+        return latents
+
+    def noised(self, latents_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        """The latents at the noise level of each row's timestep (Ho et al. 2020, eq. 4)."""
+        alpha_B111 = self.alphas_T[timesteps_B].view(-1, 1, 1, 1)
+        return alpha_B111.sqrt() * latents_BChw + (1 - alpha_B111).sqrt() * noise_BChw
+
+    def target(self, latents_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        """What the U-Net is to predict: the noise, or v (Salimans and Ho 2022, section 4)."""
+        if not self.predicts_v:
+            return noise_BChw
+        alpha_B111 = self.alphas_T[timesteps_B].view(-1, 1, 1, 1)
+        return alpha_B111.sqrt() * noise_BChw - (1 - alpha_B111).sqrt() * latents_BChw
+
+    def predict(self, noisy_BChw: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+        """The U-Net's answer in single precision."""
+        answer: Tensor = self.unet(noisy_BChw.to(self.dtype), timesteps_B, text_BTD).sample
+        return answer.float()
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """The facts of a folder, from its configs; no weights are read.
+
+    Raises:
+        NotAModel: a config is missing or unreadable.
+        UnsupportedModel: another family than U-Net latent diffusion with one CLIP text encoder.
+    """
+    index = _config(folder / "model_index.json")
+    for part, kind in _PARTS.items():
+        found = (index.get(part) or (None, None))[1]
+        if found != kind:
+            raise UnsupportedModel(f"{folder.name}: {part} is a {found}; known: {kind}")
+    if (index.get("text_encoder_2") or (None,))[0]:
+        raise UnsupportedModel(
+            f"{folder.name}: has two text encoders; words are learned for models with one"
+        )
+    unet, vae, text, scheduler = (
+        _config(folder / part / name)
+        for part, name in (
+            ("unet", "config.json"),
+            ("vae", "config.json"),
+            ("text_encoder", "config.json"),
+            ("scheduler", "scheduler_config.json"),
+        )
+    )
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise UnsupportedModel(
+            f"{folder.name}: the U-Net takes {unet['in_channels']} channels, the autoencoder has "
+            f"{vae['latent_channels']}; both must be equal"
+        )
+    predicts = scheduler.get("prediction_type", "epsilon")
+    if predicts not in _PREDICTION_TYPES:
+        raise UnsupportedModel(
+            f"{folder.name}: prediction type {predicts!r}; known: {', '.join(_PREDICTION_TYPES)}"
+        )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = unet["sample_size"]
+    return ModelFacts(
+        widths={ONE: text["hidden_size"]},
+        native_side=factor * (side if isinstance(side, int) else min(side)),
+        latent_factor=factor,
+        size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
+        scheduler_config=scheduler,
+    )
+
+
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Networks:
+    """Loads a folder's networks, frozen.
+
+    Raises:
+        NotAModel, UnsupportedModel: as `read_facts`, and for weights that cannot be read.
+    """
+    facts = read_facts(folder)
+    # Nobody watches a server's terminal.
+    disable_progress_bar()
+    unet = _read(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
+    # Once a placement, and half precision overflows in some autoencoders.
+    vae = _read(AutoencoderKL, folder, "vae", torch_dtype=torch.float32)
+    text_encoder = _read(CLIPTextModel, folder, "text_encoder", dtype=dtype)
+    for part in (unet, vae, text_encoder):
+        part.eval().requires_grad_(False).to(device)
+    scheduler = DDPMScheduler.from_config(facts.scheduler_config)
+    return Networks(
+        facts=facts,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=_read(CLIPTokenizer, folder, "tokenizer"),
+        alphas_T=scheduler.alphas_cumprod.to(device),
+        predicts_v=scheduler.config.prediction_type == "v_prediction",
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NotAModel(f"{name} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise NotAModel(f"{name} is not a JSON object")
+    return config
+
+
+def _read(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+    if kind is not CLIPTokenizer:
+        # Weights are never unpickled.
+        options["use_safetensors"] = True
+    try:
+        return kind.from_pretrained(folder, subfolder=part, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise NotAModel(f"{folder.name}: {part} cannot be loaded: {error}") from error
