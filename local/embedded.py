@@ -47,7 +47,7 @@ async def start(
     """
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
     blobs = f"folder:{data / 'blobs'}"
-    models = f"{Path(model).name}={model}" if model else ""
+    models = _models_setting(model)
     servers: list[Server] = []
     try:
         compositing = await compositor.build(compositor.Settings(address=ANY_PORT, blobs=blobs))
@@ -68,7 +68,7 @@ async def start(
             generator.Settings(
                 address=ANY_PORT,
                 blobs=blobs,
-                models=_models_setting(model),
+                models=models,
                 threads=threads,
             )
         )

@@ -66,7 +66,7 @@ async def running(folder: Path, *, kinds: Sequence[str] = ()) -> AsyncIterator[S
     model = toy.mini(folder / "toy")
     for kind in kinds:
         toy.controlnet(model, kind)
-    server = await embedded.start(folder / "data", model=str(model), threads=1)
+    server = await embedded.start(folder / "data", model=str(model), threads=1, word_steps=4)
     try:
         async with connect(server.address) as channel:
             yield System(channel=channel, stub=collage_service_pb2_grpc.CollageServiceStub(channel))

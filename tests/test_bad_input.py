@@ -336,6 +336,16 @@ COLLAGES = {
         [f"{LAYER}.appearance.word"],
         "no word",
     ),
+    "vectors of a word that has its own": (
+        first(appearance={"word": "words/x", "vectors": 2}),
+        [f"{LAYER}.appearance.vectors"],
+        "only with learn",
+    ),
+    "too many vectors": (
+        first(appearance={"learn": True, "vectors": 9}),
+        [f"{LAYER}.appearance.vectors"],
+        "from 1 to 8",
+    ),
     "weight out of range": (
         first(appearance={"learn": True, "weight": 2.5}),
         [f"{LAYER}.appearance.weight"],
@@ -674,12 +684,26 @@ CALLS = {
         "WORD_NOT_FOUND",
         "words/x",
     ),
-    "importing a word": (
+    "importing a word for an unknown model": (
+        "ImportWord",
+        pb.ImportWordRequest(text="x", model="nobody"),
+        INVALID,
+        "model",
+        "nobody",
+    ),
+    "importing nothing": (
         "ImportWord",
         pb.ImportWordRequest(text="x"),
-        "UNIMPLEMENTED",
-        "WORDS_NOT_SUPPORTED",
-        "not",
+        INVALID,
+        "vectors.sha256",
+        "64 lowercase",
+    ),
+    "importing what was not uploaded": (
+        "ImportWord",
+        pb.ImportWordRequest(text="x", vectors={"sha256": UNKNOWN_DIGEST}),
+        MISSING,
+        "BLOB_MISSING",
+        UNKNOWN_DIGEST,
     ),
 }
 
@@ -734,8 +758,11 @@ async def test_a_silent_upload_does_not_keep_its_place(system, monkeypatch):
 
 
 @pytest.mark.parametrize("work", ["generate", "learn"])
-async def test_a_job_that_asks_for_learning_fails_with_the_reason(system, work):
-    scene = first(appearance={"learn": True})
+async def test_a_job_fails_where_nothing_can_be_learned_and_names_the_layer(system, work):
+    nothing = png(np.zeros((20, 20, 4), np.uint8))
+    scene = collage(
+        layers=[layer("a"), layer("b", image={"data": nothing}, appearance={"learn": True})]
+    )
     job = await system.stub.CreateJob(
         pb.CreateJobRequest(**{work: {"collage": scene}}), timeout=LIMIT_S
     )
@@ -747,7 +774,9 @@ async def test_a_job_that_asks_for_learning_fails_with_the_reason(system, work):
             details=events[-1].failed.details,
         )
     )
-    assert (refusal.code, refusal.reason) == ("UNIMPLEMENTED", "WORDS_NOT_SUPPORTED")
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_PICTURE")
+    assert refusal.fields == (f"{work}.collage.layers[1].image",)
+    assert "generate" not in [event.stage_started.stage for event in events]
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,16 @@ from services.inversion.networks import ModelFacts, Networks, UnsupportedModel, 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCard:
-    """One served model. `digest` is over the folder's files. Facts, or why no word can be learned for it."""
+    """One served model. `digest` is over the folder's files. Facts, or why no word can be learned for it.
+
+    device: as the operator names it, empty for a GPU where there is one.
+    """
 
     name: str
     folder: Path
     digest: str
     facts: ModelFacts | UnsupportedModel
+    device: str
 
     @classmethod
     def read(cls, source: ModelSource) -> "ModelCard":
@@ -38,7 +42,13 @@ class ModelCard:
         except UnsupportedModel as error:
             # The generator may well run it: only its words are refused.
             facts = error
-        return cls(name=source.name, folder=folder, digest=digest(folder), facts=facts)
+        return cls(
+            name=source.name,
+            folder=folder,
+            digest=digest(folder),
+            facts=facts,
+            device=source.device,
+        )
 
     @property
     def known(self) -> ModelFacts:
@@ -91,12 +101,13 @@ class Catalog:
         return self._cards[name]
 
     def networks(self, card: ModelCard) -> Networks:
-        """The model in memory: on the GPU where there is one, half precision but for the vectors; else in single."""
+        """The model in memory: in half precision on a GPU that has bfloat16, else in single.
+
+        The operator's dtype is for drawing: in float16 the gradients of late timesteps would vanish.
+        """
         if card.name not in self._loaded:
-            has_gpu = torch.cuda.is_available()
-            # Not float16, in which the gradients of a late timestep vanish.
-            half = torch.bfloat16 if has_gpu and torch.cuda.is_bf16_supported() else torch.float32
-            self._loaded[card.name] = load(
-                card.folder, dtype=half, device=torch.device("cuda" if has_gpu else "cpu")
-            )
+            device = torch.device(card.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            has_half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+            dtype = torch.bfloat16 if has_half else torch.float32
+            self._loaded[card.name] = load(card.folder, dtype=dtype, device=device)
         return self._loaded[card.name]

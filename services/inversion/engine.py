@@ -202,9 +202,9 @@ class Engine:
         begun, ended = trainer.steps_done, set[int]()
         log.info("learning", model=card.name, words=len(subjects), step=begun)
         while not stop.is_set():
-            now_s = time.monotonic()
+            now_s, is_draining = time.monotonic(), self._draining.is_set()
             fresh = {k for k, p in enumerate(trainer.progress()) if p.is_done} - ended
-            is_last = trainer.is_done or self._draining.is_set()
+            is_last = trainer.is_done or is_draining
             is_due = now_s - saved_s >= self._checkpoint_s and not trainer.is_done
             if fresh or is_last or is_due or now_s - told_s >= self._progress_s:
                 words = trainer.words()
@@ -225,7 +225,8 @@ class Engine:
                     "learned", steps=trainer.steps_done - begun, seconds=round(self._last_s, 2)
                 )
                 return
-            self._refuse_when_draining()
+            if is_draining:
+                self._refuse_when_draining()
             if now_s > deadline_s:
                 raise DeadlinePassed("the deadline passed before the words were learned")
             before = trainer.steps_done

@@ -1,0 +1,186 @@
+"""Learned words through the public face: learned once, kept, listed, taken in, forgotten, and used by their layer."""
+
+from __future__ import annotations
+
+import hashlib
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+from grpc_status import rpc_status
+from safetensors.numpy import load, save
+
+from collage.v1 import blob_pb2
+from collage.v1 import collage_service_pb2 as pb
+from services.common.errors import InvalidRequest, from_status
+from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+NOTHING = png(np.zeros((20, 20, 4), np.uint8))
+WIDTH = 32
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def system(tmp_path_factory):
+    async with running(tmp_path_factory.mktemp("system")) as system:
+        yield system
+
+
+async def learned(system, scene, *names: str) -> list[pb.JobEvent]:
+    """The events of a job that learns and does nothing else."""
+    work = pb.LearnWork(collage=scene, layers=names)
+    made = await system.stub.CreateJob(pb.CreateJobRequest(learn=work), timeout=LIMIT_S)
+    return await system.watch(made.job.name)
+
+
+async def listed(system, *, page_size: int = 100) -> list[pb.Word]:
+    """Every word, page by page."""
+    found, token = [], ""
+    while True:
+        request = pb.ListWordsRequest(page_size=page_size, page_token=token)
+        page = await system.stub.ListWords(request, timeout=LIMIT_S)
+        assert len(page.words) <= page_size
+        found += page.words
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+async def imported(system, data: bytes, text: str = "sushi") -> pb.Word:
+    put = await system.stub.PutBlob(upload(data), timeout=LIMIT_S)
+    request = pb.ImportWordRequest(text=text, vectors=put.blob)
+    return (await system.stub.ImportWord(request, timeout=LIMIT_S)).word
+
+
+def words_in(events) -> dict[str, str]:
+    return {event.word.layer: event.word.word for event in events if event.word.word}
+
+
+async def test_layers_are_learned_together_and_never_again(system):
+    scene = collage(
+        layers=[
+            layer("a", appearance={"learn": True, "vectors": 2}),
+            layer("b", seed=1, appearance={"learn": True}),
+            # The same picture and words as b: the same word.
+            layer("c", seed=1, text="cake"),
+        ]
+    )
+    events = await learned(system, scene, "a", "b", "c")
+    assert events[-1].WhichOneof("kind") == "done"
+    names = words_in(events)
+    assert set(names) == {"a", "b", "c"}
+    assert names["b"] == names["c"] != names["a"]
+    told = [event.word for event in events if event.HasField("word")]
+    assert all(word.step <= word.total <= 4 for word in told)
+    assert all(0 < word.loss < 10 for word in told if word.step)
+    again = await learned(system, scene)
+    # No training step was made.
+    assert [(e.word.step, e.word.total) for e in again if e.HasField("word")] == [(0, 0)] * 2
+    assert words_in(again) == {name: names[name] for name in ("a", "b")}
+    for name, count, text in (("a", 2, "sushi"), ("b", 1, "cake")):
+        word = (await system.stub.GetWord(pb.GetWordRequest(name=names[name]))).word
+        assert (word.vector_count, word.text) == (count, text)
+        (vectors,) = load(await system.fetch(word.vectors)).values()
+        assert vectors.shape == (count, WIDTH)
+        assert np.isfinite(vectors).all()
+
+
+async def test_words_are_listed_by_name_page_by_page(system):
+    for number in range(3):
+        await imported(system, save({"x": np.full((1, WIDTH), number, np.float32)}))
+    every = await listed(system)
+    assert len(every) >= 3
+    assert [word.name for word in every] == sorted({word.name for word in every})
+    for size in (1, 2, len(every)):
+        assert await listed(system, page_size=size) == every
+
+
+async def test_an_imported_word_is_kept_until_it_is_deleted(system):
+    rows = np.linspace(-1, 1, 2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+    word = await imported(system, save({"emb_params": rows}), "lemon")
+    assert (word.text, word.vector_count) == ("lemon", 2)
+    ((key, kept),) = load(await system.fetch(word.vectors)).items()
+    assert key == f"<{word.name.removeprefix('words/')[:8]}>"
+    assert np.array_equal(kept, rows)
+    assert await imported(system, save({"emb_params": rows}), "lemon") == word
+    await system.stub.DeleteWord(pb.DeleteWordRequest(name=word.name), timeout=LIMIT_S)
+    assert word.name not in {each.name for each in await listed(system)}
+    for call in (
+        system.stub.GetWord(pb.GetWordRequest(name=word.name)),
+        system.stub.DeleteWord(pb.DeleteWordRequest(name=word.name)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"PK\x03\x04 and more", "pickled"),
+        (save({"x": np.zeros((1, WIDTH + 1), np.float32)}), f"takes {WIDTH}"),
+        (save({"x": np.zeros((5000, WIDTH * 10), np.float32)}), "the limit is"),
+    ],
+)
+async def test_what_cannot_be_a_word_of_this_model_is_refused(system, data, told):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await imported(system, data)
+    error = from_status(rpc_status.from_call(caught.value))
+    assert isinstance(error, InvalidRequest)
+    assert [each.field for each in error.violations] == ["vectors"]
+    assert told in error.message
+
+
+async def test_a_picture_is_drawn_without_a_word_that_failed_only_where_the_caller_said_so(system):
+    bad = layer("b", image=blob_pb2.Image(data=NOTHING), appearance={"learn": True})
+    request = pb.GenerateImagesRequest(
+        collage=collage(layers=[layer("a"), bad]), sampling={"steps": 1, "seed": 1}
+    )
+    events = await system.generate(request)
+    assert events[-1].WhichOneof("kind") == "failed"
+    assert "generate.collage.layers[1].image" in events[-1].failed.message
+    assert not any(event.HasField("step") or event.HasField("image") for event in events)
+    request.skip_failed_words = True
+    events = await system.generate(request)
+    assert events[-1].WhichOneof("kind") == "done"
+    (warning,) = (e.warning for e in events if e.warning.reason == "WORD_FAILED")
+    assert warning.field == "collage.layers[1].appearance"
+    assert "transparent" in warning.message
+    # The picture is that of the same collage without a word.
+    bad.ClearField("appearance")
+    plain = pb.GenerateImagesRequest(
+        collage=collage(layers=[layer("a"), bad]), sampling={"steps": 1, "seed": 1}
+    )
+    digests = [
+        [event.image.blob.sha256 for event in each if event.HasField("image")]
+        for each in (events, await system.generate(plain))
+    ]
+    assert digests[0] == digests[1]
+
+
+async def test_a_word_of_another_model_is_refused_by_its_field(system, monkeypatch):
+    word = await imported(system, save({"x": np.full((1, WIDTH), 2, np.float32)}))
+    scene = collage(layers=[layer("a", appearance={"word": word.name})])
+
+    async def foreign(blobs, digest):
+        other = pb.Word()
+        other.CopyFrom(word)
+        other.model_digest = hashlib.sha256(b"other").hexdigest()
+        return other
+
+    monkeypatch.setattr("services.common.words.read", foreign)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await system.stub.PlanCollage(pb.PlanCollageRequest(collage=scene), timeout=LIMIT_S)
+    error = from_status(rpc_status.from_call(caught.value))
+    assert error.reason == "WORD_OF_ANOTHER_MODEL"
+    assert error.metadata["field"] == "collage.layers[0].appearance.word"
+
+
+async def test_pictures_of_one_digest_are_one_word(system):
+    """What is learned is named by the picture's bytes, wherever it stands and however large."""
+    one = collage(layers=[layer("a", x=3, opacity=0.5)])
+    other = collage(layers=[layer("z", x=30, noise=0.2, image={"data": cutout(0)})])
+    names = [words_in(await learned(system, each, each.layers[0].name)) for each in (one, other)]
+    assert names[0]["a"] == names[1]["z"]
