@@ -316,6 +316,7 @@ class Planner:
             prompt=bound.text,
             negative_prompt=collage.negative_prompt,
             word_tokens=word_tokens,
+            has_structure=any(layer.structure for layer in collage.layers),
         )
         try:
             return await asked(

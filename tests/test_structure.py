@@ -509,6 +509,16 @@ async def test_models_name_their_kinds(system):
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_plan_counts_what_a_controlnet_takes(system):
+    async def bytes_for(parts):
+        request = pb.PlanCollageRequest(collage=scene(parts, []))
+        answer = await system.stub.PlanCollage(request, timeout=WAIT_S)
+        return answer.plan.estimated_memory_bytes
+
+    assert await bytes_for([]) < await bytes_for([{"kind": "canny"}])
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_structure_changes_the_picture_and_only_where_it_may(system):
     plain = await drawn(system, scene([], []))
     canny = [{"kind": "canny"}]

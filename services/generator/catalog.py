@@ -49,6 +49,11 @@ _FAMILIES = {768: "sd1", 1024: "sd2"}
 # 39 and 9. Control adds a bias of 77 values a cell, which is nothing beside them.
 UNET_COPIES = 40
 VAE_COPIES = 10
+# Found in the same way with ControlNets: their residuals are kept during the U-Net's call (5.1 such copies, and as many
+# again while another kind's are added), and before it the control picture is embedded at the canvas' own resolution
+# (51 values a pixel, for 16 channels there, as all ControlNets have them).
+RESIDUAL_COPIES = 6
+EMBEDDED_VALUES = 52
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,18 +221,26 @@ class ModelCard:
             seed=0,
         )
 
-    def memory_bytes(self, size: Extent, sampling: Sampling, *, value_bytes: int) -> int:
+    def memory_bytes(
+        self, size: Extent, sampling: Sampling, *, value_bytes: int, has_structure: bool
+    ) -> int:
         """Peak working memory beyond the weights.
 
         The larger of a U-Net step and the decoding of all pictures, which never overlap:
 
             max(rows * cells * unet_channels * UNET_COPIES, images * pixels * vae_channels * VAE_COPIES)
 
+        and with ControlNets RESIDUAL_COPIES more in the first, or the embedding of their pictures where that is more,
+
         values of `value_bytes` each (4 in single precision), and the finished pictures twice (pixels and PNG).
         """
         cells = size.pixels // self.facts.latent_factor**2
         rows = unet_rows(sampling)
-        unet = rows * cells * self.unet_channels * UNET_COPIES
+        block = rows * cells * self.unet_channels
+        unet = block * UNET_COPIES
+        if has_structure:
+            residuals = block * RESIDUAL_COPIES
+            unet = max(unet + residuals, rows * size.pixels * EMBEDDED_VALUES + 2 * residuals)
         decode = sampling.images * size.pixels * self.vae_channels * VAE_COPIES
         return max(unet, decode) * value_bytes + 2 * 3 * sampling.images * size.pixels
 

@@ -84,7 +84,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             return
         async with self._reading:
             plate = await self._read_plate(request, card)
-            self._check_memory(card, _extent(plate), sampling)
+            self._check_memory(card, _extent(plate), sampling, bool(_kinds(request)))
             parent_HWC = await self._read_parent(request, plate)
             words = await self._read_words(request, card)
         job = Job(
@@ -129,17 +129,23 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check.done()
         size = Extent(width=int(width), height=int(height))
         card.check_size(size, field="size")
-        self._check_memory(card, size, sampling)
+        self._check_memory(card, size, sampling, request.has_structure)
         return generator_service_pb2.EstimateResponse(
             prompt_tokens=card.count_tokens(request.prompt) + request.word_tokens,
             negative_prompt_tokens=card.count_tokens(request.negative_prompt),
             prompt_tokens_limit=card.tokens_limit,
             seconds=self._engine.seconds(card, size, sampling),
-            memory_bytes=card.memory_bytes(size, sampling, value_bytes=VALUE_BYTES),
+            memory_bytes=card.memory_bytes(
+                size, sampling, value_bytes=VALUE_BYTES, has_structure=request.has_structure
+            ),
         )
 
-    def _check_memory(self, card: ModelCard, size: Extent, sampling: Sampling) -> None:
-        needed = card.memory_bytes(size, sampling, value_bytes=VALUE_BYTES)
+    def _check_memory(
+        self, card: ModelCard, size: Extent, sampling: Sampling, has_structure: bool
+    ) -> None:
+        needed = card.memory_bytes(
+            size, sampling, value_bytes=VALUE_BYTES, has_structure=has_structure
+        )
         if card.device.type == "cpu" and needed > self._limit_bytes:
             raise InvalidRequest.of(
                 "sampling.images",

@@ -82,20 +82,22 @@ class DescribeModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[_collage_service_pb2.Model, _Mapping]]] = ...) -> None: ...
 
 class EstimateRequest(_message.Message):
-    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt", "word_tokens")
+    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt", "word_tokens", "has_structure")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     WORD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HAS_STRUCTURE_FIELD_NUMBER: _ClassVar[int]
     sampling: _collage_pb2.Sampling
     size: _collage_pb2.Size
     layers: int
     prompt: str
     negative_prompt: str
     word_tokens: int
-    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ...) -> None: ...
+    has_structure: bool
+    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ..., has_structure: _Optional[bool] = ...) -> None: ...
 
 class EstimateResponse(_message.Message):
     __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes")

@@ -1,0 +1,90 @@
+"""Bar 4 of structure: ControlNet for 8 layers costs what diffusers takes for one, and little more.
+
+    python -m benchmarks.structure [--model mini] [--model sd15] [--rounds 15] [--steps 10]
+
+A whole img2img, picture in and picture out, by diffusers' `StableDiffusionControlNetImg2ImgPipeline` with one
+ControlNet at scale 1, against the same by our path with 8 layers that all use that kind, each at its own scale, and
+every other dial (a noise level, attract, repel and a seed each). The same weights, steps, guidance and threads; the two
+take turns. The ControlNet is an untrained one of the U-Net's shape: what it draws is of no interest here. Models and
+figures as in `benchmarks.overhead`. Exit code 1 when the median ratio is above 1.10. Nothing else may run meanwhile.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
+from PIL import Image
+
+from benchmarks.overhead import WORDS, compare, controlled, mini, plain, sd15
+from services.generator.models import LoadedModel, load_controlnet
+from services.generator.stages import TorchStages
+
+BARS = {8: 1.10}
+KIND = "canny"
+# Channels of the picture's embedding, at the canvas' resolution and after each halving (diffusers' own).
+EMBEDDING = (16, 32, 96, 256)
+
+
+def add_controlnet(model: LoadedModel, folder: Path) -> LoadedModel:
+    """The model with a ControlNet of its shape."""
+    halvings = model.facts.latent_factor.bit_length()
+    network = ControlNetModel.from_unet(
+        model.unet, conditioning_embedding_out_channels=EMBEDDING[:halvings]
+    )
+    network.save_pretrained(folder)
+    return replace(model, controlnets={KIND: folder})
+
+
+def measure(name: str, model: LoadedModel, *, rounds: int, steps: int) -> bool:
+    """Prints a model's figures; whether they are within the bars."""
+    native = model.facts.native
+    shape = (native.height, native.width, 3)
+    rng = np.random.default_rng(0)
+    picture, control = rng.integers(0, 256, (2, *shape), dtype=np.uint8)
+    network = load_controlnet(model.controlnets[KIND], dtype=model.dtype, device=model.device)
+    ways = {
+        0: plain(
+            model,
+            picture,
+            ", ".join(WORDS),
+            steps,
+            kind=StableDiffusionControlNetImg2ImgPipeline,
+            parts={"controlnet": network},
+            control_image=Image.fromarray(control),
+            controlnet_conditioning_scale=1.0,
+        )
+    }
+    stages = TorchStages(model)
+    ways |= {
+        layers: controlled(stages, picture, layers, steps, control={KIND: control})
+        for layers in BARS
+    }
+    return compare(name, ways, BARS, rounds=rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", choices=("mini", "sd15"), action="append")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    print(f"{arguments.rounds} rounds, {arguments.steps} steps, {arguments.threads} threads")
+    is_within = True
+    for name in arguments.model or ("mini", "sd15"):
+        with tempfile.TemporaryDirectory() as folder:
+            model = add_controlnet({"mini": mini, "sd15": sd15}[name](), Path(folder))
+            is_within &= measure(name, model, rounds=arguments.rounds, steps=arguments.steps)
+    return 0 if is_within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
