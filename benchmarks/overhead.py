@@ -74,8 +74,8 @@ def plain(
     unet.load_state_dict(model.unet.state_dict(), assign=True)
     pipeline = kind(
         vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.facts.tokenizer,
+        text_encoder=model.text_encoders["text_encoder"],
+        tokenizer=model.facts.tokenizers[0],
         unet=unet,
         scheduler=model.facts.scheduler("euler"),
         safety_checker=None,

@@ -1,12 +1,12 @@
 """Bar 2: without control and with one noise for all, we are diffusers' img2img pipeline, bit for bit.
 
-Three model folders are made on the spot; every sampler, several strengths, with and without guidance, two pictures a
-call, fp32, one thread. First columns: largest difference of latents and pictures to `StableDiffusionImg2ImgPipeline`.
-Next columns: the noise map against the exact-level injection of `inject`, with strengths 0 and 1 only, and with five.
-Last columns: with one layer over the whole canvas that uses one ControlNet at scale 1, or two of them at other scales
-and for a part of the steps, against `StableDiffusionControlNetImg2ImgPipeline`. Exit code 1 if anything differs.
-(UniPC's corrector would undo a hold that ends midway; ours leaves held cells alone, which a stock pipeline cannot be
-told, so for it the five strengths are not compared.)
+Four model folders are made on the spot; every sampler, several strengths, with and without guidance, two pictures a
+call, fp32, one thread. First columns: largest difference of latents and pictures to `StableDiffusionImg2ImgPipeline`
+or `StableDiffusionXLImg2ImgPipeline`. Next columns: the noise map against the exact-level injection of `inject`, with
+strengths 0 and 1 only, and with five. Last columns: with one layer over the whole canvas that uses one ControlNet at
+scale 1, or two of them at other scales and for a part of the steps, against the ControlNet pipelines of the same two.
+Exit code 1 if anything differs. (UniPC's corrector would undo a hold that ends midway; ours leaves held cells alone,
+which a stock pipeline cannot be told, so for it the five strengths are not compared.)
 
     python -m benchmarks.parity
 """
@@ -24,6 +24,8 @@ from diffusers import (
     MultiControlNetModel,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
 )
 from numpy.typing import NDArray
 from PIL import Image
@@ -69,7 +71,9 @@ class Case:
             )
         )
         self.facts = self.stages.facts
-        self.pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+        is_xl = bool(self.facts.pooled_width)
+        plain = StableDiffusionXLImg2ImgPipeline if is_xl else StableDiffusionImg2ImgPipeline
+        self.pipeline = plain.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.controlnets = {
             kind: ControlNetModel.from_pretrained(network) for kind, network in networks.items()
@@ -139,9 +143,14 @@ class Case:
     ) -> Any:
         """Latents by the stock pipeline with ControlNets."""
         used = MultiControlNetModel([self.controlnets[part.kind] for part in structures])
-        pipeline = StableDiffusionControlNetImg2ImgPipeline(
-            **self.pipeline.components, controlnet=used, requires_safety_checker=False
-        )
+        if self.facts.pooled_width:
+            pipeline = StableDiffusionXLControlNetImg2ImgPipeline(
+                **self.pipeline.components, controlnet=used, add_watermarker=False
+            )
+        else:
+            pipeline = StableDiffusionControlNetImg2ImgPipeline(
+                **self.pipeline.components, controlnet=used, requires_safety_checker=False
+            )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = self.facts.scheduler(sampler)
         return pipeline(
@@ -213,7 +222,7 @@ class Case:
 def rows() -> Iterator[tuple[str, str, dict[str, float]]]:
     """Model, sampler, differences."""
     with tempfile.TemporaryDirectory() as folder:
-        for make in (toy.sd1, toy.sd2, toy.mini):
+        for make in (toy.sd1, toy.sd2, toy.sdxl, toy.mini):
             case = Case(make(Path(folder) / make.__name__))
             for sampler in SAMPLERS:
                 yield make.__name__, sampler, case.differences(sampler)

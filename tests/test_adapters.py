@@ -94,8 +94,8 @@ def test_layers_of_different_scales_keep_theirs(folder, tmp_path):
     for kind in ("even", "uneven"):
         stages = fresh(folder, {"one": tmp_path / f"{kind}.safetensors"})
         stages.use([Adapter(name="one")])
-        ids = stages.facts.tokenize("a sushi").ids_T
-        text = stages.encode_text([Text(ids_T=ids)])
+        ids = stages.facts.tokenize("a sushi").ids_ET
+        text = stages.encode_text([Text(ids_ET=ids)])
         x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
         found[kind] = stages.predict(x, torch.tensor([500.0]), text, None, ())
     assert torch.allclose(found["even"], found["uneven"], atol=1e-5)

@@ -13,7 +13,7 @@ from services.generator.attention import (
     grid_of,
 )
 from services.generator.models import load
-from services.generator.stages import TorchStages
+from services.generator.stages import TextStates, TorchStages
 from tests import toy
 
 TOKENS = 7
@@ -135,7 +135,7 @@ def test_gain_falls_with_sigma_and_never_below_zero():
 def predict(stages, control=None, rows=2):
     x, text = rand(rows, 4, 8, 16), rand(rows, toy.WINDOW, 32, seed=1)
     timestep = torch.full((rows,), 501.0)
-    return stages.predict(x, timestep, text, control, ())
+    return stages.predict(x, timestep, TextStates(hidden_BTD=text), control, ())
 
 
 def test_without_control_the_stock_path_runs_bit_for_bit(stages, tmp_path):

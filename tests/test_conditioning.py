@@ -6,10 +6,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save
 
 from services.common.errors import InvalidRequest
+from services.common.wire import MAX_VECTORS
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import load
 from services.generator.stages import Text, TorchStages
-from services.generator.word import MAX_VECTORS, InvalidWord, Word
+from services.generator.word import InvalidWord, Word
 from tests import toy
 
 PROMPT = "a sushi on a table"
@@ -65,36 +66,36 @@ def test_learned_words_equal_diffusers_textual_inversion(folder, stages, tmp_pat
     ours = conditioned(
         stages, control(SUSHI, learned[0]), control(TABLE, learned[1]), negative_prompt="a box"
     )
-    assert (ours.prompt_1TD - theirs).abs().max() == 0
-    assert (ours.negative_1TD - theirs_negative).abs().max() == 0
+    assert (ours.prompt.hidden_BTD - theirs).abs().max() == 0
+    assert (ours.negative.hidden_BTD - theirs_negative).abs().max() == 0
     # The word's vectors steer with the layer's own tokens: begin, "a", three vectors, "sushi", "on", "a", and so on.
     assert ours.positions == ((2, 3, 4, 5), (8, 9))
 
 
 def test_a_learned_word_is_there_for_one_prompt_only(stages):
-    before = conditioned(stages, control(SUSHI)).prompt_1TD
-    table = stages._model.text_encoder.get_input_embeddings().weight.clone()
-    with_word = conditioned(stages, control(SUSHI, word())).prompt_1TD
-    after = conditioned(stages, control(SUSHI)).prompt_1TD
+    before = conditioned(stages, control(SUSHI)).prompt.hidden_BTD
+    table = stages._encoders[0].get_input_embeddings().weight.clone()
+    with_word = conditioned(stages, control(SUSHI, word())).prompt.hidden_BTD
+    after = conditioned(stages, control(SUSHI)).prompt.hidden_BTD
     assert not torch.equal(with_word, before)
     assert torch.equal(after, before)
-    assert torch.equal(stages._model.text_encoder.get_input_embeddings().weight, table)
+    assert torch.equal(stages._encoders[0].get_input_embeddings().weight, table)
 
 
 def test_a_text_that_fails_leaves_no_word_behind(stages):
-    before = conditioned(stages, control(SUSHI)).prompt_1TD
-    ids = stages.facts.tokenize(PROMPT).ids_T
+    before = conditioned(stages, control(SUSHI)).prompt.hidden_BTD
+    ids = stages.facts.tokenize(PROMPT).ids_ET
     wrong = Word(vectors=(vectors(2, width=31),))
     with pytest.raises(RuntimeError):
-        stages.encode_text([Text(ids_T=ids, word=wrong, positions=(1, 2))])
-    assert torch.equal(conditioned(stages, control(SUSHI)).prompt_1TD, before)
+        stages.encode_text([Text(ids_ET=ids, word=wrong, positions=(1, 2))])
+    assert torch.equal(conditioned(stages, control(SUSHI)).prompt.hidden_BTD, before)
 
 
 def test_the_weight_multiplies_the_vectors(stages):
     plain, doubled = word(), Word(vectors=(2 * vectors(1),))
     assert torch.equal(plain.weighted(1).vectors[0], plain.vectors[0])
     one, other = (
-        conditioned(stages, control(SUSHI, learned)).prompt_1TD
+        conditioned(stages, control(SUSHI, learned)).prompt.hidden_BTD
         for learned in (plain.weighted(2), doubled)
     )
     assert torch.equal(one, other)

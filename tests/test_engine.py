@@ -41,7 +41,9 @@ class WatchedStages:
         self._error = error or RuntimeError("the device is on fire")
         self._cursed_TD = None
         if cursed is not None:
-            self._cursed_TD = inner.encode_text([Text(ids_T=inner.facts.tokenize(cursed).ids_T)])[0]
+            self._cursed_TD = inner.encode_text(
+                [Text(ids_ET=inner.facts.tokenize(cursed).ids_ET)]
+            ).hidden_BTD[0]
 
     def use(self, adapters):
         self.inner.use(adapters)
@@ -49,13 +51,13 @@ class WatchedStages:
     def encode_text(self, texts):
         return self.inner.encode_text(texts)
 
-    def predict(self, x_BChw, timestep_B, text_BTD, control, structure):
+    def predict(self, x_BChw, timestep_B, text, control, structure):
         self.rows.append(len(x_BChw))
         if self._cursed_TD is not None and any(
-            torch.equal(text_TD, self._cursed_TD) for text_TD in text_BTD
+            torch.equal(text_TD, self._cursed_TD) for text_TD in text.hidden_BTD
         ):
             raise self._error
-        return self.inner.predict(x_BChw, timestep_B, text_BTD, control, structure)
+        return self.inner.predict(x_BChw, timestep_B, text, control, structure)
 
 
 @pytest.fixture(scope="module", autouse=True)

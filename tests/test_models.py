@@ -29,19 +29,21 @@ def load(folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "factor", "multiple", "side", "width", "prediction"),
+    ("make", "factor", "multiple", "side", "widths", "prediction"),
     [
-        (toy.sd1, 8, 64, 64, 32, "epsilon"),
-        (toy.sd2, 8, 64, 64, 48, "v_prediction"),
-        (toy.mini, 4, 16, 32, 32, "epsilon"),
+        (toy.sd1, 8, 64, 64, (32,), "epsilon"),
+        (toy.sd2, 8, 64, 64, (48,), "v_prediction"),
+        (toy.sdxl, 8, 32, 64, (32, 48), "epsilon"),
+        (toy.mini, 4, 16, 32, (32,), "epsilon"),
     ],
 )
-def test_facts_come_from_the_folder(tmp_path, make, factor, multiple, side, width, prediction):
+def test_facts_come_from_the_folder(tmp_path, make, factor, multiple, side, widths, prediction):
     facts = models.read_facts(make(tmp_path))
     assert facts.latent_factor == factor
     assert facts.size_multiple == multiple
     assert facts.native == Extent(width=side, height=side)
-    assert facts.text_widths == (width,)
+    assert facts.text_widths == widths
+    assert facts.pooled_width == (40 if make is toy.sdxl else 0)
     assert facts.prediction_type == prediction
     assert facts.latent_channels == 4
     assert facts.token_limit == 75
@@ -108,10 +110,14 @@ def test_pickled_weights_are_not_read(copy):
 
 def test_other_families_are_named(copy):
     edit(copy / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
-    with pytest.raises(models.UnsupportedModel, match="text_encoder_2"):
+    with pytest.raises(NotAModel, match="names no tokenizer_2"):
         load(copy)
     edit(copy / "model_index.json", text_encoder_2=None, unet=["diffusers", "UNet3DConditionModel"])
     with pytest.raises(models.UnsupportedModel, match="UNet3DConditionModel"):
+        load(copy)
+    edit(copy / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"])
+    edit(copy / "model_index.json", unet=["diffusers", "UNet2DConditionModel"])
+    with pytest.raises(models.UnsupportedModel, match="text_encoder_3"):
         load(copy)
 
 
@@ -128,9 +134,9 @@ def test_tokens_know_their_characters(folder):
     first, last = text.index("SUSHI"), text.rindex("sushi")
     assert tokens.of_characters(first, first + 5) == (2,)
     assert tokens.of_characters(last, last + 5) == (len(tokens.spans),)
-    assert tokens.ids_T[2] == tokens.ids_T[len(tokens.spans)]
+    assert tokens.ids_ET[0][2] == tokens.ids_ET[0][len(tokens.spans)]
     assert tokens.of_characters(0, 0) == ()
-    assert len(tokens.ids_T) == toy.WINDOW
+    assert len(tokens.ids_ET[0]) == toy.WINDOW
 
 
 def test_a_text_that_does_not_fit_says_by_how_much(folder):

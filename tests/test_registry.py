@@ -167,7 +167,7 @@ def test_the_weights_size_is_that_in_memory(tmp_path, folder):
     loaded = load(folder, dtype=torch.float32, device=torch.device("cpu"))
     numbers = sum(
         parameter.numel()
-        for part in (loaded.unet, loaded.vae, loaded.text_encoder)
+        for part in (loaded.unet, loaded.vae, *loaded.text_encoders.values())
         for parameter in part.parameters()
     )
     assert weights(folder) == pytest.approx(numbers, rel=0.001)

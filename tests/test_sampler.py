@@ -260,7 +260,7 @@ def test_a_prompt_that_does_not_fit_is_the_callers_mistake(stages):
 
 
 def test_plain_text_is_encoded_the_same_whatever_it_comes_with(stages):
-    texts = [Text(ids_T=stages.facts.tokenize(text).ids_T) for text in ("sushi", "a cake", "")]
-    together = stages.encode_text(texts)
+    texts = [Text(ids_ET=stages.facts.tokenize(text).ids_ET) for text in ("sushi", "a cake", "")]
+    together = stages.encode_text(texts).hidden_BTD
     for index, text in enumerate(texts):
-        assert torch.equal(stages.encode_text([text])[0], together[index])
+        assert torch.equal(stages.encode_text([text]).hidden_BTD[0], together[index])

@@ -1,7 +1,8 @@
 """Complete, tiny, untrained model folders in diffusers format, for tests: made on the spot, the same ones every time.
 
 They differ where real models differ: `sd1` is shaped like Stable Diffusion 1.x (four U-Net levels, 8x autoencoder,
-predicts noise), `sd2` like 2.x (predicts v, wider text, linear projections, heads of equal width), `mini` like the
+predicts noise), `sd2` like 2.x (predicts v, wider text, linear projections, heads of equal width), `sdxl` like XL (two
+text encoders, pooled text and sizes beside the time, three levels with attention in the deeper two), `mini` like the
 bundled model (three levels, 4x).
 """
 
@@ -14,12 +15,19 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 # Words that are one token each; any other text is spelt in bytes.
 WORDS = ("a", "of", "on", "the", "and", "box", "table", "sushi", "cake", "rice", "lemon", "photo")
@@ -50,6 +58,51 @@ def mini(folder: Path) -> Path:
     """The bundled model in small: canvas 32 px, three levels, 4x autoencoder."""
     scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False)
     return _save(folder, levels=3, vae_levels=3, text_width=32, scheduler=scheduler)
+
+
+def sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL in small: canvas 64 px, text encoders of widths 32 and 48, pooled text of width 40."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizers = [
+            _tokenizer(folder),
+            # The second pads with an exclamation mark.
+            _tokenizer(folder, "tokenizer_2", pad_token="!"),
+        ]
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(levels=4, force_upcast=True, scaling_factor=0.13025),
+            text_encoder=_text_encoder(tokenizers[0], 32),
+            text_encoder_2=_text_encoder(
+                tokenizers[1], 48, kind=CLIPTextModelWithProjection, projection_dim=40
+            ),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(16, 32, 32),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1,
+                transformer_layers_per_block=(1, 1, 2),
+                attention_head_dim=(2, 4, 4),
+                use_linear_projection=True,
+                cross_attention_dim=32 + 48,
+                norm_num_groups=8,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 40,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                timestep_spacing="leading",
+            ),
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def controlnet(folder: Path, kind: str) -> Path:
@@ -84,22 +137,7 @@ def _save(folder, *, levels, vae_levels, text_width, scheduler, **unet_options):
         # The networks take their first weights from the global generator and offer no other.
         torch.manual_seed(0)
         tokenizer = _tokenizer(folder)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=text_width,
-                intermediate_size=2 * text_width,
-                projection_dim=text_width,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=WINDOW,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        # The stock start is so narrow that all words look alike.
-        text_encoder.get_input_embeddings().weight.data.normal_(std=0.5)
+        text_encoder = _text_encoder(tokenizer, text_width)
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32, 32, 32)[:levels],
@@ -110,14 +148,7 @@ def _save(folder, *, levels, vae_levels, text_width, scheduler, **unet_options):
             norm_num_groups=8,
             **{"attention_head_dim": 4, **unet_options},
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16)[:vae_levels],
-            down_block_types=("DownEncoderBlock2D",) * vae_levels,
-            up_block_types=("UpDecoderBlock2D",) * vae_levels,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-        )
+        vae = _vae(levels=vae_levels)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -132,7 +163,39 @@ def _save(folder, *, levels, vae_levels, text_width, scheduler, **unet_options):
     return folder
 
 
-def _tokenizer(folder):
+def _text_encoder(tokenizer, width, *, kind=CLIPTextModel, projection_dim=None):
+    text_encoder = kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=projection_dim or width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=WINDOW,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # The stock start is so narrow that all words look alike.
+    text_encoder.get_input_embeddings().weight.data.normal_(std=0.5)
+    return text_encoder
+
+
+def _vae(*, levels, **options):
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+def _tokenizer(folder, part="tokenizer", **options):
     """CLIP's byte-level BPE with 256 bytes, their word-final forms, and merges that make up `WORDS`."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable]
@@ -149,14 +212,14 @@ def _tokenizer(folder):
                 vocabulary.append(left + right)
             pieces.append(left + right)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    source = folder / "tokenizer"
+    source = folder / part
     source.mkdir(parents=True, exist_ok=True)
     (source / "vocab.json").write_text(
         json.dumps({piece: index for index, piece in enumerate(vocabulary)})
     )
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (source / "merges.txt").write_text("\n".join(lines) + "\n")
-    return CLIPTokenizer.from_pretrained(source, model_max_length=WINDOW)
+    return CLIPTokenizer.from_pretrained(source, model_max_length=WINDOW, **options)
 
 
 def lora(

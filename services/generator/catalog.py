@@ -40,7 +40,8 @@ DEFAULT_SAMPLER = "euler"
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 7.0
 # The bundled model's shapes break up at scales that a full-sized model needs (looked at from 3 to 7).
-_GUIDANCE = {"mini": 4.0}
+# SDXL's is what diffusers has it at.
+_GUIDANCE = {"mini": 4.0, "sdxl": 5.0}
 # Families by the width of their text encoder: CLIP ViT-L/14 and OpenCLIP ViT-H/14.
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 
@@ -157,8 +158,10 @@ class ModelCard:
 
     @property
     def family(self) -> str:
-        """The shape of the model: "sd1", "sd2", or "mini" for any other."""
-        return _FAMILIES.get(self.facts.text_widths[0], "mini")
+        """The shape of the model: "sdxl" with two text encoders, else "sd1", "sd2", or "mini" for any other."""
+        return (
+            "sdxl" if self.facts.pooled_width else _FAMILIES.get(self.facts.text_widths[0], "mini")
+        )
 
     @property
     def min_side(self) -> int:

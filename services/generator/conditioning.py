@@ -8,12 +8,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from services.common.collage import Structure
 from services.common.errors import InvalidRequest
 from services.generator.models import TextTooLong, Tokens
-from services.generator.stages import Stages, Text
+from services.generator.stages import Stages, Text, TextStates
 from services.generator.word import Word
 
 
@@ -38,12 +36,12 @@ class LayerControl:
 class Conditioning:
     """Encoded prompts.
 
-    prompt_1TD, negative_1TD: hidden states; negative None means no guidance. positions: for each layer the text
+    prompt, negative: one row each; negative None means no guidance. positions: for each layer the text
     positions of its words, the learned one first; empty for a layer without words.
     """
 
-    prompt_1TD: torch.Tensor
-    negative_1TD: torch.Tensor | None
+    prompt: TextStates
+    negative: TextStates | None
     guidance_scale: float
     layers: tuple[LayerControl, ...]
     positions: tuple[tuple[int, ...], ...]
@@ -66,18 +64,23 @@ def prepare(
     places = [(layers[index].text_start, len(word)) for index, word in words.items()]
     tokens = _tokenize(stages, prompt, places, field="prompt")
     learned = dict(zip(words, tokens.words, strict=True))
-    negative_1TD = None
-    if guidance_scale > 1:
-        negative = _tokenize(stages, negative_prompt, field="negative_prompt")
-        negative_1TD = stages.encode_text([Text(ids_T=negative.ids_T)])
-    text = Text(
-        ids_T=tokens.ids_T,
-        word=Word.joined(words.values()) if words else None,
-        positions=tuple(itertools.chain(*tokens.words)),
+    encoded = stages.encode_text(
+        [
+            Text(
+                ids_ET=tokens.ids_ET,
+                word=Word.joined(words.values()) if words else None,
+                positions=tuple(itertools.chain(*tokens.words)),
+            )
+        ]
     )
+    negative = None
+    if guidance_scale > 1:
+        ids_ET = _tokenize(stages, negative_prompt, field="negative_prompt").ids_ET
+        is_zero = stages.facts.is_empty_zero and not negative_prompt
+        negative = encoded.zeros() if is_zero else stages.encode_text([Text(ids_ET=ids_ET)])
     return Conditioning(
-        prompt_1TD=stages.encode_text([text]),
-        negative_1TD=negative_1TD,
+        prompt=encoded,
+        negative=negative,
         guidance_scale=guidance_scale,
         layers=tuple(layers),
         positions=tuple(

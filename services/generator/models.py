@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from services.common.collage import Extent
@@ -36,8 +36,15 @@ _PARTS = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+# What SDXL has beside them: a second text encoder, whose pooled answer the U-Net reads with the time.
+_SECOND_PARTS = {
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
 # Parts of other model families that change what the U-Net is fed.
-_FOREIGN_PARTS = ("text_encoder_2", "text_encoder_3", "transformer", "image_encoder", "prior")
+_FOREIGN_PARTS = ("text_encoder_3", "transformer", "image_encoder", "prior")
+# Numbers that SDXL's U-Net reads beside the pooled text: original size, corner of the crop, target size.
+_SIZE_NUMBERS = 6
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -65,19 +72,19 @@ class UnsupportedModel(ModelError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """A text as the text encoder takes it: begin, the text's tokens, end, padding.
+    """A text as the text encoders take it: begin, the text's tokens, end, padding.
 
-    ids_T: token ids, T = the encoder's window. spans: for each of the text's own tokens, which start at
-    position 1, the half-open range of characters it stands for; None where a learned vector stands for none.
-    words: for each learned word the positions of its vectors.
+    ids_ET: for each text encoder the token ids, T = the encoders' window; they differ in the padding only. spans: for
+    each of the text's own tokens, which start at position 1, the half-open range of characters it stands for; None
+    where a learned vector stands for none. words: for each learned word the positions of its vectors.
     """
 
-    ids_T: tuple[int, ...]
+    ids_ET: tuple[tuple[int, ...], ...]
     spans: tuple[tuple[int, int] | None, ...]
     words: tuple[tuple[int, ...], ...] = ()
 
     def of_characters(self, start: int, end: int) -> tuple[int, ...]:
-        """Positions in `ids_T` of the tokens that overlap characters start..end (half-open)."""
+        """Positions of the tokens that overlap characters start..end (half-open)."""
         return tuple(
             position
             for position, span in enumerate(self.spans, start=1)
@@ -91,27 +98,33 @@ class Tokens:
             words: for each word the character it stands before and how many vectors it has. It comes directly before
                 the token of that character, or at the text's end; words of one place keep their order.
         """
-        begin, end = self.ids_T[0], len(self.spans)
+        end = len(self.spans)
         places = [
             next((i for i, span in enumerate(self.spans) if span and span[1] > start), end)
             for start, _ in words
         ]
-        ids = [begin]
+        # Where each position's id comes from. A vector's place gets the begin mark's: any would do that is not the end
+        # mark's, by which text encoders find where to pool.
+        sources = [0]
         spans: list[tuple[int, int] | None] = []
         found: list[tuple[int, ...]] = [()] * len(words)
         for index in range(end + 1):
             for word, (_, count) in enumerate(words):
                 if places[word] == index:
-                    found[word] = tuple(range(len(ids), len(ids) + count))
-                    # Any id that is not the end's, by which text encoders find where to pool.
-                    ids += [begin] * count
+                    found[word] = tuple(range(len(sources), len(sources) + count))
+                    sources += [0] * count
                     spans += [None] * count
             if index < end:
-                ids.append(self.ids_T[index + 1])
+                sources.append(index + 1)
                 spans.append(self.spans[index])
-        rest = self.ids_T[end + 1 : len(self.ids_T) + end - len(spans)]
-        assert rest, "the words do not fit"
-        return Tokens(ids_T=(*ids, *rest), spans=tuple(spans), words=tuple(found))
+        window = len(self.ids_ET[0])
+        sources += range(end + 1, window + end - len(spans))
+        assert len(sources) == window and len(spans) < window - 1, "the words do not fit"
+        return Tokens(
+            ids_ET=tuple(tuple(ids_T[source] for source in sources) for ids_T in self.ids_ET),
+            spans=tuple(spans),
+            words=tuple(found),
+        )
 
 
 class TextTooLong(Exception):
@@ -133,8 +146,10 @@ class ModelFacts:
 
     latent_factor: pixels to a latent cell, each way. size_multiple: canvas width and height must be multiples of it,
     so that every level of the U-Net halves evenly. native: the canvas the model was trained at. text_widths: of each
-    text encoder's token embeddings. token_limit: tokens a prompt may have. prediction_type: "epsilon" or
-    "v_prediction". scheduler_config: the folder's noise schedule.
+    text encoder's token embeddings, two for SDXL. pooled_width: of the pooled text that SDXL's U-Net reads, 0 for
+    others. is_empty_zero: whether an empty negative prompt counts as zeros, not as text. token_limit: tokens a prompt
+    may have. prediction_type: "epsilon" or "v_prediction". scheduler_config: the folder's noise schedule. tokenizers:
+    of each text encoder; they know the same tokens.
     """
 
     latent_channels: int
@@ -142,10 +157,12 @@ class ModelFacts:
     size_multiple: int
     native: Extent
     text_widths: tuple[int, ...]
+    pooled_width: int
+    is_empty_zero: bool
     token_limit: int
     prediction_type: str
     scheduler_config: Mapping[str, Any]
-    tokenizer: CLIPTokenizer
+    tokenizers: tuple[CLIPTokenizer, ...]
 
     def scheduler(self, sampler: str) -> Any:
         """A new diffusers scheduler, one of `SAMPLERS`, over this model's noise schedule."""
@@ -156,7 +173,7 @@ class ModelFacts:
 
     def token_count(self, text: str) -> int:
         """Tokens of the text alone, without begin and end."""
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.tokenizers[0](text, add_special_tokens=False)["input_ids"])
 
     def tokenize(self, text: str, words: Sequence[tuple[int, int]] = ()) -> Tokens:
         """The text as tokens, with places for learned words: see `Tokens.insert`.
@@ -168,15 +185,18 @@ class ModelFacts:
         learned = sum(vectors for _, vectors in words)
         if count + learned > self.token_limit:
             raise TextTooLong(tokens=count + learned, limit=self.token_limit, learned=learned)
-        encoded = self.tokenizer(
-            text,
-            padding="max_length",
-            max_length=self.token_limit + 2,
-            return_offsets_mapping=True,
-        )
-        spans = encoded["offset_mapping"][1 : count + 1]
+        encoded = [
+            tokenizer(
+                text,
+                padding="max_length",
+                max_length=self.token_limit + 2,
+                return_offsets_mapping=True,
+            )
+            for tokenizer in self.tokenizers
+        ]
+        spans = encoded[0]["offset_mapping"][1 : count + 1]
         tokens = Tokens(
-            ids_T=tuple(encoded["input_ids"]),
+            ids_ET=tuple(tuple(each["input_ids"]) for each in encoded),
             spans=tuple((int(start), int(end)) for start, end in spans),
         )
         return tokens.insert(words) if words else tokens
@@ -186,13 +206,15 @@ class ModelFacts:
 class LoadedModel:
     """The networks of one folder on one device in one dtype, and their facts.
 
-    controlnets, adapters: by kind, and by name, the folder or file of what is loaded when it is needed.
+    text_encoders: by part name, in the order of `ModelFacts.text_widths`. controlnets, adapters: by kind, and by name,
+    the folder or file of what is loaded when it is needed. The autoencoder's own dtype is single precision where the
+    folder says that it overflows in half.
     """
 
     facts: ModelFacts
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    text_encoders: Mapping[str, CLIPTextModel | CLIPTextModelWithProjection]
     dtype: torch.dtype
     device: torch.device
     controlnets: Mapping[str, Path] = field(default_factory=dict)
@@ -213,16 +235,25 @@ def load(
 
     Raises:
         NotAModel: a part or a file is missing or unreadable.
-        UnsupportedModel: another family than U-Net latent diffusion with one CLIP text encoder.
+        UnsupportedModel: another family than U-Net latent diffusion with a CLIP text encoder, or two as SDXL has them.
     """
     folder = locate(model)
     facts = read_facts(folder)
     # Nobody watches a server's terminal.
     disable_progress_bar()
     unet = _read(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
-    vae = _read(AutoencoderKL, folder, "vae", torch_dtype=dtype)
-    text_encoder = _read(CLIPTextModel, folder, "text_encoder", dtype=dtype)
-    for part in (unet, vae, text_encoder):
+    must_upcast = facts.pooled_width and _config(folder / "vae" / "config.json").get(
+        # As AutoencoderKL has it, and as diffusers' pipelines heed it: for SDXL only.
+        "force_upcast",
+        True,
+    )
+    vae = _read(AutoencoderKL, folder, "vae", torch_dtype=torch.float32 if must_upcast else dtype)
+    text_encoders = {"text_encoder": _read(CLIPTextModel, folder, "text_encoder", dtype=dtype)}
+    if facts.pooled_width:
+        text_encoders["text_encoder_2"] = _read(
+            CLIPTextModelWithProjection, folder, "text_encoder_2", dtype=dtype
+        )
+    for part in (unet, vae, *text_encoders.values()):
         # Not requires_grad_(False): torch picks another matrix product for weights that need no gradient, and the
         # last bits would differ from those of a stock diffusers pipeline. The stages run in inference mode anyway.
         part.eval().to(device)
@@ -230,7 +261,7 @@ def load(
         facts=facts,
         unet=unet,
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoders=text_encoders,
         dtype=dtype,
         device=device,
         controlnets=controlnets or {},
@@ -294,7 +325,9 @@ def read_facts(folder: Path) -> ModelFacts:
         NotAModel, UnsupportedModel: as `load`.
     """
     index = _config(folder / "model_index.json")
-    for part, kinds in _PARTS.items():
+    is_xl = bool((index.get("text_encoder_2") or (None,))[0])
+    parts = {**_PARTS, **_SECOND_PARTS} if is_xl else _PARTS
+    for part, kinds in parts.items():
         kind = (index.get(part) or (None, None))[1]
         if kind is None:
             raise NotAModel(f"{folder.name}: model_index.json names no {part}")
@@ -304,7 +337,8 @@ def read_facts(folder: Path) -> ModelFacts:
         raise UnsupportedModel(f"{folder.name}: has {', '.join(foreign)}, which is not supported")
     unet = _config(folder / "unet" / "config.json")
     vae = _config(folder / "vae" / "config.json")
-    text = _config(folder / "text_encoder" / "config.json")
+    tokenizers = [part for part in parts if part.startswith("tokenizer")]
+    texts = [_config(folder / part / "config.json") for part in parts if part.startswith("text_")]
     scheduler = _config(folder / "scheduler" / "scheduler_config.json")
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -317,12 +351,14 @@ def read_facts(folder: Path) -> ModelFacts:
             latent_factor=factor,
             size_multiple=factor * 2 ** (levels - 1),
             native=Extent(width=width * factor, height=height * factor),
-            text_widths=(text["hidden_size"],),
+            text_widths=tuple(text["hidden_size"] for text in texts),
+            pooled_width=texts[1]["projection_dim"] if is_xl else 0,
+            is_empty_zero=is_xl and index.get("force_zeros_for_empty_prompt", True),
             # Begin and end take two places of the window.
-            token_limit=text["max_position_embeddings"] - 2,
+            token_limit=min(text["max_position_embeddings"] for text in texts) - 2,
             prediction_type=scheduler.get("prediction_type", "epsilon"),
             scheduler_config=scheduler,
-            tokenizer=_read(CLIPTokenizer, folder, "tokenizer"),
+            tokenizers=tuple(_read(CLIPTokenizer, folder, part) for part in tokenizers),
         )
     except (KeyError, TypeError) as error:
         raise NotAModel(f"{folder.name}: a config lacks {error}") from error
@@ -331,14 +367,31 @@ def read_facts(folder: Path) -> ModelFacts:
             f"{folder.name}: the U-Net takes {channels} channels and gives {unet['out_channels']}, "
             f"the autoencoder has {vae['latent_channels']}; all three must be equal"
         )
-    # Without its files, transformers makes up a tokenizer that knows no word at all.
-    if not any((folder / "tokenizer" / name).is_file() for name in _TOKENIZER_FILES):
-        raise NotAModel(f"{folder.name}: tokenizer has neither of {', '.join(_TOKENIZER_FILES)}")
-    if len(facts.tokenizer) > text["vocab_size"]:
-        raise NotAModel(
-            f"{folder.name}: the tokenizer has {len(facts.tokenizer)} tokens, "
-            f"the text encoder {text['vocab_size']}"
+    # What else a U-Net is fed beside the time; SDXL's is fed the pooled text and the sizes.
+    added = unet.get("addition_embed_type")
+    numbers = _SIZE_NUMBERS * (unet.get("addition_time_embed_dim") or 0) + facts.pooled_width
+    is_fed = added == "text_time" and unet.get("projection_class_embeddings_input_dim") == numbers
+    if not is_fed if is_xl else added is not None:
+        raise UnsupportedModel(
+            f"{folder.name}: the U-Net takes {added or 'nothing'} beside the time, "
+            f"{unet.get('projection_class_embeddings_input_dim') or 0} numbers wide; this is "
+            f"supported with two text encoders, as SDXL base models have it, {numbers} wide"
         )
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        raise UnsupportedModel(
+            f"{folder.name}: the autoencoder shifts its latents, which is not supported"
+        )
+    for name, tokenizer, text in zip(tokenizers, facts.tokenizers, texts, strict=True):
+        # Without its files, transformers makes up a tokenizer that knows no word at all.
+        if not any((folder / name / file).is_file() for file in _TOKENIZER_FILES):
+            raise NotAModel(f"{folder.name}: {name} has neither of {', '.join(_TOKENIZER_FILES)}")
+        if len(tokenizer) > text["vocab_size"]:
+            raise NotAModel(
+                f"{folder.name}: the {name} has {len(tokenizer)} tokens, "
+                f"the text encoder {text['vocab_size']}"
+            )
+    if is_xl and facts.tokenizers[0].get_vocab() != facts.tokenizers[1].get_vocab():
+        raise UnsupportedModel(f"{folder.name}: the two tokenizers know different tokens")
     if facts.prediction_type not in _PREDICTION_TYPES:
         raise UnsupportedModel(
             f"{folder.name}: prediction type {facts.prediction_type!r}; "

@@ -2,7 +2,7 @@
 
 Main type: `Run`, one job from composite to pictures; `step` takes any number of runs one step further with a single
 U-Net call. Read `step` and `Run._advance` for the algorithm. This module knows no queue, no clock and no service.
-Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent cells, H, W pixels, T, D as in stages.
+Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent cells, H, W pixels.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from services.common.plate import Plate
 from services.generator.attention import AttentionControl, StepControl, gain
 from services.generator.conditioning import Conditioning
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
-from services.generator.stages import Stages
+from services.generator.stages import Stages, TextStates
 from services.generator.structure import StructureControl, passes
 
 # Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
@@ -188,12 +188,10 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
     laid out as diffusers does it, rows without the prompt before rows with.
     """
     without_prompt = [
-        (run, run._conditioning.negative_1TD)
-        for run in runs
-        if run._conditioning.negative_1TD is not None
+        (run, run._conditioning.negative) for run in runs if run._conditioning.negative is not None
     ]
     with_prompt = [
-        (run, run._conditioning.prompt_1TD)
+        (run, run._conditioning.prompt)
         for run in sorted(runs, key=lambda run: run._control is not None)
     ]
     halves = [*without_prompt, *with_prompt]
@@ -201,7 +199,7 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
         [run._scheduler.scale_model_input(run._x_NChw, run._timestep) for run, _ in halves]
     )
     timestep_B = torch.cat([run._timestep.float().expand(run._images) for run, _ in halves])
-    text_BTD = torch.cat([text_1TD.expand(run._images, -1, -1) for run, text_1TD in halves])
+    text = TextStates.cat([states.expand(run._images) for run, states in halves])
     controls = [
         (run._control, run._images, gain(run._levels.true_sigmas[run._step]))
         for run, _ in with_prompt
@@ -211,7 +209,7 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
         [(run._structure, run._images, run.steps_done, run.steps_total) for run, _ in halves]
     )
     prediction_BChw = stages.predict(
-        x_BChw, timestep_B, text_BTD, StepControl.of(controls) if controls else None, structure
+        x_BChw, timestep_B, text, StepControl.of(controls) if controls else None, structure
     )
     predictions = torch.split(prediction_BChw, [run._images for run, _ in halves])
     unprompted = {run: x for (run, _), x in zip(without_prompt, predictions, strict=False)}

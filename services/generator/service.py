@@ -39,7 +39,7 @@ from services.generator.conditioning import LayerControl
 from services.generator.engine import Engine
 from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
 from services.generator.models import SAMPLERS
-from services.generator.word import MAX_VECTORS, InvalidWord, Word
+from services.generator.word import InvalidWord, Word
 
 # Part of every result's key: raise it when the same request gives another picture.
 VERSION = 1
@@ -123,7 +123,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check = wire.Checker()
         for name in ("prompt", "negative_prompt"):
             check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
-        check.number("word_tokens", request.word_tokens, 0, wire.MAX_LAYERS * MAX_VECTORS)
+        check.number("word_tokens", request.word_tokens, 0, wire.MAX_LAYERS * wire.MAX_VECTORS)
         width = check.number("size.width", request.size.width, wire.MIN_SIDE, wire.MAX_SIDE)
         height = check.number("size.height", request.size.height, wire.MIN_SIDE, wire.MAX_SIDE)
         check.done()

@@ -3,12 +3,13 @@
 Main types: `Stages`, the seam, and `TorchStages`. Every stage is batch-first and stateless, and only tensors cross:
 float32 whatever dtype the networks compute in, on the stages' device, except token ids and pictures, which are on the
 CPU. A row's result depends on its neighbours in a batch by float rounding only.
-Suffixes: B rows, T text positions, D text width, C latent channels, h, w latent cells, H, W pixels.
+Suffixes: B rows, T text positions, D text width, E text encoders, P width of the pooled text, C latent channels, h, w
+latent cells, H, W pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import ControlNetModel
@@ -23,15 +24,60 @@ from services.generator.word import Word, WordSlot
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Text:
-    """One text on its way into the text encoder.
+    """One text on its way into the text encoders.
 
-    ids_T: token ids, begin to padding. word: the vectors of all its learned words, None for none. positions: where each
-    of them stands in place of a token.
+    ids_ET: for each text encoder the token ids, begin to padding. word: the vectors of all its learned words, None for
+    none. positions: where each of them stands in place of a token.
     """
 
-    ids_T: tuple[int, ...]
+    ids_ET: tuple[tuple[int, ...], ...]
     word: Word | None = None
     positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextStates:
+    """Texts as the U-Net reads them: hidden states, and for SDXL the pooled text beside them, else None."""
+
+    hidden_BTD: torch.Tensor
+    pooled_BP: torch.Tensor | None = None
+
+    @classmethod
+    def cat(cls, states: Sequence["TextStates"]) -> "TextStates":
+        """The rows of all, which are of one model."""
+        pooled = [each.pooled_BP for each in states if each.pooled_BP is not None]
+        return cls(
+            hidden_BTD=torch.cat([each.hidden_BTD for each in states]),
+            pooled_BP=torch.cat(pooled) if pooled else None,
+        )
+
+    def expand(self, rows: int) -> "TextStates":
+        """The only row, `rows` times."""
+        return TextStates(
+            hidden_BTD=self.hidden_BTD.expand(rows, -1, -1),
+            pooled_BP=None if self.pooled_BP is None else self.pooled_BP.expand(rows, -1),
+        )
+
+    def rows(self, rows_R: torch.Tensor) -> "TextStates":
+        """These rows of it."""
+        return TextStates(
+            hidden_BTD=self.hidden_BTD[rows_R],
+            pooled_BP=None if self.pooled_BP is None else self.pooled_BP[rows_R],
+        )
+
+    def to(self, dtype: torch.dtype) -> "TextStates":
+        """The same in another precision."""
+        return TextStates(
+            hidden_BTD=self.hidden_BTD.to(dtype),
+            pooled_BP=None if self.pooled_BP is None else self.pooled_BP.to(dtype),
+        )
+
+    def zeros(self) -> "TextStates":
+        """As many rows of nothing."""
+        return TextStates(
+            hidden_BTD=torch.zeros_like(self.hidden_BTD),
+            pooled_BP=None if self.pooled_BP is None else torch.zeros_like(self.pooled_BP),
+        )
 
 
 class Stages(Protocol):
@@ -48,8 +94,8 @@ class Stages(Protocol):
     def use(self, adapters: Sequence[Adapter]) -> None:
         """Turns on exactly these of the model's adapters for all that follows."""
 
-    def encode_text(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Texts to hidden states [B, T, D]."""
+    def encode_text(self, texts: Sequence[Text]) -> TextStates:
+        """What the U-Net reads of texts, a row each."""
 
     def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:
         """Pictures, uint8 sRGB, to latents [B, C, h, w]: the mode of the posterior, scaled as the U-Net wants it."""
@@ -58,13 +104,14 @@ class Stages(Protocol):
         self,
         x_BChw: torch.Tensor,
         timestep_B: torch.Tensor,
-        text_BTD: torch.Tensor,
+        text: TextStates,
         control: StepControl | None,
         structure: Sequence[StructurePass],
     ) -> torch.Tensor:
         """The U-Net's prediction [B, C, h, w] (noise, or v) for scaled model inputs; `control` rules the last rows.
 
-        `structure` holds each ControlNet of the call once; empty for none.
+        `structure` holds each ControlNet of the call once; empty for none. SDXL is told that the picture is of the
+        canvas' size and uncropped.
         """
 
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
@@ -83,11 +130,11 @@ class TorchStages:
         self._model = model
         self._slot = ControlSlot()
         self._controlnets: dict[str, ControlNetModel] = {}
-        self._adapters = AdapterSwitch(
-            {"unet": model.unet, "text_encoder": model.text_encoder}, model.adapters
-        )
-        self._word = WordSlot()
-        self._word.install(model.text_encoder.get_input_embeddings())
+        self._adapters = AdapterSwitch({"unet": model.unet, **model.text_encoders}, model.adapters)
+        self._encoders = tuple(model.text_encoders.values())
+        self._words = tuple(WordSlot() for _ in self._encoders)
+        for encoder, words in zip(self._encoders, self._words, strict=True):
+            words.install(encoder.get_input_embeddings())
         try:
             install(model.unet, self._slot)
         except ValueError as error:
@@ -108,29 +155,42 @@ class TorchStages:
         self._adapters.use(adapters)
 
     @torch.inference_mode()
-    def encode_text(self, texts: Sequence[Text]) -> torch.Tensor:
+    def encode_text(self, texts: Sequence[Text]) -> TextStates:
         """See `Stages`."""
         # One by one: texts are short, and so a text's states never depend on what it came with.
-        return torch.cat([self._encode(text) for text in texts]).float()
+        return TextStates.cat([self._encode(text) for text in texts]).to(torch.float32)
 
-    def _encode(self, text: Text) -> torch.Tensor:
-        ids_1T = torch.tensor([text.ids_T], device=self._model.device)
+    def _encode(self, text: Text) -> TextStates:
+        encoded = [self._encode_by(encoder, text) for encoder in range(len(self._encoders))]
+        if not self.facts.pooled_width:
+            return TextStates(hidden_BTD=encoded[0].last_hidden_state)
+        # SDXL reads both encoders before their last layer, and what the second pools from its last.
+        return TextStates(
+            hidden_BTD=torch.cat([each.hidden_states[-2] for each in encoded], dim=2),
+            pooled_BP=encoded[1].text_embeds,
+        )
+
+    def _encode_by(self, encoder: int, text: Text) -> Any:
+        """The text by one of the text encoders, its learned words in place for this call."""
+        slot = self._words[encoder]
         if text.word is not None:
-            (self._word.vectors_VD,) = text.word.vectors
-            self._word.positions = text.positions
+            slot.vectors_VD, slot.positions = text.word.vectors[encoder], text.positions
         try:
-            hidden_1TD: torch.Tensor = self._model.text_encoder(ids_1T)[0]
+            return self._encoders[encoder](
+                torch.tensor([text.ids_ET[encoder]], device=self._model.device),
+                output_hidden_states=bool(self.facts.pooled_width),
+            )
         finally:
-            self._word.vectors_VD = None
-        return hidden_1TD
+            slot.vectors_VD = None
 
     @torch.inference_mode()
     def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:
         """See `Stages`."""
         # Contiguous: the order in memory decides which convolution runs, and with it the last bits of what follows.
         rgb_BCHW = rgb_BHWC.permute(0, 3, 1, 2).contiguous().to(self._model.device).float() / 255
-        posterior = self._model.vae.encode((2 * rgb_BCHW - 1).to(self._model.dtype)).latent_dist
-        z_BChw: torch.Tensor = posterior.mode() * self._model.vae.config.scaling_factor
+        vae = self._model.vae
+        posterior = vae.encode((2 * rgb_BCHW - 1).to(vae.dtype)).latent_dist
+        z_BChw: torch.Tensor = posterior.mode() * vae.config.scaling_factor
         return z_BChw.float().contiguous()
 
     @torch.inference_mode()
@@ -138,20 +198,21 @@ class TorchStages:
         self,
         x_BChw: torch.Tensor,
         timestep_B: torch.Tensor,
-        text_BTD: torch.Tensor,
+        text: TextStates,
         control: StepControl | None,
         structure: Sequence[StructurePass],
     ) -> torch.Tensor:
         """See `Stages`."""
         dtype = self._model.dtype
-        x_BChw, text_BTD = x_BChw.to(dtype), text_BTD.to(dtype)
-        residuals = self._residuals(x_BChw, timestep_B, text_BTD, structure)
+        x_BChw, text = x_BChw.to(dtype), text.to(dtype)
+        residuals = self._residuals(x_BChw, timestep_B, text, structure)
         self._slot.control = control
         try:
             noise_BChw: torch.Tensor = self._model.unet(
                 x_BChw,
                 timestep_B,
-                encoder_hidden_states=text_BTD,
+                encoder_hidden_states=text.hidden_BTD,
+                added_cond_kwargs=self._beside_time(x_BChw, text),
                 down_block_additional_residuals=residuals[:-1] or None,
                 mid_block_additional_residual=residuals[-1] if residuals else None,
                 return_dict=False,
@@ -160,11 +221,20 @@ class TorchStages:
             self._slot.control = None
         return noise_BChw.float()
 
+    def _beside_time(self, x_BChw: torch.Tensor, text: TextStates) -> dict[str, torch.Tensor]:
+        """What SDXL reads beside the time: the pooled text, and the sizes; empty for others."""
+        if text.pooled_BP is None:
+            return {}
+        height, width = (side * self.facts.latent_factor for side in x_BChw.shape[2:])
+        # Original size, corner of the crop, target size (Podell et al. 2023), as diffusers sets them when not told.
+        sizes_6 = x_BChw.new_tensor([height, width, 0, 0, height, width])
+        return {"text_embeds": text.pooled_BP, "time_ids": sizes_6.expand(len(x_BChw), -1)}
+
     def _residuals(
         self,
         x_BChw: torch.Tensor,
         timestep_B: torch.Tensor,
-        text_BTD: torch.Tensor,
+        text: TextStates,
         structure: Sequence[StructurePass],
     ) -> tuple[torch.Tensor, ...]:
         """What the ControlNets add to the skip connections and, last, to the middle; 0 in rows without one."""
@@ -172,13 +242,15 @@ class TorchStages:
         for part in structure:
             rows_R = torch.tensor(part.rows, device=x_BChw.device)
             is_whole = len(part.rows) == len(x_BChw)
-            x_RChw, timestep_R, text_RTD = (
-                each if is_whole else each[rows_R] for each in (x_BChw, timestep_B, text_BTD)
-            )
+            x_RChw, timestep_R, part_text = x_BChw, timestep_B, text
+            if not is_whole:
+                x_RChw, timestep_R = x_BChw[rows_R], timestep_B[rows_R]
+                part_text = text.rows(rows_R)
             down, middle = self._controlnet(part.kind)(
                 x_RChw,
                 timestep_R,
-                encoder_hidden_states=text_RTD,
+                encoder_hidden_states=part_text.hidden_BTD,
+                added_cond_kwargs=self._beside_time(x_RChw, part_text),
                 controlnet_cond=part.picture_R3HW.to(x_BChw.dtype),
                 return_dict=False,
             )
@@ -204,9 +276,9 @@ class TorchStages:
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """See `Stages`."""
         vae = self._model.vae
-        x_BCHW = vae.decode(
-            (z_BChw / vae.config.scaling_factor).to(self._model.dtype), return_dict=False
-        )[0]
+        x_BCHW = vae.decode((z_BChw / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[
+            0
+        ]
         unit_BHWC = (x_BCHW * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1)
         rgb_BHWC: torch.Tensor = (unit_BHWC * 255).round().to(torch.uint8)
         return rgb_BHWC.contiguous().cpu()

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-# More would leave little of the window of 75 tokens to the prompt.
-MAX_VECTORS = 8
+from services.common.wire import MAX_VECTORS
+
 # The names of a file's tensors for models with two text encoders, in the encoders' order, as files everywhere have it.
 ENCODERS = ("clip_l", "clip_g")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
