@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 import safetensors.numpy
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 from collage.v1 import collage_service_pb2 as pb
 from collage.v1 import compositor_service_pb2
@@ -469,6 +470,18 @@ def test_a_controlnet_has_a_digest_of_its_own(folder, tmp_path):
     (other,) = Catalog.read(f"mini={copy}").cards
     assert other.digest == card.digest
     assert other.controlnets["canny"].digest != card.controlnets["canny"].digest
+
+
+def test_a_controlnet_may_have_simpler_blocks_than_its_unet(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "mini")
+    unet = UNet2DConditionModel.from_pretrained(copy, subfolder="unet")
+    small = ControlNetModel.from_unet(
+        unet, load_weights_from_unet=False, conditioning_embedding_out_channels=(4, 4, 8)
+    )
+    small = ControlNetModel.from_config({**small.config, "down_block_types": ["DownBlock2D"] * 3})
+    small.save_pretrained(copy / "controlnet-small")
+    (card,) = Catalog.read(f"mini={copy}").cards
+    assert list(card.controlnets) == [*sorted(KINDS), "small"]
 
 
 # Of a whole system.

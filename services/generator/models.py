@@ -48,14 +48,17 @@ _SIZE_NUMBERS = 6
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-# What a ControlNet copies from the U-Net it is for: the shapes of its inputs and residuals.
+# What a ControlNet shares with the U-Net it is for: the shapes of its inputs and residuals. (Kinds of blocks may
+# differ: small ones for SDXL have no attention.)
 _SHARED_WITH_UNET = (
     "in_channels",
     "block_out_channels",
-    "down_block_types",
     "layers_per_block",
     "cross_attention_dim",
+    "addition_embed_type",
 )
+# Channels of the embedded control picture where a folder does not say: diffusers' own, for pictures 8 times as large.
+_EMBEDDING = (16, 32, 96, 256)
 
 SAMPLERS: Mapping[str, type] = {
     "euler": EulerDiscreteScheduler,
@@ -305,7 +308,10 @@ def check_controlnet(folder: Path, model: Path) -> None:
     vae = _config(model / "vae" / "config.json")
     factors = [
         2 ** (len(channels) - 1)
-        for channels in (config["conditioning_embedding_out_channels"], vae["block_out_channels"])
+        for channels in (
+            config.get("conditioning_embedding_out_channels", _EMBEDDING),
+            vae["block_out_channels"],
+        )
     ]
     if factors[0] != factors[1]:
         raise UnsupportedModel(
