@@ -219,6 +219,7 @@ def collage(*pictures, prompt="a sushi"):
 async def test_pictures_go_up_once_and_requests_carry_only_digests(service, client):
     background = collage(PICTURE, PICTURE, b"\xff\xd8\xff two")
     background.background.image.data = b"RIFF three"
+    background.layers[0].structure.add(kind="depth").image.data = PICTURE
     sent = collage_pb2.Collage()
     sent.CopyFrom(background)
     await client.plan(background)
@@ -233,6 +234,7 @@ async def test_pictures_go_up_once_and_requests_carry_only_digests(service, clie
         layers = request.collage.layers
         assert [layer.image.blob.sha256 for layer in layers[:2]] == [sha(PICTURE)] * 2
         assert request.collage.background.image.blob.sha256 == sha(b"RIFF three")
+        assert layers[0].structure[0].image.blob.sha256 == sha(PICTURE)
 
 
 async def test_large_blobs_travel_in_chunks_both_ways(service, client):

@@ -146,6 +146,30 @@ def test_a_saved_copy_is_self_contained_and_the_same(folder, tmp_path):
     assert files.attach(files.load(moved)) == collage
 
 
+def test_control_pictures_are_read_sent_and_saved_like_layers(folder):
+    (folder / "art" / "depth.png").write_bytes(PNG + b" depth")
+    text = """
+layers:
+  - name: a
+    text: sushi
+    image: {path: art/x.png}
+    structure: [{kind: canny}, {kind: depth, image: {path: art/depth.png}}]
+"""
+    collage = files.attach(files.load(written(folder, text)))
+    assert [field for field, _ in files.pictures(collage)] == [
+        "collage.layers[0].image",
+        "collage.layers[0].structure[1].image",
+    ]
+    assert collage.layers[0].structure[1].image.data == PNG + b" depth"
+    assert not collage.layers[0].structure[0].HasField("image")
+    paths = files.save(collage, folder / "copy")
+    assert folder / "copy" / "layers" / "a.structure-1.png" in paths
+    assert files.attach(files.load(folder / "copy")) == collage
+    text = text.replace("depth.png", "gone.png")
+    ((field, _),) = refusals(folder, text)
+    assert field == "collage.layers[0].structure[1].image.path"
+
+
 def test_a_name_that_is_a_path_is_not_written(tmp_path):
     layer = collage_pb2.Layer(name="../up", image=blob_pb2.Image(data=PNG))
     with pytest.raises(InvalidInput, match="no layer name"):
