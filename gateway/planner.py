@@ -443,8 +443,9 @@ def _render_plan(
         estimated_seconds=estimate.seconds,
         estimated_memory_bytes=estimate.memory_bytes,
     )
-    for layer, (start, end) in zip(plan.layers, bound.spans, strict=True):
+    for layer, (start, end), asked in zip(plan.layers, bound.spans, collage.layers, strict=True):
         layer.text_start, layer.text_end = start, end
+        layer.structure.extend(wire.render_structure(asked.structure))
     plan.warnings.extend(composed.warnings)
     for index in bound.not_found:
         plan.warnings.append(

@@ -532,6 +532,16 @@ async def test_a_plan_counts_what_a_controlnet_takes(system):
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_plan_says_every_number_of_structure(system):
+    request = pb.PlanCollageRequest(collage=scene([], [{"kind": "canny", "start": 0.25}]))
+    plan = (await system.stub.PlanCollage(request, timeout=WAIT_S)).plan
+    assert not plan.layers[0].structure
+    (part,) = plan.layers[1].structure
+    numbers = {name.name: value for name, value in part.ListFields()}
+    assert numbers == {"kind": "canny", "scale": 1.0, "start": 0.25, "end": 1.0}
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_structure_changes_the_picture_and_only_where_it_may(system):
     plain = await drawn(system, scene([], []))
     canny = [{"kind": "canny"}]

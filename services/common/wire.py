@@ -465,7 +465,7 @@ def _render_layer(layer: Layer) -> collage_pb2.Layer:
         noise=layer.noise,
         attract=layer.attract,
         repel=layer.repel,
-        structure=_render_structure(layer.structure),
+        structure=render_structure(layer.structure),
         seed=layer.seed,
     )
     if layer.appearance:
@@ -478,7 +478,8 @@ def _render_layer(layer: Layer) -> collage_pb2.Layer:
     return message
 
 
-def _render_structure(structure: Sequence[Structure]) -> list[collage_pb2.Structure]:
+def render_structure(structure: Sequence[Structure]) -> list[collage_pb2.Structure]:
+    """The messages of a layer's ControlNets, every number set."""
     return [
         collage_pb2.Structure(
             kind=part.kind,

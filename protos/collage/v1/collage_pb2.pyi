@@ -146,7 +146,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class LayerPlan(_message.Message):
-    __slots__ = ("name", "opacity", "noise", "attract", "repel", "visible_fraction", "unoccluded_fraction", "mask", "text_start", "text_end", "transform")
+    __slots__ = ("name", "opacity", "noise", "attract", "repel", "visible_fraction", "unoccluded_fraction", "mask", "text_start", "text_end", "transform", "structure")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OPACITY_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +158,7 @@ class LayerPlan(_message.Message):
     TEXT_START_FIELD_NUMBER: _ClassVar[int]
     TEXT_END_FIELD_NUMBER: _ClassVar[int]
     TRANSFORM_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURE_FIELD_NUMBER: _ClassVar[int]
     name: str
     opacity: float
     noise: float
@@ -169,7 +170,8 @@ class LayerPlan(_message.Message):
     text_start: int
     text_end: int
     transform: Transform
-    def __init__(self, name: _Optional[str] = ..., opacity: _Optional[float] = ..., noise: _Optional[float] = ..., attract: _Optional[float] = ..., repel: _Optional[float] = ..., visible_fraction: _Optional[float] = ..., unoccluded_fraction: _Optional[float] = ..., mask: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., text_start: _Optional[int] = ..., text_end: _Optional[int] = ..., transform: _Optional[_Union[Transform, _Mapping]] = ...) -> None: ...
+    structure: _containers.RepeatedCompositeFieldContainer[Structure]
+    def __init__(self, name: _Optional[str] = ..., opacity: _Optional[float] = ..., noise: _Optional[float] = ..., attract: _Optional[float] = ..., repel: _Optional[float] = ..., visible_fraction: _Optional[float] = ..., unoccluded_fraction: _Optional[float] = ..., mask: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., text_start: _Optional[int] = ..., text_end: _Optional[int] = ..., transform: _Optional[_Union[Transform, _Mapping]] = ..., structure: _Optional[_Iterable[_Union[Structure, _Mapping]]] = ...) -> None: ...
 
 class Warning(_message.Message):
     __slots__ = ("reason", "field", "message")
