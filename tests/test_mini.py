@@ -13,6 +13,8 @@ from diffusers import (
 )
 from PIL import Image
 
+from benchmarks import golden
+
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "models" / "mini" / "weights"
 ART = ROOT / "examples" / "art"
@@ -50,7 +52,12 @@ def small(picture: Image.Image) -> np.ndarray:
 
 def test_weights_fit_their_budget():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 16_000_000
+    assert sum(path.stat().st_size for path in files) <= 32_000_000
+
+
+def test_the_weights_draw_the_golden_pictures():
+    for name, picture_HWC in golden.draw().items():
+        assert golden.difference(name, picture_HWC) <= golden.ALLOWED, name
 
 
 def test_shapes_are_those_of_stable_diffusion(pipeline):
