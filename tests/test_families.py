@@ -1,22 +1,31 @@
-"""SDXL beside the older families: what the text encoders give, parity with diffusers, and what is refused."""
+"""SDXL beside the older families: what the text encoders give, parity with diffusers, what is refused, and all
+families with everything on at once through the public face.
+"""
 
 import json
 import shutil
 
+import grpc
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 
 from benchmarks.parity import STRUCTURES, Case
+from collage.v1 import collage_pb2, collage_service_pb2_grpc
+from collage.v1 import collage_service_pb2 as pb
+from local import embedded
 from services.common.registry import ModelSource
+from services.common.rpc import connect
 from services.generator import models
 from services.generator.catalog import ModelCard
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.stages import TorchStages
 from services.generator.word import Word
 from tests import toy
+from tests.system import LIMIT_S, System, cutout, upload
 
 PROMPT = "a sushi on a table"
 
@@ -214,3 +223,161 @@ def test_what_is_no_whole_sdxl_says_why(copy, spoil, told):
     spoil(copy)
     with pytest.raises(models.ModelError, match=told):
         models.read_facts(copy)
+
+
+FAMILIES = {"sd1": toy.sd1, "sd2": toy.sd2, "sdxl": toy.sdxl}
+# Two vectors for the text encoders of each.
+WORDS = {
+    "sd1": {"<it>": torch.linspace(-1, 1, 64).reshape(2, 32)},
+    "sd2": {"<it>": torch.linspace(-1, 1, 96).reshape(2, 48)},
+    "sdxl": word_file(),
+}
+SIZES = {"portrait": (64, 128), "landscape": (128, 64)}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def system(tmp_path_factory):
+    """One server with a model of each family, each with a ControlNet and an adapter."""
+    root = tmp_path_factory.mktemp("system")
+    entries = []
+    for name, make in FAMILIES.items():
+        model = make(root / name)
+        toy.controlnet(model, "canny")
+        adapter = toy.lora(root / f"{name}-ink.safetensors", model)
+        entries.append({"name": name, "source": str(model), "adapters": {"ink": str(adapter)}})
+    (root / "models.yaml").write_text(json.dumps({"models": entries}))
+    server = await embedded.start(root / "data", model=str(root / "models.yaml"), threads=1)
+    async with connect(server.address) as channel:
+        yield System(channel=channel, stub=collage_service_pb2_grpc.CollageServiceStub(channel))
+    await server.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def words(system):
+    """A learned word of each family, by family."""
+    found = {}
+    for name, vectors in WORDS.items():
+        put = await system.stub.PutBlob(upload(save(vectors)), timeout=LIMIT_S)
+        request = pb.ImportWordRequest(text="sushi", model=name, vectors=put.blob)
+        found[name] = (await system.stub.ImportWord(request, timeout=LIMIT_S)).word
+    return found
+
+
+def everything(size, count, word):
+    """A collage of `count` layers in rows; noise falls from the first, which has a word and structure, to 0."""
+    width, height = size
+    columns = 8 if width > height else 4
+    rows = -(-count // columns)
+    return collage_pb2.Collage(
+        size={"width": width, "height": height},
+        prompt=" and ".join(f"{{layer{index}}}" for index in range(min(count, 8))),
+        layers=[
+            collage_pb2.Layer(
+                name=f"layer{index}",
+                image={"data": cutout(index)},
+                text=("sushi", "cake", "lemon", "rice")[index % 4],
+                transform={
+                    "x": (index % columns + 0.5) * width / columns,
+                    "y": (index // columns + 0.5) * height / rows,
+                    "rotation": 10.0 * index,
+                    "scale": 0.9 if count > 1 else 3.0,
+                },
+                noise=0.9 * (1 - index / max(1, count - 1)),
+                attract=0.8,
+                repel=0.6,
+                seed=index,
+                structure=[{"kind": "canny", "scale": 0.8}] if index % 2 == 0 else [],
+                appearance={"word": word.name, "weight": 0.9} if index == 0 else None,
+            )
+            for index in range(count)
+        ],
+    )
+
+
+def request_for(family, collage, **sampling):
+    return pb.GenerateImagesRequest(
+        collage=collage,
+        sampling={
+            "model": family,
+            "steps": 3,
+            "guidance_scale": 4.0,
+            "seed": 5,
+            "adapters": [{"name": "ink", "weight": 0.8}],
+            **sampling,
+        },
+    )
+
+
+async def drawn(system, request):
+    events = await system.generate(request)
+    assert events[-1].WhichOneof("kind") == "done", events[-1]
+    (image,) = [event.image for event in events if event.HasField("image")]
+    return await system.picture(image.blob)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("count", [1, 8, 32])
+@pytest.mark.parametrize("side", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_everything_at_once_in_every_family(system, words, family, side, count):
+    width, height = SIZES[side]
+    collage = everything(SIZES[side], count, words[family])
+    picture = await drawn(system, request_for(family, collage))
+    assert picture.shape == (height, width, 3)
+    assert picture.std() > 1
+    plan = await system.stub.PlanCollage(
+        pb.PlanCollageRequest(collage=collage, sampling={"model": family}), timeout=LIMIT_S
+    )
+    composite = await system.picture(plan.plan.composite)
+    assert (picture != composite).any()
+    if count > 1:
+        # The last layer has noise 0: its own pixels stay.
+        mask = await system.picture(plan.plan.layers[-1].mask)
+        y, x = np.argwhere(mask == 255).mean(axis=0).round().astype(int)
+        assert np.array_equal(picture[y, x], composite[y, x])
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_each_of_them_matters(system, words, family):
+    """The same request without the adapter, the word, the structure, the control or the noise is another picture."""
+
+    async def without(**changes):
+        collage = everything(SIZES["landscape"], 8, words[family])
+        for layer in collage.layers:
+            for name in changes.get("clear", ()):
+                layer.ClearField(name)
+            for name, value in changes.get("set", {}).items():
+                setattr(layer, name, value)
+        return await drawn(system, request_for(family, collage, **changes.get("sampling", {})))
+
+    pictures = [
+        await without(),
+        await without(sampling={"adapters": []}),
+        await without(clear=["appearance"]),
+        await without(clear=["structure"]),
+        await without(set={"attract": 0.0, "repel": 0.0}),
+        await without(set={"noise": 0.5}),
+        await without(clear=["seed"]),
+    ]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_families_are_listed_with_their_sizes(system):
+    answer = await system.stub.ListModels(pb.ListModelsRequest(), timeout=LIMIT_S)
+    told = {
+        model.name: (model.size_multiple, model.min_side, model.max_side, model.native_side)
+        for model in answer.models
+    }
+    assert told == {name: (32 if name == "sdxl" else 64,) * 2 + (256, 64) for name in FAMILIES}
+    assert {model.name: model.family for model in answer.models}["sdxl"] == "sdxl"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_word_is_not_learned_for_two_encoders_and_the_job_says_so(system, words):
+    collage = everything(SIZES["portrait"], 1, words["sdxl"])
+    collage.layers[0].appearance.learn = True
+    events = await system.generate(request_for("sdxl", collage))
+    assert events[-1].failed.code == grpc.StatusCode.UNIMPLEMENTED.value[0]
+    assert "words are learned for models with one" in events[-1].failed.message

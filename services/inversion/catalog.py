@@ -13,13 +13,21 @@ import torch
 from services.common.errors import InvalidRequest, NotSupported, quote
 from services.common.registry import ModelError, ModelSource, digest, locate, read_sources
 from services.common.settings import InvalidSetting
-from services.inversion.networks import ModelFacts, Networks, UnsupportedModel, load, read_facts
+from services.inversion.networks import (
+    ModelFacts,
+    Networks,
+    UnsupportedModel,
+    load,
+    read_facts,
+    read_widths,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCard:
     """One served model. `digest` is over the folder's files. Facts, or why no word can be learned for it.
 
+    widths: of a word's vectors, by the name of their text encoder; words made elsewhere can be taken in for any model.
     device: as the operator names it, empty for a GPU where there is one.
     """
 
@@ -27,6 +35,7 @@ class ModelCard:
     folder: Path
     digest: str
     facts: ModelFacts | UnsupportedModel
+    widths: dict[str, int]
     device: str
 
     @classmethod
@@ -47,6 +56,7 @@ class ModelCard:
             folder=folder,
             digest=digest(folder),
             facts=facts,
+            widths=read_widths(folder),
             device=source.device,
         )
 
@@ -59,7 +69,7 @@ class ModelCard:
         """
         if isinstance(self.facts, UnsupportedModel):
             raise NotSupported(
-                f"model {self.name!r} takes no learned words: {self.facts}",
+                f"no word can be learned for model {self.name!r}: {self.facts}",
                 reason="WORDS_NOT_SUPPORTED",
             )
         return self.facts

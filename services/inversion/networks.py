@@ -25,6 +25,8 @@ from services.common.registry import ModelError, NotAModel
 
 # Name of the one text encoder's vectors while they are learned; see `word` for the names in files.
 ONE = "vectors"
+# Names of both text encoders' vectors in SDXL's words. None are learned here, but they can be taken in.
+TWO = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = {
     "unet": "UNet2DConditionModel",
@@ -199,6 +201,23 @@ def read_facts(folder: Path) -> ModelFacts:
         size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
         scheduler_config=scheduler,
     )
+
+
+def read_widths(folder: Path) -> dict[str, int]:
+    """The widths of a word's vectors, by the name of their text encoder; no weights are read.
+
+    Raises:
+        NotAModel: a config is missing or unreadable.
+    """
+    index = _config(folder / "model_index.json")
+    names = TWO if (index.get("text_encoder_2") or (None,))[0] else {"text_encoder": ONE}
+    try:
+        return {
+            name: int(_config(folder / part / "config.json")["hidden_size"])
+            for part, name in names.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise NotAModel(f"{folder.name}: a text encoder's config lacks {error}") from error
 
 
 def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Networks:

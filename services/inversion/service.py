@@ -91,7 +91,6 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     ) -> inversion_service_pb2.AdoptWordResponse:
         """See inversion_service.proto."""
         card = self._engine.catalog.find(request.model)
-        widths = card.known.widths
         check = wire.Checker()
         text = check.text("text", request.text, wire.MAX_TEXT_CHARACTERS).strip()
         if not request.text.strip():
@@ -100,7 +99,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         ref = wire.parse_blob(request.vectors, "vectors")
         data = await self._read(ref, "vectors", MAX_FILE_BYTES)
         try:
-            vectors = await asyncio.to_thread(from_file, data, widths)
+            vectors = await asyncio.to_thread(from_file, data, card.widths)
         except InvalidWord as error:
             raise InvalidRequest.of("vectors", str(error), reason="INVALID_WORD") from error
         inputs = f"{VERSION} import {card.digest} {hashlib.sha256(data).hexdigest()} {text}"
