@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 WORK = Path(__file__).resolve().parent.parent / ".work"
@@ -74,6 +73,40 @@ CONCEPTS = {
     "fish": "fish",
 }
 
+# What only a large model has room for.
+MORE_CONCEPTS = {
+    "hot-dog": "hot dog",
+    "french-fries": "french fries",
+    "croissant": "croissant",
+    "pretzel": "pretzel",
+    "pancakes": "pancakes",
+    "cooked-rice": "bowl of rice",
+    "steaming-bowl": "noodle soup",
+    "dango": "dango",
+    "pie": "pie",
+    "chocolate-bar": "chocolate bar",
+    "pear": "pear",
+    "peach": "peach",
+    "tangerine": "orange",
+    "coconut": "coconut",
+    "teacup-without-handle": "cup of green tea",
+    "sunflower": "sunflower",
+    "tulip": "tulip",
+    "rose": "rose",
+    "maple-leaf": "maple leaf",
+    "rabbit": "rabbit",
+    "pig": "pig",
+    "chicken": "chicken",
+    "crab": "crab",
+    "whale": "whale",
+    "snail": "snail",
+    "bicycle": "bicycle",
+    "chair": "chair",
+    "candle": "candle",
+    "crescent-moon": "moon",
+    "snowman": "snowman",
+}
+
 CUTOUTS = (
     "bento-box:noto sushi:noto sushi:fluent fried-shrimp:twemoji rice-ball:fluent broccoli:noto "
     "carrot:flat avocado:twemoji lemon:flat shortcake:noto birthday-cake:fluent cupcake:twemoji "
@@ -110,19 +143,41 @@ def icons(look: Look) -> dict[str, str]:
 
 def render(svg: str) -> Image.Image:
     """Draw one SVG as a SIDE x SIDE RGBA picture with straight alpha."""
+    # Only where art is rendered: not on a machine that was given the gallery.
+    import resvg_py
+
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE))
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def gallery() -> np.ndarray:
-    """Every concept in every look: uint8 [concept, look, SIDE, SIDE, RGBA], cached as one array."""
-    path = WORK / "art" / f"gallery-{len(CONCEPTS)}x{SIDE}.npy"
+def names() -> list[str]:
+    """What captions call the concepts, the small model's first."""
+    return [*CONCEPTS.values(), *MORE_CONCEPTS.values()]
+
+
+def _gallery() -> Path:
+    """A small file of all that training needs of the art, made once; a machine without the packages can be given it."""
+    path = WORK / "art" / f"gallery-{len(names())}x{SIDE}.npz"
     if not path.exists():
         columns = [icons(look) for look in LOOKS]
-        rows = [[np.asarray(render(column[key])) for column in columns] for key in CONCEPTS]
-        np.save(path, np.asarray(rows, dtype=np.uint8))
-    gallery_NLHWC: np.ndarray = np.load(path)
-    return gallery_NLHWC
+        keys = [*CONCEPTS, *MORE_CONCEPTS]
+        rows = [[np.asarray(render(column[key])) for column in columns] for key in keys]
+        words = [name.replace("-", " ") for column in columns for name in column]
+        partial = path.with_suffix(".part.npz")
+        np.savez_compressed(partial, pictures=np.asarray(rows, dtype=np.uint8), words=words)
+        partial.replace(path)
+    return path
+
+
+def gallery() -> np.ndarray:
+    """Every concept in every look: uint8 [concept, look, SIDE, SIDE, RGBA] in the order of `names`."""
+    pictures_NLHWC: np.ndarray = np.load(_gallery())["pictures"]
+    return pictures_NLHWC
+
+
+def icon_words() -> list[str]:
+    """The names of all pictures of all looks, as words."""
+    return [str(name) for name in np.load(_gallery())["words"]]
 
 
 def feathered() -> dict[str, Image.Image]:
@@ -174,5 +229,7 @@ def write_cutouts(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the example cut-outs are written")
-    write_cutouts(parser.parse_args().folder)
+    parser.add_argument("--cutouts", type=Path, help="where the example cut-outs are written")
+    if folder := parser.parse_args().cutouts:
+        write_cutouts(folder)
+    print(_gallery())

@@ -1,53 +1,34 @@
-"""Train the autoencoder on crops of composed scenes; the denoiser needs it finished.
+"""The first stage: the autoencoder, on crops of composed scenes."""
 
-Runs for --minutes of working time, so a slower machine takes fewer steps; a pause does not count.
-"""
+from typing import Any
 
-import argparse
-import json
-import math
-import time
-from pathlib import Path
-
-import networks
 import numpy as np
-import scenes
 import torch
-from art import WORK
 from diffusers import AutoencoderKL
+from torch import Tensor
+from training import HELD_OUT, Course, Run, exported, to_range
 
-CROP = 64
-BATCH = 16
 POOL = 1500
 LEARNING_RATE = 6e-4
 KL_WEIGHT = 5e-5
 EDGE_WEIGHT = 0.5
-HELD_OUT = range(10_000_000, 10_000_064)
-CHECKPOINT = WORK / "autoencoder.pt"
 
 
-def pictures(seeds: range) -> torch.Tensor:
-    """Scenes of these seeds as uint8 [B, 3, H, W]."""
-    stack = np.stack([scenes.compose(seed)[0] for seed in seeds])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
+def crops(pool_N3HW: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Random crops of half the side, flipped at random: uint8 [count, 3, side / 2, side / 2]."""
+    side = pool_N3HW.shape[-1]
+    crop = np.arange(side // 2)
+    corner_2B = rng.integers(0, side - len(crop) + 1, (2, count))
+    rows_BH = corner_2B[0, :, None] + crop
+    columns_BW = corner_2B[1, :, None] + crop
+    columns_BW = np.where(rng.random((count, 1)) < 0.5, columns_BW, columns_BW[:, ::-1])
+    which_B = rng.integers(0, len(pool_N3HW), count)
+    index = (which_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :])
+    at = tuple(torch.from_numpy(part).to(pool_N3HW.device) for part in index)
+    return pool_N3HW.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2)
 
 
-def to_range(pixels: torch.Tensor) -> torch.Tensor:
-    """From uint8 to float in -1..1."""
-    return pixels.float() / 127.5 - 1
-
-
-def crops(pool: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A batch of random crops, flipped at random: float [BATCH, 3, CROP, CROP] in -1..1."""
-    cut = []
-    for index in rng.integers(0, len(pool), BATCH):
-        top, left = rng.integers(0, networks.SIDE - CROP + 1, 2)
-        piece = pool[index, :, top : top + CROP, left : left + CROP]
-        cut.append(piece.flip(-1) if rng.random() < 0.5 else piece)
-    return to_range(torch.stack(cut))
-
-
-def loss_of(model: AutoencoderKL, x_BCHW: torch.Tensor) -> torch.Tensor:
+def loss_of(model: AutoencoderKL, x_BCHW: Tensor) -> Tensor:
     """L1 + squared error + L1 of the horizontal and vertical differences + a little KL."""
     posterior = model.encode(x_BCHW).latent_dist
     y_BCHW = model.decode(posterior.sample()).sample.float()
@@ -58,71 +39,53 @@ def loss_of(model: AutoencoderKL, x_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decibels(model: AutoencoderKL, pixels: torch.Tensor) -> float:
+def decibels(model: AutoencoderKL, pixels_B3HW: Tensor) -> float:
     """Peak signal-to-noise ratio of reconstructions, averaged over pictures, in dB."""
-    x_BCHW = to_range(pixels)
-    y_BCHW = model(x_BCHW).sample.clamp(-1, 1)
-    mse_B = ((y_BCHW - x_BCHW) / 2).square().mean(dim=(1, 2, 3))
-    return float((-10 * mse_B.log10()).mean())
+    ratios = []
+    for part in pixels_B3HW.split(16):
+        x_B3HW = to_range(part)
+        y_B3HW = model(x_B3HW).sample.clamp(-1, 1)
+        mse_B = ((y_B3HW - x_B3HW) / 2).square().mean(dim=(1, 2, 3))
+        ratios.append(-10 * mse_B.log10())
+    return float(torch.cat(ratios).mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=32.0)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--start", type=Path, help="an exported folder whose weights to begin with")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    device = torch.device(arguments.device)
-    model = networks.autoencoder()
-    if arguments.start:
-        model = AutoencoderKL.from_pretrained(arguments.start, subfolder="vae").float()
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=1e-3)
-    step, worked = 0, 0.0
-    if arguments.resume and CHECKPOINT.exists():
-        saved = torch.load(CHECKPOINT, map_location=device, weights_only=True)
+def train(run: Run, minutes: float) -> None:
+    """Train for so many minutes, or the rest of them; writes a checkpoint only."""
+    model = run.size.autoencoder()
+    if run.start:
+        model = exported(AutoencoderKL, run.start, "vae")
+    model.to(run.device, memory_format=torch.channels_last).train()
+    course = Course(
+        run, "autoencoder", minutes, [{"params": model.parameters(), "lr": LEARNING_RATE}]
+    )
+    saved = course.resumed()
+    if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, worked = saved["step"], saved["worked"]
-    pool = pictures(range(1_000_000 + step, 1_000_000 + step + POOL))
-    held_out = pictures(HELD_OUT)
-    shown = 0.0
-    while worked < 60 * arguments.minutes:
-        start = time.monotonic()
+    count = 16 if run.batch == 16 else 64
+    new = count // 16
+
+    def pictures(seeds: range) -> Tensor:
+        parts = [seeds[start : start + 64] for start in range(0, len(seeds), 64)]
+        return torch.cat([run.composer.paint(run.scenes(part)) for part in parts])
+
+    held_out_B3HW = pictures(range(HELD_OUT, HELD_OUT + 64))
+    first = 1_000_000 + new * course.step
+    pool_N3HW = torch.empty(0) if course.is_done else pictures(range(first, first + POOL))
+
+    def learn(step: int) -> Tensor:
         rng = np.random.default_rng([2, step])
-        # The pool is renewed slowly: composing costs about 5 ms a scene, a step far more.
-        pool[step % POOL] = pictures(range(2_000_000 + step, 2_000_001 + step))[0]
-        progress = worked / (60 * arguments.minutes)
-        rate = (
-            LEARNING_RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        # The pool is renewed slowly: composing costs a few ms a scene, a step far more.
+        places = torch.arange(new * step, new * (step + 1)) % POOL
+        seeds = range(2_000_000 + new * step, 2_000_000 + new * (step + 1))
+        pool_N3HW[places] = pictures(seeds)
+        x_B3HW = to_range(crops(pool_N3HW, count, rng)).contiguous(
+            memory_format=torch.channels_last
         )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        x_BCHW = crops(pool, rng).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(model, x_BCHW)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        # A process that was stopped for a while has not worked meanwhile.
-        worked += min(time.monotonic() - start, 30.0)
-        if worked - shown > 120 or worked >= 60 * arguments.minutes:
-            shown = worked
-            line = {"step": step, "minutes": round(worked / 60, 1), "loss": round(loss.item(), 4)}
-            line["psnr"] = round(decibels(model, held_out[:16].to(device)), 2)
-            print(json.dumps(line), flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            partial = Path(f"{CHECKPOINT}.part")
-            torch.save({**state, "step": step, "worked": worked}, partial)
-            partial.replace(CHECKPOINT)
-    print(json.dumps({"held_out_psnr": round(decibels(model, held_out.to(device)), 2)}), flush=True)
+        return run.gradients(lambda x_B3HW: loss_of(model, x_B3HW), x_B3HW)
 
+    def save() -> dict[str, Any]:
+        course.save(model=model.state_dict())
+        return {"held_out_psnr": round(decibels(model, held_out_B3HW), 2)}
 
-if __name__ == "__main__":
-    main()
+    course.attend(learn, save)

@@ -9,13 +9,14 @@ import math
 from pathlib import Path
 
 import art
+import networks
 import numpy as np
-import scenes
 import torch
-from autoencoder import HELD_OUT, decibels, pictures
-from denoiser import WEIGHTS
+from autoencoder import decibels
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from scenes import UNITS, Composer, Placement, Scene, scene
+from training import HELD_OUT
 
 GROUND = "on a wooden table"
 SMALL = 32
@@ -26,27 +27,45 @@ def _small(picture_HWC: np.ndarray) -> np.ndarray:
     return np.asarray(picture, dtype=np.float32) / 255
 
 
-def references() -> tuple[np.ndarray, np.ndarray]:
+def references(composer: Composer, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Small composed pictures of every concept, and the index of each one's concept."""
-    rng = np.random.default_rng(5)
-    small, labels = [], []
-    for index, concept in enumerate(art.CONCEPTS.values()):
+    scenes, labels = [], []
+    for index, concept in enumerate(names):
         for look in range(len(art.LOOKS)):
             for side in (80, 91, 102):
                 for flip in (False, True):
-                    item = scenes.Placement(concept=concept, x=64, y=64, side=side, flip=flip)
-                    ground = scenes.paint_ground(GROUND, rng)
-                    shown = _small(scenes.paint(ground, [item], look, (0.0, 0.07, 0.42)))
-                    for down in (-2, 0, 2):
-                        for right in (-2, 0, 2):
-                            small.append(np.roll(shown, (down, right), axis=(0, 1)))
-                            labels.append(index)
-    return np.asarray(small), np.asarray(labels)
+                    middle = UNITS / 2
+                    item = Placement(concept=concept, x=middle, y=middle, side=side, flip=flip)
+                    shown = Scene(
+                        seed=len(scenes),
+                        ground=GROUND,
+                        is_land=False,
+                        placements=[item],
+                        look=look,
+                        shadow=(0.0, 0.07, 0.42),
+                        caption=concept,
+                    )
+                    scenes.append(shown)
+                    labels.append(index)
+    small = [
+        _small(picture_HWC)
+        for start in range(0, len(scenes), 16)
+        for picture_HWC in _painted(composer, scenes[start : start + 16])
+    ]
+    shifts = [(down, right) for down in (-2, 0, 2) for right in (-2, 0, 2)]
+    moved = [np.roll(shown, shift, axis=(0, 1)) for shown in small for shift in shifts]
+    return np.asarray(moved), np.repeat(labels, len(shifts))
+
+
+def _painted(composer: Composer, scenes: list[Scene]) -> np.ndarray:
+    pictures_BHWC: np.ndarray = composer.paint(scenes).permute(0, 2, 3, 1).numpy()
+    return pictures_BHWC
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--weights", type=Path, default=art.WORK.parent / "weights")
+    parser.add_argument("--size", choices=networks.SIZES, default="small")
     parser.add_argument("--sheet", type=Path, required=True, help="where the drawn sheet goes")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=25)
@@ -55,10 +74,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.weights)
     pipeline.set_progress_bar_config(disable=True)
-    names = list(art.CONCEPTS.values())
-    small, labels = references()
+    size = networks.SIZES[arguments.size]
+    names = size.names
+    composer = Composer(size.side, names, art.gallery(), torch.device("cpu"))
+    small, labels = references(composer, names)
     columns = math.ceil(len(names) / 2)
-    sheet = Image.new("RGB", (scenes.SIDE * columns, scenes.SIDE * 4))
+    sheet = Image.new("RGB", (size.side * columns, size.side * 4))
     hits, wrong = 0, []
     for seed in range(2):
         for index, name in enumerate(names):
@@ -70,7 +91,7 @@ def main() -> None:
             ).images[0]
             sheet.paste(
                 shown,
-                (scenes.SIDE * (index % columns), scenes.SIDE * (2 * (index // columns) + seed)),
+                (size.side * (index % columns), size.side * (2 * (index // columns) + seed)),
             )
             apart = np.square(small - _small(np.asarray(shown))).mean(axis=(1, 2, 3))
             named = names[labels[apart.argmin()]]
@@ -79,7 +100,8 @@ def main() -> None:
                 wrong.append(f"{name} seen as {named}")
     sheet.save(arguments.sheet)
     report: dict[str, object] = {"recognised": round(hits / (2 * len(names)), 3), "wrong": wrong}
-    report["held_out_psnr"] = round(decibels(pipeline.vae, pictures(HELD_OUT)), 2)
+    held_out = [scene(seed, names) for seed in range(HELD_OUT, HELD_OUT + 64)]
+    report["held_out_psnr"] = round(decibels(pipeline.vae, composer.paint(held_out)), 2)
     print(json.dumps(report))
 
 

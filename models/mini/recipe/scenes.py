@@ -1,16 +1,22 @@
-"""Captioned scenes: emoji art of one look set on a procedural ground, with soft cast shadows.
+"""Pictures composed of the art: objects of one look on a ground, with soft cast shadows, and their captions.
 
-The caption names the objects and the ground, never the look. Everything follows from the seed.
+Main types: `Scene`, what is to be seen, which follows from a seed alone; `Composer`, which paints scenes in batches on
+a device. Places and sizes are in 128ths of the canvas, so that scenes do not depend on the number of pixels.
+
+Suffixes: B scenes; M objects of all scenes; N renderings; H, W pixels; 3 = R, G, B; 4 = R, G, B times alpha, alpha.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import art
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.nn import functional
 
-SIDE = 128
+UNITS = 128
 # A ground is what follows the objects in a caption, and whether things cast a shadow on it.
 GROUNDS = {
     "on a wooden table": True,
@@ -22,6 +28,7 @@ GROUNDS = {
     "on snow": True,
     "in a blue sky": False,
     "in the night sky": False,
+    "on a bamboo mat": True,
 }
 LANDS = {"on grass": "green grass", "on sand": "yellow sand", "on snow": "white snow"}
 AIRBORNE = ("sun", "cloud", "rainbow")
@@ -30,12 +37,16 @@ STANDING = ("house", "tree", "pine tree", "castle", "cat", "dog", "mountain")
 OFTEN = {"sushi": 3.0, "bento box": 1.5, "rice ball": 1.5, "fried shrimp": 1.5, "avocado": 1.5}
 OFTEN_GROUNDS = {"on a wooden table": 2.0}
 TEXTURES_PER_GROUND = 12
-TEXTURE_SIDE = 160
+TEXTURE_UNITS = 160
+# Each size is at most 4/3 of the next: between two of them bilinear sampling neither blurs nor aliases visibly.
+SPRITE_SIDES = tuple(art.SIDE * share // 32 for share in (32, 24, 16, 12, 8, 6, 4, 3))
+# The shadow's picture has half a sprite more on every side than it needs; blurred, it needs few pixels.
+SHADOW_SIDE, SHADOW_REACH, SHADOW_BLUR = 48, 1.5, 0.06
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One object of a scene: centre and side in pixels, rotation in degrees."""
+    """One object of a scene: centre and side in units, rotation in degrees counter-clockwise."""
 
     concept: str
     x: float
@@ -47,30 +58,32 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What is composed: a ground float32 [SIDE, SIDE, RGB], objects back to front, and words."""
+    """What is composed.
 
-    ground_HWC: np.ndarray
+    seed: what is random about the ground follows from it. placements: back to front. look: index into `art.LOOKS`.
+    shadow: offset to the right and down as shares of the object's side, and strength in [0, 1]. is_land: whether the
+    ground lies under a blue sky, to be seen from the side.
+    """
+
+    seed: int
+    ground: str
+    is_land: bool
     placements: list[Placement]
     look: int
     shadow: tuple[float, float, float]
     caption: str
 
-    def paint(self) -> np.ndarray:
-        """The picture, uint8 [SIDE, SIDE, RGB]."""
-        return paint(self.ground_HWC, self.placements, self.look, self.shadow)
 
-
-def _noise(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+def _noise(rng: np.random.Generator, rows: int, columns: int, side: int) -> np.ndarray:
     grid = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
-    size = (TEXTURE_SIDE, TEXTURE_SIDE)
-    smooth = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(grid).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(smooth, dtype=np.float32)[..., None] / 255 - 0.5
 
 
-def _texture(ground: str, rng: np.random.Generator) -> np.ndarray:
-    """One texture of a ground, float32 [TEXTURE_SIDE, TEXTURE_SIDE, RGB] in 0..255."""
-    y_HW1, x_HW1 = np.mgrid[0:TEXTURE_SIDE, 0:TEXTURE_SIDE].astype(np.float32)[..., None]
-    broad, fine = _noise(rng, 4, 4), _noise(rng, 40, 40)
+def _texture(ground: str, rng: np.random.Generator, side: int) -> np.ndarray:
+    """One texture of a ground, TEXTURE_UNITS wide: float32 [side, side, RGB] in 0..255."""
+    y_HW1, x_HW1 = np.mgrid[0:side, 0:side].astype(np.float32)[..., None] * TEXTURE_UNITS / side
+    broad, fine = _noise(rng, 4, 4, side), _noise(rng, 40, 40, side)
 
     def rgb(*colour: float) -> np.ndarray:
         return np.asarray(colour, dtype=np.float32)
@@ -79,7 +92,7 @@ def _texture(ground: str, rng: np.random.Generator) -> np.ndarray:
         plank = ((y_HW1 + rng.uniform(0, 40)) / 40).astype(int)
         shade = rng.uniform(-14, 14, 8).astype(np.float32)[plank]
         seam = (y_HW1 + rng.uniform(0, 40)) % 40 < 1.6
-        grain = 34 * _noise(rng, 48, 4)
+        grain = 34 * _noise(rng, 48, 4, side)
         return np.asarray(rgb(176, 122, 72) + shade + (grain - 38 * seam) * rgb(1, 0.85, 0.7))
     if ground == "on a white table cloth":
         folds = np.sin((x_HW1 * rng.uniform(-1, 1) + y_HW1) / rng.uniform(12, 20) + 3 * broad)
@@ -97,88 +110,160 @@ def _texture(ground: str, rng: np.random.Generator) -> np.ndarray:
         return np.asarray(rgb(228, 198, 140) + 5 * waves + 18 * fine + 16 * broad)
     if ground == "on snow":
         return np.asarray(rgb(228, 236, 246) + 22 * broad * rgb(1, 0.8, 0.5))
-    depth = y_HW1 / TEXTURE_SIDE
+    if ground == "on a bamboo mat":
+        slat = (y_HW1 / 5).astype(int)
+        shade = rng.uniform(-12, 12, 40).astype(np.float32)[slat]
+        gap = (y_HW1 % 5 < 1) * 28 + ((x_HW1 + rng.uniform(0, 40)) % 40 < 2) * 30
+        return np.asarray(rgb(190, 186, 104) + shade + 16 * fine - gap * rgb(0.8, 0.8, 0.7))
+    depth = y_HW1 / TEXTURE_UNITS
     if ground == "in a blue sky":
         return np.asarray(rgb(92, 168, 236) + depth * rgb(80, 45, 12) + 16 * broad)
-    stars = (rng.random((TEXTURE_SIDE, TEXTURE_SIDE, 1)) < 0.002).astype(np.float32)
-    blurred = Image.fromarray((255 * stars[..., 0]).astype(np.uint8))
-    glow = np.asarray(blurred.filter(ImageFilter.GaussianBlur(0.8)), dtype=np.float32)[..., None]
+    per_star = (TEXTURE_UNITS / side) ** 2
+    stars = (rng.random((side, side)) < 0.002 * per_star).astype(np.uint8) * 255
+    blurred = Image.fromarray(stars).filter(ImageFilter.GaussianBlur(0.8 * per_star**-0.5))
+    glow = np.asarray(blurred, dtype=np.float32)[..., None] / per_star
     return np.asarray(rgb(18, 24, 62) + depth * rgb(24, 22, 40) + 10 * broad + 2.5 * glow)
 
 
-@cache
-def textures() -> dict[str, np.ndarray]:
-    """Textures of every ground: float32 [TEXTURES_PER_GROUND, H, W, RGB] in 0..255."""
-    rng = np.random.default_rng(1)
-    drawn = {}
-    for ground in GROUNDS:
-        stack = [_texture(ground, rng) for _ in range(TEXTURES_PER_GROUND)]
-        drawn[ground] = np.asarray(stack, dtype=np.float32)
-    return drawn
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layers:
+    """The objects of some scenes, each alone on the canvas.
 
-
-@cache
-def _gallery() -> np.ndarray:
-    return art.gallery()
-
-
-def paint_ground(ground: str, rng: np.random.Generator) -> np.ndarray:
-    """A random crop of one texture, float32 [SIDE, SIDE, RGB] in 0..255."""
-    texture = textures()[ground][rng.integers(TEXTURES_PER_GROUND)]
-    top, left = rng.integers(0, TEXTURE_SIDE - SIDE + 1, 2)
-    crop = texture[top : top + SIDE, left : left + SIDE]
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    return np.asarray(crop + rng.uniform(-8, 8), dtype=np.float32)
-
-
-def paint_land(land: str, rng: np.random.Generator) -> np.ndarray:
-    """Blue sky above a gently waving horizon, a land below: float32 [SIDE, SIDE, RGB]."""
-    sky, ground = paint_ground("in a blue sky", rng), paint_ground(land, rng)
-    x_W = np.arange(SIDE, dtype=np.float32)
-    swell = rng.uniform(0, 4) * np.sin(x_W / rng.uniform(15, 30) + rng.uniform(0, 6))
-    horizon_W = SIDE * rng.uniform(0.58, 0.68) + swell
-    below_HW1 = np.clip(np.arange(SIDE)[:, None] - horizon_W[None], 0, 1)[..., None]
-    return np.asarray(sky + below_HW1 * (ground - sky), dtype=np.float32)
-
-
-def cut_out(item: Placement, look: int) -> Image.Image:
-    """One object alone on the canvas: RGBA with straight alpha."""
-    side = max(8, round(item.side))
-    picture = Image.fromarray(_gallery()[list(art.CONCEPTS.values()).index(item.concept), look])
-    picture = picture.resize((side, side), Image.Resampling.BOX if side < 100 else 3)
-    if item.flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    layer = Image.new("RGBA", (SIDE, SIDE))
-    layer.paste(picture, (round(item.x - side / 2), round(item.y - side / 2)))
-    if item.angle:
-        layer = layer.rotate(item.angle, Image.Resampling.BICUBIC, center=(item.x, item.y))
-    return layer
-
-
-def paint(
-    ground_HWC: np.ndarray,
-    placements: list[Placement],
-    look: int,
-    shadow: tuple[float, float, float],
-) -> np.ndarray:
-    """Set objects on a ground, first one farthest back; shadow is (dx, dy, strength 0..1).
-
-    The shadow's offset is a fraction of the object's side. Returns uint8 [SIDE, SIDE, RGB].
+    of_M, slot_M: the scene of each object and its place in it, 0 farthest back. paint_M4HW: premultiplied, in [0, 1].
+    shade_M1HW: the share of light that its shadow takes away.
     """
-    canvas = ground_HWC.copy()
-    dx, dy, strength = shadow
-    for item in placements:
-        side = max(8, round(item.side))
-        layer = cut_out(item, look)
-        if strength > 0:
-            moved = Image.new("L", (SIDE, SIDE))
-            moved.paste(layer.getchannel("A"), (round(dx * side), round(dy * side)))
-            moved = moved.filter(ImageFilter.GaussianBlur(1 + 0.045 * side))
-            canvas *= 1 - strength * np.asarray(moved, dtype=np.float32)[..., None] / 255
-        pixels = np.asarray(layer, dtype=np.float32)
-        canvas += (pixels[..., :3] - canvas) * (pixels[..., 3:] / 255)
-    return np.clip(canvas.round(), 0, 255).astype(np.uint8)
+
+    of_M: Tensor
+    slot_M: Tensor
+    paint_M4HW: Tensor
+    shade_M1HW: Tensor
+
+
+class Composer:
+    """Paints scenes of `side` pixels in batches; all art and all grounds lie on its device."""
+
+    def __init__(
+        self, side: int, names: Sequence[str], gallery_NLHWC: np.ndarray, device: torch.device
+    ) -> None:
+        """Prepare the art.
+
+        Args:
+            side: of the pictures, in pixels.
+            names: the concepts, in the order of the gallery.
+            gallery_NLHWC: uint8 [concept, look, H, W, RGBA], straight alpha; concepts without a name are left out.
+            device: where everything is and happens.
+        """
+        self.side, self.device = side, device
+        self._places = {name: index for index, name in enumerate(names)}
+        pictures_N4HW = torch.from_numpy(gallery_NLHWC[: len(names)]).flatten(0, 1)
+        sprites_N4HW = pictures_N4HW.permute(0, 3, 1, 2)
+        sides = [level for level in SPRITE_SIDES if level <= 1.5 * side]
+        levels: list[list[Tensor]] = [[] for _ in sides]
+        shadows = []
+        for part_N4HW in sprites_N4HW.split(32):
+            x_N4HW = part_N4HW.to(device).float() / 255
+            x_N4HW[:, :3] *= x_N4HW[:, 3:]
+            for level, size in zip(levels, sides, strict=True):
+                level.append(_resized(x_N4HW, size).half())
+            shadows.append(_shadow(x_N4HW[:, 3:]).half())
+        self._levels = [(size, torch.cat(level)) for size, level in zip(sides, levels, strict=True)]
+        self._shadows_N1hw = torch.cat(shadows)
+        rng = np.random.default_rng(1)
+        self._texture_side = side * TEXTURE_UNITS // UNITS
+        self._textures = {}
+        for ground in GROUNDS:
+            drawn = [_texture(ground, rng, self._texture_side) for _ in range(TEXTURES_PER_GROUND)]
+            stack = torch.from_numpy(np.asarray(drawn, dtype=np.float32)).clamp(0, 255).to(device)
+            self._textures[ground] = (stack.permute(0, 3, 1, 2) / 255).half()
+        self._at_W = (torch.arange(side, device=device) + 0.5) * UNITS / side
+
+    def layers(self, scenes: Sequence[Scene]) -> Layers:
+        """Every object of the scenes, scene by scene, back to front."""
+        rows = [
+            (
+                *(index, slot, self._places[item.concept] * len(art.LOOKS) + scene.look),
+                *(item.x, item.y, item.side, np.deg2rad(item.angle), 1 - 2 * item.flip),
+                *scene.shadow,
+            )
+            for index, scene in enumerate(scenes)
+            for slot, item in enumerate(scene.placements)
+        ]
+        table_CM = torch.tensor(rows, dtype=torch.float32).view(-1, 11).T
+        pixels_M = table_CM[5] * self.side / UNITS
+        level_M = sum((pixels_M <= size).long() for size, _ in self._levels[1:])
+        of_M, slot_M, which_M = table_CM[:3].long().to(self.device)
+        x, y, size, angle, mirror, right, down, strength = table_CM[3:].to(self.device)[
+            ..., None, None
+        ]
+        # From canvas to sprite, whose half side is 1.
+        x_MHW = (self._at_W - x) * 2 / size
+        y_MHW = (self._at_W[:, None] - y) * 2 / size
+        cosine, sine = angle.cos(), angle.sin()
+
+        def grid(x_MHW: Tensor, y_MHW: Tensor) -> Tensor:
+            return torch.stack(
+                [(cosine * x_MHW - sine * y_MHW) * mirror, sine * x_MHW + cosine * y_MHW], dim=-1
+            )
+
+        grid_MHW2 = grid(x_MHW, y_MHW)
+        paint_M4HW = torch.empty(len(rows), 4, self.side, self.side, device=self.device)
+        for number, (_, sprites_N4HW) in enumerate(self._levels):
+            at = (level_M == number).nonzero()[:, 0].to(self.device)
+            if len(at):
+                paint_M4HW[at] = _sampled(sprites_N4HW[which_M[at]], grid_MHW2[at])
+        moved_MHW2 = grid(x_MHW - 2 * right, y_MHW - 2 * down) / SHADOW_REACH
+        shade_M1HW = _sampled(self._shadows_N1hw[which_M], moved_MHW2) * strength[:, None]
+        return Layers(of_M=of_M, slot_M=slot_M, paint_M4HW=paint_M4HW, shade_M1HW=shade_M1HW)
+
+    def paint(self, scenes: Sequence[Scene], layers: Layers | None = None) -> Tensor:
+        """The pictures, uint8 [B, 3, H, W]; `layers` where they are there already."""
+        layers = layers or self.layers(scenes)
+        x_B3HW = torch.stack([self._ground(scene) for scene in scenes])
+        for slot in range(max((len(scene.placements) for scene in scenes), default=0)):
+            at = (layers.slot_M == slot).nonzero()[:, 0]
+            paint_M4HW, of = layers.paint_M4HW[at], layers.of_M[at]
+            lit_M1HW = (1 - layers.shade_M1HW[at]) * (1 - paint_M4HW[:, 3:])
+            x_B3HW[of] = x_B3HW[of] * lit_M1HW + paint_M4HW[:, :3]
+        return (x_B3HW.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _ground(self, scene: Scene) -> Tensor:
+        rng = np.random.default_rng([scene.seed, 1])
+        if not scene.is_land:
+            return self._patch(scene.ground, rng)
+        sky_3HW, land_3HW = self._patch("in a blue sky", rng), self._patch(scene.ground, rng)
+        swell = float(rng.uniform(0, 4))
+        wave_W = torch.sin(self._at_W / float(rng.uniform(15, 30)) + float(rng.uniform(0, 6)))
+        horizon_W = UNITS * float(rng.uniform(0.58, 0.68)) + swell * wave_W
+        below_HW = ((self._at_W[:, None] - horizon_W) * self.side / UNITS).clamp(0, 1)
+        return torch.lerp(sky_3HW, land_3HW, below_HW)
+
+    def _patch(self, ground: str, rng: np.random.Generator) -> Tensor:
+        """A random part of one texture, float32 [3, H, W], about 0..1."""
+        texture_3HW = self._textures[ground][int(rng.integers(TEXTURES_PER_GROUND))]
+        top, left = rng.integers(0, self._texture_side - self.side + 1, 2)
+        patch_3HW = texture_3HW[:, top : top + self.side, left : left + self.side].float()
+        if rng.random() < 0.5:
+            patch_3HW = patch_3HW.flip(-1)
+        return patch_3HW + float(rng.uniform(-8, 8)) / 255
+
+
+def _resized(x_NCHW: Tensor, side: int) -> Tensor:
+    return functional.interpolate(x_NCHW, (side, side), mode="bilinear", antialias=True)
+
+
+def _shadow(alpha_N1HW: Tensor) -> Tensor:
+    """Alpha with a margin for the blur, blurred by a Gaussian of SHADOW_BLUR sides: [N, 1, h, h]."""
+    margin = round(SHADOW_SIDE * (SHADOW_REACH - 1) / 2)
+    small_N1hw = functional.pad(_resized(alpha_N1HW, SHADOW_SIDE), [margin] * 4)
+    at = torch.arange(SHADOW_SIDE + 2 * margin, device=alpha_N1HW.device)
+    apart = (at[:, None] - at) / (SHADOW_BLUR * SHADOW_SIDE)
+    blur_hh = torch.exp(-0.5 * apart**2)
+    blur_hh /= blur_hh[len(at) // 2].sum()
+    return blur_hh @ small_N1hw @ blur_hh
+
+
+def _sampled(x_MCHW: Tensor, grid_MHW2: Tensor) -> Tensor:
+    return functional.grid_sample(x_MCHW.float(), grid_MHW2, align_corners=False)
 
 
 def _article(word: str) -> str:
@@ -210,10 +295,10 @@ def _spots(count: int, side: float, rng: np.random.Generator) -> list[tuple[floa
     best: list[tuple[float, float]] = []
     widest = -1.0
     for _ in range(12):
-        xy = rng.uniform(margin, SIDE - margin, (count, 2))
+        xy = rng.uniform(margin, UNITS - margin, (count, 2))
         apart = min(
             (float(np.hypot(*(xy[i] - xy[j]))) for i in range(count) for j in range(i)),
-            default=SIDE,
+            default=UNITS,
         )
         if apart > widest:
             widest, best = apart, [(float(x), float(y)) for x, y in xy]
@@ -223,35 +308,37 @@ def _spots(count: int, side: float, rng: np.random.Generator) -> list[tuple[floa
 
 
 def _pick(
-    names: list[str], often: dict[str, float], count: int, rng: np.random.Generator
+    names: Sequence[str], often: dict[str, float], count: int, rng: np.random.Generator
 ) -> list[str]:
     weights = np.asarray([often.get(name, 1.0) for name in names])
-    drawn = rng.choice(names, count, replace=False, p=weights / weights.sum())
+    drawn = rng.choice(list(names), count, replace=False, p=weights / weights.sum())
     return [str(name) for name in drawn]
 
 
-def _landscape(rng: np.random.Generator, look: int) -> Scene:
+def _landscape(seed: int, look: int, rng: np.random.Generator) -> Scene:
     land = str(rng.choice(list(LANDS)))
     airborne = list(rng.choice(AIRBORNE, rng.integers(0, 3), replace=False))
     standing = list(rng.choice(STANDING, rng.integers(1, 3), replace=False))
     standing.sort(key=lambda word: word != "mountain")
     placements = []
     for index, word in enumerate(airborne):
-        x = SIDE * ((0.25 + 0.5 * index) + rng.uniform(-0.08, 0.08))
+        x = UNITS * ((0.25 + 0.5 * index) + rng.uniform(-0.08, 0.08))
         side = rng.uniform(34, 48)
         placements.append(Placement(concept=str(word), x=x, y=rng.uniform(20, 32), side=side))
     slots = rng.permutation([0.28, 0.72]) if len(standing) > 1 else [0.5]
     for word, slot in zip(standing, slots, strict=False):
         side = rng.uniform(74, 92) if word == "mountain" else rng.uniform(46, 62)
         foot = rng.uniform(86, 94) if word == "mountain" else rng.uniform(98, 114)
-        x, flip = SIDE * (slot + rng.uniform(-0.06, 0.06)), bool(rng.random() < 0.5)
+        x, flip = UNITS * (slot + rng.uniform(-0.06, 0.06)), bool(rng.random() < 0.5)
         y = foot - side / 2
         placements.append(Placement(concept=str(word), x=float(x), y=y, side=side, flip=flip))
     words = [item.concept for item in placements]
     where = rng.choice(["{on}", "on {land} under a blue sky", "in a landscape with {land}"])
     caption = _caption(words, str(where).format(on=land, land=LANDS[land]), rng)
     return Scene(
-        ground_HWC=paint_land(land, rng),
+        seed=seed,
+        ground=land,
+        is_land=True,
         placements=placements,
         look=look,
         shadow=(0.0, 0.06, 0.3),
@@ -259,30 +346,24 @@ def _landscape(rng: np.random.Generator, look: int) -> Scene:
     )
 
 
-def compose(seed: int) -> tuple[np.ndarray, str]:
-    """One scene of the training mix: uint8 [SIDE, SIDE, RGB] and its caption."""
-    made = scene(seed)
-    return made.paint(), made.caption
-
-
-def scene(seed: int) -> Scene:
-    """One scene of the training mix."""
+def scene(seed: int, names: Sequence[str]) -> Scene:
+    """One scene of the training mix, of the concepts of these names."""
     rng = np.random.default_rng(seed)
     look = int(rng.integers(len(art.LOOKS)))
     kind = rng.random()
     if kind > 0.88:
-        return _landscape(rng, look)
+        return _landscape(seed, look, rng)
     low, high, count = 60, 104, 1
     if kind > 0.76:
         low, high, count = 36, 50, int(rng.integers(4, 8))
     elif kind > 0.46:
         low, high, count = 46, 66, int(rng.integers(2, 4))
-    words = _pick(list(art.CONCEPTS.values()), OFTEN, count, rng)
+    words = _pick(names, OFTEN, count, rng)
     ground = _pick(list(GROUNDS), OFTEN_GROUNDS, 1, rng)[0]
     side = rng.uniform(low, high)
     # A small object stands farther from the middle than a large one can.
     reach = 8 + 0.35 * (104 - side)
-    spots = [(SIDE / 2 + rng.uniform(-reach, reach), SIDE / 2 + rng.uniform(-reach, reach))]
+    spots = [(UNITS / 2 + rng.uniform(-reach, reach), UNITS / 2 + rng.uniform(-reach, reach))]
     if count > 1:
         spots = _spots(count, side, rng)
     placements = [
@@ -300,7 +381,9 @@ def scene(seed: int) -> Scene:
     if not GROUNDS[ground]:
         shadow = (0.0, 0.0, 0.0)
     return Scene(
-        ground_HWC=paint_ground(ground, rng),
+        seed=seed,
+        ground=ground,
+        is_land=False,
         placements=placements,
         look=look,
         shadow=shadow,

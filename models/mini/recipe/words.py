@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import art
@@ -32,17 +32,15 @@ standing swimming flying topped filled covered surrounded
 """
 
 
-def _corpus() -> Iterator[str]:
+def _corpus(names: Sequence[str]) -> Iterator[str]:
     for seed in range(4000):
-        yield scenes.compose(seed)[1]
+        yield scenes.scene(seed, names).caption
     for _ in range(40):
         yield from COMMON.split()
-    for look in art.LOOKS:
-        for name in art.icons(look):
-            yield name.replace("-", " ")
+    yield from art.icon_words()
 
 
-def write_vocabulary(folder: Path) -> None:
+def write_vocabulary(folder: Path, names: Sequence[str]) -> None:
     """Learn the merges and write CLIP's two files, vocab.json and merges.txt."""
     letters = list(bytes_to_unicode().values())
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -56,7 +54,7 @@ def write_vocabulary(folder: Path) -> None:
     trainer = BpeTrainer(
         vocab_size=2000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
-    learner.train_from_iterator(_corpus(), trainer)
+    learner.train_from_iterator(_corpus(names), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:MERGES]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters)]
     pieces += [first + second for first, second in merges]
@@ -75,11 +73,15 @@ def copy_vocabulary(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def make_tokenizer(folder: Path, start: Path | None = None) -> CLIPTokenizer:
-    """The tokenizer over the two files in the folder: those of an exported model, or learned now."""
-    if start:
-        copy_vocabulary(start / "tokenizer", folder)
-    else:
-        write_vocabulary(folder)
+def make_tokenizer(folder: Path, names: Sequence[str], start: Path | None = None) -> CLIPTokenizer:
+    """The tokenizer over the two files in the folder: those there, those of an exported model, or learned now.
+
+    A model's words are numbered by its tokenizer, so one that is there is never learned anew.
+    """
+    if not (folder / "vocab.json").exists():
+        if start:
+            copy_vocabulary(start / "tokenizer", folder)
+        else:
+            write_vocabulary(folder, names)
     files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
     return CLIPTokenizer(**files, model_max_length=77, pad_token=END)

@@ -1,0 +1,341 @@
+"""What the stages of training share.
+
+Main types: `Run`, what is trained, on what and where; `Course`, the steps of one stage by the clock, with checkpoints;
+`Average`, the weights that are kept; `Pool`, encoded scenes to learn from.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from scenes import Composer, Layers, Scene, scene
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+# Seconds of work between two lines of the log, and between two checkpoints.
+LOG_EVERY, SAVE_EVERY = 60, 240
+# A process that was stopped for a while has not worked meanwhile: no step takes longer.
+LONGEST_STEP = 30.0
+WARM_UP = 100
+SNR_CAP = 5.0
+OFFSET_NOISE = 0.1
+HELD_OUT = 10_000_000
+
+
+class Run:
+    """One training: the model's size, what paints its scenes, the folders of checkpoints and of the exported model.
+
+    On a CPU each of `threads` works on a part of a batch with one core: they meet once a step instead of at every
+    operation, which matters on a machine that is busy with other things. A GPU takes the batch as a whole.
+    """
+
+    def __init__(
+        self,
+        size: networks.Size,
+        composer: Composer,
+        work: Path,
+        *,
+        threads: int = 2,
+        weights: Path | None = None,
+        start: Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.size, self.composer, self.device = size, composer, composer.device
+        self.work, self.start, self.resume = work, start, resume
+        self.weights = weights or work / "weights"
+        self.batch = 16 if self.device.type == "cpu" else 256
+        self.parts = threads if self.device.type == "cpu" else 1
+        self.workers = ThreadPoolExecutor(threads)
+        self.is_stopped = False
+        work.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+
+    def scenes(self, seeds: Sequence[int]) -> list[Scene]:
+        """The scenes of these seeds."""
+        return [scene(seed, self.size.names) for seed in seeds]
+
+    def stop_on_signal(self) -> None:
+        """From now on SIGTERM and SIGINT end the stage after its step, with a checkpoint."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "is_stopped", True))
+
+    def gradients(self, loss_of: Callable[..., Tensor], *batch_B: Tensor) -> Tensor:
+        """Adds the gradients of a batch's mean loss; the loss."""
+
+        def part(inputs: tuple[Tensor, ...]) -> Tensor:
+            torch.set_num_threads(1)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = loss_of(*inputs) * (len(inputs[0]) / len(batch_B[0]))
+            loss.backward()
+            return loss.detach()
+
+        chunks = zip(*(whole_B.chunk(self.parts) for whole_B in batch_B), strict=True)
+        if self.parts == 1:
+            return sum(map(part, chunks), torch.zeros((), device=self.device))
+        return sum(self.workers.map(part, chunks), torch.zeros(()))
+
+
+class Average:
+    """Exponential moving average of a model's weights, quick to follow at the start."""
+
+    def __init__(self, model: nn.Module, keep: float) -> None:
+        self.values = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self._keep = keep
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Move towards the model as it stands after `step`."""
+        rate = 1 - min(self._keep, (step + 1) / (step + 10))
+        pairs = [
+            (self.values[key], value)
+            for key, value in model.state_dict().items()
+            if value.is_floating_point()
+        ]
+        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], rate)
+
+
+class Course:
+    """The steps of one stage: how far it is, how fast it learns, what is kept for taking it up again.
+
+    groups: the optimiser's parameter groups with their rates, reached after a warm-up and falling to 0 as a cosine.
+    """
+
+    def __init__(self, run: Run, name: str, minutes: float, groups: list[dict[str, Any]]) -> None:
+        self._run, self.name = run, name
+        self._limit = 60 * minutes
+        self._path = run.work / f"{name}.pt"
+        self.step, self.worked = 0, 0.0
+        self._rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its time is up."""
+        return self.worked >= self._limit
+
+    def resumed(self) -> dict[str, Any]:
+        """What the last checkpoint holds, empty without one; the clock and the optimiser follow it."""
+        if not (self._run.resume and self._path.exists()):
+            return {}
+        saved: dict[str, Any] = torch.load(
+            self._path, map_location=self._run.device, weights_only=True
+        )
+        self.optimizer.load_state_dict(saved.pop("optimizer"))
+        self.step, self.worked = saved.pop("step"), saved.pop("worked")
+        return saved
+
+    def save(self, **state: Any) -> None:
+        """Write a checkpoint whole or not at all."""
+        partial = self._path.with_suffix(".part")
+        clock = {"step": self.step, "worked": self.worked}
+        torch.save({**state, **clock, "optimizer": self.optimizer.state_dict()}, partial)
+        partial.replace(self._path)
+
+    def attend(
+        self,
+        learn: Callable[[int], Tensor],
+        save: Callable[[], dict[str, Any]],
+        followers: Sequence[tuple[Average, nn.Module]] = (),
+    ) -> None:
+        """Work until the time is up or the run is stopped.
+
+        learn: adds the gradients of a step and gives its loss; the step is made here. save: makes a checkpoint and
+        tells what is to be logged with it; called at the end, too. followers: averages of models, moved every step.
+        """
+        shown = saved = self.worked
+        losses: list[Tensor] = []
+        weights = [value for group in self.optimizer.param_groups for value in group["params"]]
+        while not (self.is_done or self._run.is_stopped):
+            start = time.monotonic()
+            share = 0.5 + 0.5 * math.cos(math.pi * self.worked / self._limit)
+            share *= min(1.0, (self.step + 1) / WARM_UP)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * share
+            self.optimizer.zero_grad()
+            losses.append(learn(self.step))
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            self.optimizer.step()
+            for average, model in followers:
+                average.follow(model, self.step)
+            self.step += 1
+            if self._run.device.type == "cuda" and self.step % 16 == 0:
+                torch.cuda.synchronize()
+            self.worked += min(time.monotonic() - start, LONGEST_STEP)
+            if self.worked - shown > LOG_EVERY:
+                self.log(loss=round(float(torch.stack(losses).mean()), 4))
+                shown, losses = self.worked, []
+            if self.worked - saved > SAVE_EVERY:
+                saved = self.worked
+                self.log(**save())
+        self.log(**save())
+
+    def log(self, **line: Any) -> None:
+        """One JSON line on standard output."""
+        minutes = round(self.worked / 60, 1)
+        print(
+            json.dumps({"stage": self.name, "step": self.step, "minutes": minutes, **line}),
+            flush=True,
+        )
+
+
+class Pool:
+    """Scenes to learn from, encoded: a scene's place is its seed modulo the size, so the oldest are forgotten.
+
+    With `control`, which makes of a scene and its layers a control picture and where it counts, these are kept, too.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        size: int,
+        control: Callable[[Scene, Tensor, Tensor], tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        self._run, self._vae, self._tokenizer, self._control = run, vae, tokenizer, control
+        side = run.size.side
+        latent_side, device = side // networks.FACTOR, run.device
+        self.size = size
+        # Scenes before the first step's new ones, and the oldest that is there.
+        self.first = self.oldest = 0
+        self.latents_NCHW = torch.zeros(
+            size, 4, latent_side, latent_side, dtype=torch.float16, device=device
+        )
+        self.ids_NT = torch.zeros(size, 77, dtype=torch.int16, device=device)
+        if control:
+            self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
+            self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
+
+    def add(self, seeds: range) -> None:
+        """Compose and encode the scenes of these seeds, some at a time."""
+        for start in range(0, len(seeds), 64):
+            some = seeds[start : start + 64]
+            if self._run.parts == 1:
+                self._fill(some)
+            else:
+                parts = [some[part :: self._run.parts] for part in range(self._run.parts)]
+                list(self._run.workers.map(self._fill, filter(len, parts)))
+
+    def _fill(self, seeds: range) -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            scenes = self._run.scenes(seeds)
+            layers = self._run.composer.layers(scenes)
+            pixels_B3HW = self._run.composer.paint(scenes, layers)
+            places = torch.tensor([seed % self.size for seed in seeds])
+            self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
+            captions = [each.caption for each in scenes]
+            self.ids_NT[places] = token_ids(self._tokenizer, captions).short().to(self._run.device)
+            if self._control:
+                self._draw(scenes, layers, pixels_B3HW, places)
+
+    def _draw(
+        self, scenes: list[Scene], layers: Layers, pixels_B3HW: Tensor, places: Tensor
+    ) -> None:
+        assert self._control
+        paint_M4HW, pixels_B3HW = layers.paint_M4HW.cpu(), pixels_B3HW.cpu()
+        counts = [len(each.placements) for each in scenes]
+        # Where parts are worked on side by side, this is one of the workers.
+        spread = self._run.workers.map if self._run.parts == 1 else map
+        made = list(spread(self._control, scenes, paint_M4HW.split(counts), pixels_B3HW))
+        edges_BHW, counts_BHW = (
+            torch.from_numpy(np.stack(each)) for each in zip(*made, strict=True)
+        )
+        self.edges_NHW[places] = edges_BHW.to(self._run.device)
+        self.counts_NHW[places] = counts_BHW.to(self._run.device)
+
+    def batch(self, step: int, new: int, rng: np.random.Generator) -> Tensor:
+        """Places of a batch: the newest scenes once, the rest drawn from all."""
+        newest = np.arange(self.first + new * step, self.first + new * (step + 1))
+        self.add(range(newest[0], newest[-1] + 1))
+        self.oldest = max(self.oldest, int(newest[-1]) + 1 - self.size)
+        old = rng.integers(self.oldest, newest[0], self._run.batch - new)
+        return torch.from_numpy(np.concatenate([newest, old]) % self.size).to(self._run.device)
+
+
+def to_range(pixels: Tensor) -> Tensor:
+    """From uint8 to float in -1..1."""
+    return pixels.float() / 127.5 - 1
+
+
+def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
+    """Mean latents, not scaled, of uint8 pictures."""
+    x_B3HW = to_range(pixels_B3HW).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x_B3HW.device.type, torch.bfloat16):
+        return torch.cat([vae.encode(part).latent_dist.mean for part in x_B3HW.split(16)])
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Padded token ids, int64 [B, 77]."""
+    coded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    ids_BT: Tensor = coded.input_ids
+    return ids_BT
+
+
+@cache
+def _alphas(device: torch.device) -> Tensor:
+    alphas_T: Tensor = networks.scheduler().alphas_cumprod.to(device)
+    return alphas_T
+
+
+def noised(
+    x_BCHW: Tensor, step: int, rng: np.random.Generator, power: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents with noise: noisy_BCHW, the noise, its timesteps t_B, and the loss' weights_B.
+
+    Timesteps are evenly spread over the schedule with one common shift, so that the loss varies less, and denser among
+    the noisy ones with a higher `power`. The weights are those of Min-SNR (Hang et al. 2023).
+    """
+    count, device = len(x_BCHW), x_BCHW.device
+    noise_rng = torch.Generator("cpu").manual_seed(step)
+    noise_BCHW = torch.randn(x_BCHW.shape, generator=noise_rng)
+    # Hides what the last steps still show of a picture's mean colour: the text must tell it.
+    noise_BCHW += OFFSET_NOISE * torch.randn((count, 4, 1, 1), generator=noise_rng)
+    noise_BCHW = noise_BCHW.to(device)
+    alphas_T = _alphas(device)
+    spread = (rng.permutation(count) + rng.random()) / count
+    t_B = torch.from_numpy((1 - spread**power) * len(alphas_T)).long().to(device)
+    t_B = t_B.clamp(0, len(alphas_T) - 1)
+    signal_B111 = alphas_T[t_B].view(-1, 1, 1, 1)
+    noisy_BCHW = signal_B111.sqrt() * x_BCHW + (1 - signal_B111).sqrt() * noise_BCHW
+    weights_B = (SNR_CAP * (1 - signal_B111) / signal_B111).clamp(max=1.0).flatten()
+    return noisy_BCHW.contiguous(memory_format=torch.channels_last), noise_BCHW, t_B, weights_B
+
+
+def squared_error(predicted_BCHW: Tensor, noise_BCHW: Tensor, weights_B: Tensor) -> Tensor:
+    """The mean of the weighted squared errors of predicted noise."""
+    error_B = (predicted_BCHW.float() - noise_BCHW).square().mean(dim=(1, 2, 3))
+    return (weights_B * error_B).mean()
+
+
+def write_halved(made: Path, folder: Path) -> None:
+    """Move a diffusers folder into another in half precision; each file appears whole or not at all.
+
+    Only the stored numbers are halved: the configs still say float32, the type to load as.
+    """
+    for path in made.rglob("*.safetensors"):
+        halved = {name: value.half() for name, value in load_file(path).items()}
+        save_file(halved, path, metadata={"format": "pt"})
+    for path in sorted(made.rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)
+            path.replace(target)
+
+
+def exported(kind: type[Any], folder: Path, part: str) -> Any:
+    """A part of an exported folder, in float32."""
+    return kind.from_pretrained(folder, subfolder=part).float()
