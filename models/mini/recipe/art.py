@@ -7,7 +7,9 @@ import argparse
 import io
 import json
 import subprocess
+import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,8 +124,11 @@ def icons(look: Look) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / look.archive
     if not archive.exists():
-        command = ["npm", "pack", f"{look.package}@{look.version}", "--silent"]
-        subprocess.run(command, cwd=folder, check=True, timeout=300)
+        # A fetch that breaks off must not leave half a package behind.
+        with tempfile.TemporaryDirectory(dir=folder) as fetched:
+            command = ["npm", "pack", f"{look.package}@{look.version}", "--silent"]
+            subprocess.run(command, cwd=fetched, check=True, timeout=300, stdout=sys.stderr)
+            (Path(fetched) / look.archive).replace(archive)
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/icons.json")
         if member is None:
