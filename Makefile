@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test setup proto format lint types check cluster clean
+.PHONY: demo test mini setup proto format lint types check cluster clean
 
 demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
@@ -11,6 +11,11 @@ demo: setup
 
 test: setup check
 	$(PYTHON) -m pytest
+
+# Trains the bundled model anew into models/mini/.work/weights; `make mini MINI="--device cuda --minutes 25"`.
+MINI ?= --minutes 120
+mini: setup
+	PYTHONPATH=. OMP_WAIT_POLICY=passive $(PYTHON) models/mini/recipe/train.py --resume $(MINI)
 
 # One virtual environment with exact versions; made again when the pins or the package change.
 setup: $(VENV)/.ready
