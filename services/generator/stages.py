@@ -240,10 +240,10 @@ class TorchStages:
         """What the ControlNets add to the skip connections and, last, to the middle; 0 in rows without one."""
         total: tuple[torch.Tensor, ...] = ()
         for part in structure:
-            rows_R = torch.tensor(part.rows, device=x_BChw.device)
             is_whole = len(part.rows) == len(x_BChw)
             x_RChw, timestep_R, part_text = x_BChw, timestep_B, text
             if not is_whole:
+                rows_R = torch.tensor(part.rows, device=x_BChw.device)
                 x_RChw, timestep_R = x_BChw[rows_R], timestep_B[rows_R]
                 part_text = text.rows(rows_R)
             down, middle = self._controlnet(part.kind)(
