@@ -54,10 +54,18 @@ def sd2(folder: Path) -> Path:
     )
 
 
-def mini(folder: Path) -> Path:
-    """The bundled model in small: canvas 32 px, three levels, 4x autoencoder."""
+def mini(folder: Path, *, width: int = 16, seed: int = 0) -> Path:
+    """The bundled model in small: canvas 32 px, three levels, 4x autoencoder; `width` channels at full resolution."""
     scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False)
-    return _save(folder, levels=3, vae_levels=3, text_width=32, scheduler=scheduler)
+    return _save(
+        folder,
+        levels=3,
+        vae_levels=3,
+        text_width=32,
+        scheduler=scheduler,
+        seed=seed,
+        block_out_channels=(width, 2 * width, 2 * width),
+    )
 
 
 def sdxl(folder: Path) -> Path:
@@ -132,21 +140,24 @@ _SCHEDULE = {
 }
 
 
-def _save(folder, *, levels, vae_levels, text_width, scheduler, **unet_options):
+def _save(folder, *, levels, vae_levels, text_width, scheduler, seed=0, **unet_options):
     with torch.random.fork_rng():
         # The networks take their first weights from the global generator and offer no other.
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         tokenizer = _tokenizer(folder)
         text_encoder = _text_encoder(tokenizer, text_width)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16, 32, 32, 32)[:levels],
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             layers_per_block=1,
             cross_attention_dim=text_width,
             norm_num_groups=8,
-            **{"attention_head_dim": 4, **unet_options},
+            **{
+                "block_out_channels": (16, 32, 32, 32)[:levels],
+                "attention_head_dim": 4,
+                **unet_options,
+            },
         )
         vae = _vae(levels=vae_levels)
     pipeline = StableDiffusionPipeline(

@@ -1,6 +1,7 @@
 """The generator process: `python -m services.generator`."""
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass
 
@@ -38,6 +39,9 @@ class Settings:
     # GiB that one request may take beyond the weights, 0 for half of the machine's memory. Only on the CPU: a machine
     # without memory ends the process, a GPU without memory fails the request.
     request_memory: float = 0.0
+    # GiB that weights may take on each device, 0 for no limit: models are loaded with their first use, and those used
+    # least recently give way.
+    model_memory: float = 0.0
     # Prometheus port, 0 for none.
     metrics_port: int = 0
     log_level: str = "INFO"
@@ -61,11 +65,15 @@ def load_stages(card: ModelCard) -> Stages:
 async def build(settings: Settings) -> Server:
     """The generator, wired and not yet started."""
     blobs = await open_blobs(settings.blobs)
+    catalog = await asyncio.to_thread(Catalog.read, settings.models)
+    memory_bytes = settings.model_memory * 2**30 or math.inf
+    catalog.check_memory(memory_bytes)
     engine = Engine(
-        await asyncio.to_thread(Catalog.read, settings.models),
+        catalog,
         load=load_stages,
         scheduler=Scheduler(max_rows=settings.max_rows, max_waiting=settings.max_waiting),
         threads=settings.threads or len(os.sched_getaffinity(0)),
+        memory_bytes=memory_bytes,
     )
     server = Server("generator", settings.address, drain=engine.drain)
     generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(

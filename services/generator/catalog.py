@@ -286,6 +286,19 @@ class Catalog:
         """All models, the default first."""
         return tuple(self._cards.values())
 
+    def check_memory(self, limit_bytes: float) -> None:
+        """Refuses a limit that not every model keeps by itself.
+
+        Raises:
+            InvalidSetting: naming the model and what it needs.
+        """
+        for card in self.cards:
+            if card.weights_bytes > limit_bytes:
+                raise InvalidSetting(
+                    f"models: {card.name}: its weights, with its ControlNets and adapters, take "
+                    f"{card.weights_bytes / 2**30:.3g} GiB; COLLAGE_MODEL_MEMORY is {limit_bytes / 2**30:.3g}"
+                )
+
     def find(self, name: str, *, field: str = "sampling.model") -> ModelCard:
         """The model of that name, the default for an empty one.
 

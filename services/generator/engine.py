@@ -6,6 +6,7 @@ thread of its own. It knows neither messages nor storage.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +49,18 @@ class Engine:
     """Generates pictures. For the arguments see `Runner`."""
 
     def __init__(
-        self, catalog: Catalog, *, load: StagesLoader, scheduler: Scheduler, threads: int
+        self,
+        catalog: Catalog,
+        *,
+        load: StagesLoader,
+        scheduler: Scheduler,
+        threads: int,
+        memory_bytes: float = math.inf,
     ) -> None:
         self.catalog = catalog
-        self._runner = Runner(catalog, load=load, scheduler=scheduler, threads=threads)
+        self._runner = Runner(
+            catalog, load=load, scheduler=scheduler, threads=threads, memory_bytes=memory_bytes
+        )
         self._encoders = ThreadPoolExecutor(PNG_THREADS, thread_name_prefix="png")
 
     async def generate(self, job: Job) -> AsyncGenerator[Event, None]:

@@ -1,7 +1,12 @@
-"""How much memory this machine lets a process have: `machine_bytes`. It knows no model."""
+"""How much memory this machine lets a process have, `machine_bytes`; and handing it back, `give_back`."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from pathlib import Path
+
+import torch
 
 # A container's limit, where there is one (cgroup 2).
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -15,3 +20,14 @@ def machine_bytes() -> int:
     # No such file, or "max": no limit of its own.
     except (OSError, ValueError):
         return machine
+
+
+def give_back() -> None:
+    """Hands what is free in this process to the system: its own memory, and that of its GPUs."""
+    # Networks hold on to themselves through their hooks.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    # glibc keeps freed pieces for itself; other libraries have no such call and give back more readily.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -8,13 +8,14 @@ cancels and deadlines before the next. It knows neither event loops nor messages
 import contextlib
 import contextvars
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.common.errors import (
     Cancelled,
@@ -28,6 +29,7 @@ from services.common.telemetry import log
 from services.generator.catalog import Catalog, ModelCard, unet_rows
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
+from services.generator.memory import give_back
 from services.generator.noise import released_at
 from services.generator.sampler import Run, step
 from services.generator.scheduler import DropReason, QueueFull, Scheduler, Shape, Ticket, Turn
@@ -46,6 +48,8 @@ STEP_SECONDS = Histogram("collage_generator_step_seconds", "One U-Net call", ["m
 BATCH_ROWS = Histogram(
     "collage_generator_batch_rows", "U-Net rows of one call", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
+MODEL_LOADS = Counter("collage_generator_model_loads_total", "Models loaded", ["model"])
+LOADED_BYTES = Gauge("collage_generator_loaded_bytes", "Weights in memory", ["device"])
 JOBS = Counter("collage_generator_jobs_total", "Jobs that ended", ["outcome"])
 
 # Loads a model and answers its stages; called on the device's thread.
@@ -69,20 +73,30 @@ class Runner:
     """Works off jobs, several at a time where the scheduler says so; the answers go to each job's mailbox.
 
     Args:
-        catalog: the models that may be asked for; each is loaded with the first job that needs it and stays.
+        catalog: the models that may be asked for; each is loaded with the first job that needs it.
         load: makes a model's stages.
         scheduler: whose turn it is.
+        memory_bytes: what the weights may take on each device; the models used least recently give way. Every model
+            fits by itself, see `Catalog.check_memory`.
         threads: CPU threads of one operation. Fixed, because sums split over another number of threads round
             differently: with the same number a request gives the same bytes in every process.
     """
 
     def __init__(
-        self, catalog: Catalog, *, load: StagesLoader, scheduler: Scheduler, threads: int
+        self,
+        catalog: Catalog,
+        *,
+        load: StagesLoader,
+        scheduler: Scheduler,
+        threads: int,
+        memory_bytes: float = math.inf,
     ) -> None:
         self._catalog = catalog
+        self._memory_bytes = memory_bytes
         self._load = load
         self._scheduler = scheduler
         self._threads = threads
+        # The one used last stands last.
         self._stages: dict[str, Stages] = {}
         self._entries: dict[int, _Entry] = {}
         self._ids = itertools.count()
@@ -196,11 +210,39 @@ class Runner:
             )
 
     def _stages_of(self, name: str) -> Stages:
-        if name not in self._stages:
-            start_s = time.monotonic()
-            self._stages[name] = self._load(self._catalog.find(name))
-            log.info("model loaded", model=name, seconds=round(time.monotonic() - start_s, 2))
+        if name in self._stages:
+            self._stages[name] = self._stages.pop(name)
+            return self._stages[name]
+        card = self._catalog.find(name)
+        self._make_room(card)
+        start_s = time.monotonic()
+        self._stages[name] = self._load(card)
+        MODEL_LOADS.labels(name).inc()
+        LOADED_BYTES.labels(str(card.device)).inc(card.weights_bytes)
+        log.info("model loaded", model=name, seconds=round(time.monotonic() - start_s, 2))
         return self._stages[name]
+
+    def _make_room(self, card: ModelCard) -> None:
+        """Unloads, on the card's device, the models used least recently until this one fits; none that is in use."""
+        with self._changed:
+            used = {
+                entry.job.sampling.model
+                for entry in self._entries.values()
+                if entry.run is not None
+            }
+        beside = [
+            other for other in map(self._catalog.find, self._stages) if other.device == card.device
+        ]
+        taken_bytes = sum(other.weights_bytes for other in beside)
+        for other in beside:
+            if taken_bytes + card.weights_bytes <= self._memory_bytes:
+                return
+            if other.name not in used:
+                del self._stages[other.name]
+                give_back()
+                taken_bytes -= other.weights_bytes
+                LOADED_BYTES.labels(str(card.device)).dec(other.weights_bytes)
+                log.info("model unloaded", model=other.name, to_make_room_for=card.name)
 
     def _advance(self, entries: Sequence[_Entry]) -> None:
         """One step for those that have one left, then the pictures of those that have none."""
