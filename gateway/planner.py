@@ -6,8 +6,9 @@ by the digest of the inputs. This module knows neither jobs nor pixels.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ from services.common.rpc import bounded, outgoing
 # Composing 32 layers at 2048 x 2048 takes seconds; more means the compositor hangs.
 COMPOSE_TIMEOUT_S = 60.0
 ASK_TIMEOUT_S = 15.0
+# A noise dial that acts further from its value than this is warned of.
+COARSE_DIAL = 0.1
 # Models change only when a generator restarts.
 MODELS_FRESH_S = 5.0
 
@@ -456,7 +459,40 @@ def _render_plan(
                 "it was appended",
             )
         )
+    if collage.negative_prompt and not estimate.negative_prompt_tokens:
+        plan.warnings.append(
+            collage_pb2.Warning(
+                reason="NEGATIVE_PROMPT_UNUSED",
+                field="collage.negative_prompt",
+                message=f"is not read: at guidance scale {sampling.guidance_scale:g} model "
+                f"{sampling.model} takes the prompt only",
+            )
+        )
+    plan.warnings.extend(_coarse_dials(plan.layers, sampling.steps))
     return plan
+
+
+def _coarse_dials(
+    layers: Sequence[collage_pb2.LayerPlan], steps: int
+) -> Iterator[collage_pb2.Warning]:
+    """A warning for each layer in sight whose noise, cut into so few steps, acts far from what was asked.
+
+    A layer is drawn in int(steps * noise) of the steps, as in diffusers' img2img.
+    """
+    for index, layer in enumerate(layers):
+        acting = math.floor(steps * layer.noise) / steps
+        if layer.visible_fraction == 0 or layer.noise - acting <= COARSE_DIAL:
+            continue
+        levels = ", ".join(f"{step / steps:.2g}" for step in range(steps + 1))
+        effect = (
+            "the layer's pixels stay as they are" if acting == 0 else f"it acts as {acting:.2g}"
+        )
+        yield collage_pb2.Warning(
+            reason="NOISE_DIAL_COARSE",
+            field=f"collage.layers[{index}].noise",
+            message=f"is {layer.noise:.2g}: with {steps} steps the dial has only the levels {levels}; "
+            f"the next below counts, so {effect}; set one of them, or take more steps",
+        )
 
 
 def parse_redo(message: Any) -> RedoFields:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from services.common.errors import InvalidRequest
 from services.common.registry import (
     CONTROLNET_FILES,
     Defaults,
@@ -161,6 +163,17 @@ def test_the_card_says_what_the_operator_said(tmp_path, folder):
     assert (defaults.sampler, defaults.steps, defaults.guidance_scale) == ("ddim", 20, 0.0)
 
 
+def test_a_distilled_folder_is_drawn_with_as_it_was_made(tmp_path):
+    (card,) = catalog(tmp_path, toy.lcm(tmp_path / "lcm")).cards
+    defaults = card.defaults()
+    assert (defaults.sampler, defaults.steps) == ("lcm", 8)
+    # Guidance is an input of its U-Net: it takes no rows of its own.
+    assert defaults.guidance_scale > 1 and card.unet_rows(replace(defaults, images=3)) == 3
+    card.check_sampling(replace(defaults, steps=50))
+    with pytest.raises(InvalidRequest, match="steps: is 51; sampler lcm of model toy takes at mo"):
+        card.check_sampling(replace(defaults, steps=51))
+
+
 def test_the_weights_size_is_that_in_memory(tmp_path, folder):
     from services.generator.models import load
 
@@ -180,6 +193,10 @@ def test_the_weights_size_is_that_in_memory(tmp_path, folder):
     [
         ({"device": "cuda:99"}, "toy: device: is 'cuda:99'; this machine has: cpu"),
         ({"defaults": {"sampler": "magic"}}, "defaults.sampler: is 'magic'; allowed: euler"),
+        (
+            {"defaults": {"sampler": "lcm", "steps": 51}},
+            "defaults.steps: is 51; sampler lcm takes at most 50",
+        ),
         (
             {"limits": {"max_steps": 5}, "defaults": {"steps": 6}},
             "defaults.steps: is 6, above limits.max_steps, which is 5",

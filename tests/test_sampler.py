@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -86,6 +87,31 @@ def test_equals_diffusers_bit_for_bit(tmp_path):
     """The whole table, with more strengths and models, is benchmarks/parity.py."""
     case = Case(toy.sd2(tmp_path))
     assert set(case.differences("euler_ancestral", [5.0], [0.7]).values()) == {0.0}
+
+
+def test_a_distilled_model_equals_diffusers_bit_for_bit(tmp_path):
+    """Its guidance scale is an input, so there are no rows without the prompt."""
+    case = Case(toy.lcm(tmp_path))
+    assert set(case.differences("lcm", [5.0], [0.7]).values()) == {0.0}
+    sampling = replace(SAMPLING, sampler="lcm", guidance_scale=5.0)
+    one, other = (
+        finish(case.stages, begin(case.stages, plate(), replace(sampling, guidance_scale=scale)))
+        for scale in (1.0, 5.0)
+    )
+    assert not np.array_equal(one, other)
+
+
+def test_timesteps_are_spaced_as_the_folder_says(tmp_path):
+    """Models distilled for few steps begin at the last timestep: trailing spacing."""
+    folder = toy.mini(tmp_path)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "timestep_spacing": "trailing"}))
+    case = Case(folder)
+    scheduler = case.facts.scheduler("euler")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert set(case.differences("euler", [1.0], [0.7]).values()) == {0.0}
 
 
 def test_no_strength_no_work(stages, calls):

@@ -428,6 +428,33 @@ async def test_a_background_picture_lies_under_all(system):
     }
 
 
+async def test_the_plan_says_what_few_steps_and_no_guidance_mean(system):
+    scene = collage(
+        negative_prompt="a box",
+        layers=[layer("a", noise=0.45), layer("b", noise=0.5), layer("c", noise=0.2)],
+    )
+    asked = {"steps": 4, "guidance_scale": 1.0}
+    planned = await system.stub.PlanCollage(
+        pb.PlanCollageRequest(collage=scene, sampling=asked), timeout=LIMIT_S
+    )
+    said = {(warning.reason, warning.field): warning.message for warning in planned.plan.warnings}
+    assert said[("NOISE_DIAL_COARSE", "collage.layers[0].noise")] == (
+        "is 0.45: with 4 steps the dial has only the levels 0, 0.25, 0.5, 0.75, 1; the next below "
+        "counts, so it acts as 0.25; set one of them, or take more steps"
+    )
+    assert "pixels stay as they are" in said[("NOISE_DIAL_COARSE", "collage.layers[2].noise")]
+    assert ("NOISE_DIAL_COARSE", "collage.layers[1].noise") not in said
+    assert (
+        "at guidance scale 1 model" in said[("NEGATIVE_PROMPT_UNUSED", "collage.negative_prompt")]
+    )
+    asked = {"steps": 20, "guidance_scale": 5.0}
+    planned = await system.stub.PlanCollage(
+        pb.PlanCollageRequest(collage=scene, sampling=asked), timeout=LIMIT_S
+    )
+    reasons = {warning.reason for warning in planned.plan.warnings}
+    assert not reasons & {"NOISE_DIAL_COARSE", "NEGATIVE_PROMPT_UNUSED"}
+
+
 async def test_many_clients_at_once_are_all_served(system):
     streams = await asyncio.gather(
         *(system.generate(request(seed=100 + number, steps=2)) for number in range(12))

@@ -16,6 +16,7 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -113,6 +114,18 @@ def sdxl(folder: Path) -> Path:
     return folder
 
 
+def lcm(folder: Path) -> Path:
+    """A latent consistency model in small: `mini`, distilled, with the guidance scale as an input of the U-Net."""
+    return _save(
+        folder,
+        levels=3,
+        vae_levels=3,
+        text_width=32,
+        scheduler=LCMScheduler(**_SCHEDULE),
+        time_cond_proj_dim=16,
+    )
+
+
 def controlnet(folder: Path, kind: str) -> Path:
     """A ControlNet for the model in `folder`, which finds it there; made so that it acts, unlike an untrained one."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
@@ -120,7 +133,12 @@ def controlnet(folder: Path, kind: str) -> Path:
     channels = (4, 4, 8, 8)[: len(vae["block_out_channels"])]
     with torch.random.fork_rng():
         torch.manual_seed(sum(kind.encode()))
-        network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
+        network = ControlNetModel.from_unet(
+            unet,
+            conditioning_embedding_out_channels=channels,
+            # ControlNets take no guidance scale, so the time's weights of such a U-Net would not fit.
+            load_weights_from_unet=unet.config.time_cond_proj_dim is None,
+        )
         for parameter in network.parameters():
             if not parameter.any():
                 # Its last layers and biases start at 0.

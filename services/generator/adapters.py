@@ -72,7 +72,9 @@ class AdapterFile:
                     return_lora_metadata=True,
                     use_safetensors=True,
                     **(
-                        {"unet_config": unet_config} if "addition_embed_type" in unet_config else {}
+                        {"unet_config": unet_config}
+                        if unet_config.get("addition_embed_type")
+                        else {}
                     ),
                 )
             except (ValueError, KeyError, AttributeError) as error:

@@ -39,6 +39,9 @@ MAX_SIDE_PER_NATIVE = 4
 DEFAULT_SAMPLER = "euler"
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 7.0
+# Latent consistency models (Luo et al. 2023) are made for 4 to 8 steps; guidance is in their weights.
+LCM_STEPS = 8
+LCM_GUIDANCE = 1.0
 # The bundled model's shapes break up at scales that a full-sized model needs (looked at from 3 to 7).
 # SDXL's is what diffusers has it at.
 _GUIDANCE = {"mini": 4.0, "sdxl": 5.0}
@@ -145,10 +148,15 @@ class ModelCard:
             raise ModelError(
                 f"defaults.sampler: is {self.preset.sampler!r}; allowed: {', '.join(SAMPLERS)}"
             )
-        if self.defaults().steps > self.max_steps:
+        defaults = self.defaults()
+        if defaults.steps > self.max_steps:
             raise ModelError(
-                f"defaults.steps: is {self.defaults().steps}, above limits.max_steps, "
-                f"which is {self.max_steps}"
+                f"defaults.steps: is {defaults.steps}, above limits.max_steps, which is "
+                f"{self.max_steps}"
+            )
+        if defaults.steps > (most := self.facts.most_steps(defaults.sampler)):
+            raise ModelError(
+                f"defaults.steps: is {defaults.steps}; sampler {defaults.sampler} takes at most {most}"
             )
         if self.max_side < self.min_side:
             raise ModelError(
@@ -212,13 +220,34 @@ class ModelCard:
                     f"{' or '.join(map(str, sorted(allowed)))}",
                 )
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuses more steps than the sampler has on this model's schedule.
+
+        Raises:
+            InvalidRequest: naming how many it has.
+        """
+        most = self.facts.most_steps(sampling.sampler)
+        if sampling.steps > most:
+            raise InvalidRequest.of(
+                "sampling.steps",
+                f"is {sampling.steps}; sampler {sampling.sampler} of model {self.name} takes at most {most}",
+            )
+
+    def unet_rows(self, sampling: Sampling) -> int:
+        """Rows of one U-Net call: a picture each, two where a negative prompt counts."""
+        return sampling.images * (2 if self.facts.reads_negative(sampling.guidance_scale) else 1)
+
     def defaults(self) -> Sampling:
         """What a request that leaves sampling unset gets."""
         preset, guidance = self.preset, _GUIDANCE.get(self.family, DEFAULT_GUIDANCE)
+        sampler = preset.sampler or self.facts.native_sampler or DEFAULT_SAMPLER
+        steps = LCM_STEPS if sampler == "lcm" else DEFAULT_STEPS
+        if sampler == "lcm" and self.facts.guidance_width is None:
+            guidance = LCM_GUIDANCE
         return Sampling(
             model=self.name,
-            sampler=preset.sampler or DEFAULT_SAMPLER,
-            steps=preset.steps or min(DEFAULT_STEPS, self.max_steps),
+            sampler=sampler,
+            steps=preset.steps or min(steps, self.max_steps),
             guidance_scale=guidance if preset.guidance_scale is None else preset.guidance_scale,
             images=1,
             seed=0,
@@ -238,7 +267,7 @@ class ModelCard:
         values of `value_bytes` each (4 in single precision), and the finished pictures twice (pixels and PNG).
         """
         cells = size.pixels // self.facts.latent_factor**2
-        rows = unet_rows(sampling)
+        rows = self.unet_rows(sampling)
         block = rows * cells * self.unet_channels
         unet = block * UNET_COPIES
         if has_structure:
@@ -310,11 +339,6 @@ class Catalog:
         if name not in self._cards:
             raise InvalidRequest.of(field, f"is {quote(name)}; allowed: {', '.join(self._cards)}")
         return self._cards[name]
-
-
-def unet_rows(sampling: Sampling) -> int:
-    """Rows of one U-Net call: a picture each, two with guidance."""
-    return sampling.images * (2 if sampling.guidance_scale > 1 else 1)
 
 
 def _read_adapter(name: str, where: str, folder: Path) -> AdapterCard:

@@ -55,7 +55,7 @@ def prepare(
     guidance_scale: float,
     layers: Sequence[LayerControl],
 ) -> Conditioning:
-    """Encodes the prompts; without guidance (scale at most 1) the negative prompt is not read.
+    """Encodes the prompts; the negative one is not read where `reads_negative` says so.
 
     Raises:
         InvalidRequest: a prompt has more tokens than the model reads, learned words' vectors among them; says how many.
@@ -74,7 +74,7 @@ def prepare(
         ]
     )
     negative = None
-    if guidance_scale > 1:
+    if stages.facts.reads_negative(guidance_scale):
         ids_ET = _tokenize(stages, negative_prompt, field="negative_prompt").ids_ET
         is_zero = stages.facts.is_empty_zero and not negative_prompt
         negative = encoded.zeros() if is_zero else stages.encode_text([Text(ids_ET=ids_ET)])

@@ -16,7 +16,7 @@ import numpy as np
 from services.common.collage import Extent, Sampling
 from services.common.errors import DeadlinePassed
 from services.common.plate import Plate
-from services.generator.catalog import Catalog, ModelCard, unet_rows
+from services.generator.catalog import Catalog, ModelCard
 from services.generator.conditioning import LayerControl
 from services.generator.job import (
     Ended,
@@ -104,7 +104,7 @@ class Engine:
         shape = Shape(
             model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
         )
-        return self._runner.seconds(shape, rows=unet_rows(sampling), steps=sampling.steps)
+        return self._runner.seconds(shape, rows=card.unet_rows(sampling), steps=sampling.steps)
 
     async def drain(self) -> None:
         """Admits nothing more and returns when what was admitted is finished."""

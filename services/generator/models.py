@@ -19,6 +19,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError
@@ -66,6 +67,7 @@ SAMPLERS: Mapping[str, type] = {
     "ddim": DDIMScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "unipc": HoldingUniPC,
+    "lcm": LCMScheduler,
 }
 
 
@@ -151,7 +153,8 @@ class ModelFacts:
     so that every level of the U-Net halves evenly. native: the canvas the model was trained at. text_widths: of each
     text encoder's token embeddings, two for SDXL. pooled_width: of the pooled text that SDXL's U-Net reads, 0 for
     others. is_empty_zero: whether an empty negative prompt counts as zeros, not as text. token_limit: tokens a prompt
-    may have. prediction_type: "epsilon" or "v_prediction". scheduler_config: the folder's noise schedule. tokenizers:
+    may have. guidance_width: of the guidance scale's embedding where a U-Net takes it as an input (distilled ones do),
+    else None. prediction_type: "epsilon" or "v_prediction". scheduler_config: the folder's noise schedule. tokenizers:
     of each text encoder; they know the same tokens.
     """
 
@@ -163,6 +166,7 @@ class ModelFacts:
     pooled_width: int
     is_empty_zero: bool
     token_limit: int
+    guidance_width: int | None
     prediction_type: str
     scheduler_config: Mapping[str, Any]
     tokenizers: tuple[CLIPTokenizer, ...]
@@ -173,6 +177,22 @@ class ModelFacts:
         # Latents have no bounds to clip to, and a folder whose scheduler does not clip has no reason to say so.
         options = {"clip_sample": False} if kind is DDIMScheduler else {}
         return kind.from_config(self.scheduler_config, **options)  # type: ignore[attr-defined]
+
+    @property
+    def native_sampler(self) -> str | None:
+        """The sampler that the folder's own scheduler is, where it is one that few-step models are distilled for."""
+        return "lcm" if self.scheduler_config.get("_class_name") == "LCMScheduler" else None
+
+    def reads_negative(self, guidance_scale: float) -> bool:
+        """Whether a negative prompt counts: with guidance, unless its scale is an input of the U-Net."""
+        return guidance_scale > 1 and self.guidance_width is None
+
+    def most_steps(self, sampler: str) -> int:
+        """How many steps the schedule can be cut into; LCM's are a choice of those it was distilled from."""
+        config = self.scheduler(sampler).config
+        return int(
+            config.original_inference_steps if sampler == "lcm" else config.num_train_timesteps
+        )
 
     def token_count(self, text: str) -> int:
         """Tokens of the text alone, without begin and end."""
@@ -362,6 +382,7 @@ def read_facts(folder: Path) -> ModelFacts:
             is_empty_zero=is_xl and index.get("force_zeros_for_empty_prompt", True),
             # Begin and end take two places of the window.
             token_limit=min(text["max_position_embeddings"] for text in texts) - 2,
+            guidance_width=unet.get("time_cond_proj_dim"),
             prediction_type=scheduler.get("prediction_type", "epsilon"),
             scheduler_config=scheduler,
             tokenizers=tuple(_read(CLIPTokenizer, folder, part) for part in tokenizers),

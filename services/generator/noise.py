@@ -18,6 +18,7 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class Levels:
     @classmethod
     def of(cls, scheduler: Any) -> "Levels":
         """The levels of a diffusers scheduler whose timesteps are set."""
-        if isinstance(scheduler, DDIMScheduler):
+        if isinstance(scheduler, DDIMScheduler | LCMScheduler):
             last = scheduler.final_alpha_cumprod
             alpha_bar = torch.stack([*scheduler.alphas_cumprod[scheduler.timesteps.cpu()], last])
             scales, sigmas = alpha_bar**0.5, (1 - alpha_bar) ** 0.5

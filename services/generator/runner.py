@@ -26,7 +26,7 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.telemetry import log
-from services.generator.catalog import Catalog, ModelCard, unet_rows
+from services.generator.catalog import Catalog, ModelCard
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
 from services.generator.memory import give_back
@@ -124,7 +124,7 @@ class Runner:
                 grid_width=width,
                 adapters=sampling.active_adapters,
             ),
-            rows=unet_rows(sampling),
+            rows=self._catalog.find(sampling.model).unet_rows(sampling),
             steps=sampling.steps - int(released_hw.min()),
             deadline_s=job.deadline_s,
         )

@@ -208,8 +208,14 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
     structure = passes(
         [(run._structure, run._images, run.steps_done, run.steps_total) for run, _ in halves]
     )
+    scales = [run._conditioning.guidance_scale for run, _ in halves for _ in range(run._images)]
     prediction_BChw = stages.predict(
-        x_BChw, timestep_B, text, StepControl.of(controls) if controls else None, structure
+        x_BChw,
+        timestep_B,
+        text,
+        StepControl.of(controls) if controls else None,
+        structure,
+        **({} if stages.facts.guidance_width is None else {"guidance_B": torch.tensor(scales)}),
     )
     predictions = torch.split(prediction_BChw, [run._images for run, _ in halves])
     unprompted = {run: x for (run, _), x in zip(without_prompt, predictions, strict=False)}

@@ -74,6 +74,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         deadline_s = time.monotonic() + min(context.time_remaining() or MAX_JOB_S, MAX_JOB_S)
         card = self._engine.catalog.find(request.sampling.model)
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
+        card.check_sampling(sampling)
         _check(request, card)
         key = f"results/{_digest(request, sampling, card)}"
         kept = await self._kept(key)
@@ -120,6 +121,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         """See generator_service.proto. Prompts that are too long are counted, not refused."""
         card = self._engine.catalog.find(request.sampling.model)
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
+        card.check_sampling(sampling)
         check = wire.Checker()
         for name in ("prompt", "negative_prompt"):
             check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
@@ -132,7 +134,11 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self._check_memory(card, size, sampling, request.has_structure)
         return generator_service_pb2.EstimateResponse(
             prompt_tokens=card.count_tokens(request.prompt) + request.word_tokens,
-            negative_prompt_tokens=card.count_tokens(request.negative_prompt),
+            negative_prompt_tokens=(
+                card.count_tokens(request.negative_prompt)
+                if card.facts.reads_negative(sampling.guidance_scale)
+                else 0
+            ),
             prompt_tokens_limit=card.tokens_limit,
             seconds=self._engine.seconds(card, size, sampling),
             memory_bytes=card.memory_bytes(

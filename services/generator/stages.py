@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812 its usual name
 from diffusers import ControlNetModel
 
 from services.common.collage import Adapter
@@ -107,10 +108,12 @@ class Stages(Protocol):
         text: TextStates,
         control: StepControl | None,
         structure: Sequence[StructurePass],
+        guidance_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The U-Net's prediction [B, C, h, w] (noise, or v) for scaled model inputs; `control` rules the last rows.
 
-        `structure` holds each ControlNet of the call once; empty for none. SDXL is told that the picture is of the
+        `structure` holds each ControlNet of the call once; empty for none. `guidance_B`: guidance scales, float32 on
+        the CPU, for a U-Net that takes them as an input, and for no other. SDXL is told that the picture is of the
         canvas' size and uncropped.
         """
 
@@ -201,6 +204,7 @@ class TorchStages:
         text: TextStates,
         control: StepControl | None,
         structure: Sequence[StructurePass],
+        guidance_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Stages`."""
         dtype = self._model.dtype
@@ -213,6 +217,7 @@ class TorchStages:
                 timestep_B,
                 encoder_hidden_states=text.hidden_BTD,
                 added_cond_kwargs=self._beside_time(x_BChw, text),
+                timestep_cond=self._guidance(guidance_B),
                 down_block_additional_residuals=residuals[:-1] or None,
                 mid_block_additional_residual=residuals[-1] if residuals else None,
                 return_dict=False,
@@ -229,6 +234,18 @@ class TorchStages:
         # Original size, corner of the crop, target size (Podell et al. 2023), as diffusers sets them when not told.
         sizes_6 = x_BChw.new_tensor([height, width, 0, 0, height, width])
         return {"text_embeds": text.pooled_BP, "time_ids": sizes_6.expand(len(x_BChw), -1)}
+
+    def _guidance(self, guidance_B: torch.Tensor | None) -> torch.Tensor | None:
+        """Guidance scales as a distilled U-Net reads them (Meng et al. 2023): sines and cosines of 1000 (scale - 1)."""
+        width = self._model.facts.guidance_width
+        if guidance_B is None or width is None:
+            return None
+        half = width // 2
+        falloff = torch.log(torch.tensor(10000.0)) / (half - 1)
+        frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -falloff)
+        angles_BW = ((guidance_B - 1) * 1000)[:, None] * frequencies
+        waves_BW = F.pad(torch.cat([angles_BW.sin(), angles_BW.cos()], dim=1), (0, width % 2))
+        return waves_BW.to(self._model.device, self._model.dtype)
 
     def _residuals(
         self,

@@ -1,0 +1,120 @@
+"""Models under a memory budget: who gives way, that nothing fails, and that memory is really handed back.
+
+The service as a process of its own, with a hundred requests, is benchmarks/eviction.py.
+"""
+
+import asyncio
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.eviction import make_models
+from services.common.settings import InvalidSetting
+from services.generator.__main__ import load_stages
+from services.generator.catalog import Catalog
+from services.generator.engine import Engine
+from services.generator.job import ImageMade
+from services.generator.memory import give_back
+from services.generator.scheduler import Scheduler
+from tests import plates
+
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return Catalog.read(str(make_models(tmp_path_factory.mktemp("small"), models=3, width=16)))
+
+
+class Watched:
+    """An engine with room for so many models, and the names of those it loads, in order."""
+
+    def __init__(self, catalog, *, room):
+        self.loaded = []
+
+        def load(card):
+            self.loaded.append(card.name.removeprefix("toy-"))
+            return load_stages(card)
+
+        self.engine = Engine(
+            catalog,
+            load=load,
+            scheduler=Scheduler(),
+            threads=1,
+            memory_bytes=room * catalog.cards[0].weights_bytes,
+        )
+
+    async def draw(self, index, **changes):
+        pixels = None
+        async for event in self.engine.generate(plates.job(model=f"toy-{index}", **changes)):
+            if isinstance(event, ImageMade):
+                pixels = event.pixels_HWC
+        return pixels
+
+
+async def test_the_model_used_least_recently_gives_way(catalog):
+    watched = Watched(catalog, room=2)
+    for index in (0, 1, 0, 2, 0, 1, 2):
+        await watched.draw(index, steps=1)
+    # 2 comes in 1's place, 1 in 2's, 2 in 0's.
+    assert "".join(watched.loaded) == "01212"
+    await watched.engine.drain()
+
+
+async def test_pictures_do_not_depend_on_the_room(catalog):
+    order = np.random.default_rng(0).integers(0, 3, 8).tolist()
+    drawn = {}
+    for room in (1.5, 99):
+        watched = Watched(catalog, room=room)
+        drawn[room] = await asyncio.wait_for(
+            asyncio.gather(
+                *(watched.draw(model, steps=1, seed=seed) for seed, model in enumerate(order))
+            ),
+            WAIT_S,
+        )
+        assert len(watched.loaded) > 3 or room == 99
+        await watched.engine.drain()
+    assert all(map(np.array_equal, drawn[1.5], drawn[99]))
+
+
+def test_a_budget_that_one_model_breaks_stops_the_start(catalog):
+    card = catalog.cards[0]
+    catalog.check_memory(card.weights_bytes)
+    with pytest.raises(InvalidSetting, match=r"toy-0: its weights, .* COLLAGE_MODEL_MEMORY is"):
+        catalog.check_memory(card.weights_bytes - 1)
+
+
+async def test_memory_is_handed_back(tmp_path):
+    """In bfloat16, so that weights are this process' own memory and no view of the files."""
+    file = make_models(tmp_path, models=3, width=96)
+    file.write_text(file.read_text().replace("device: cpu", "device: cpu, dtype: bfloat16"))
+    catalog = Catalog.read(str(file))
+    watched = Watched(catalog, room=2)
+
+    def own_bytes():
+        give_back()
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+    empty = own_bytes()
+    for index in (0, 1):
+        await watched.draw(index, steps=1)
+    full = own_bytes()
+    weights_bytes = catalog.cards[0].weights_bytes
+    assert full - empty > 1.5 * weights_bytes, "the weights would not be seen"
+    for index in (2, 0, 1, 2):
+        await watched.draw(index, steps=1)
+    assert len(watched.loaded) == 6
+    assert own_bytes() - full < 0.5 * weights_bytes
+    await watched.engine.drain()
