@@ -133,6 +133,19 @@ async def test_what_cannot_be_a_word_of_this_model_is_refused(system, data, told
     assert told in error.message
 
 
+async def test_the_plan_counts_a_words_tokens(system):
+    async def tokens(**changes) -> int:
+        scene = collage(layers=[layer("a", **changes), layer("b", seed=1)])
+        request = pb.PlanCollageRequest(collage=scene)
+        return (await system.stub.PlanCollage(request, timeout=LIMIT_S)).plan.prompt_tokens
+
+    word = await imported(system, save({"x": np.ones((3, WIDTH), np.float32)}))
+    plain = await tokens()
+    assert await tokens(appearance={"word": word.name}) == plain + 3
+    assert await tokens(appearance={"learn": True, "vectors": 5}) == plain + 5
+    assert await tokens(appearance={"learn": True, "vectors": 5}, visible=False) == plain
+
+
 async def test_a_picture_is_drawn_without_a_word_that_failed_only_where_the_caller_said_so(system):
     bad = layer("b", image=blob_pb2.Image(data=NOTHING), appearance={"learn": True})
     request = pb.GenerateImagesRequest(

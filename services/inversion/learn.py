@@ -108,6 +108,7 @@ class _Pupil:
 class _Draws:
     """Rows of one subject: which placements, what noise, which timesteps, and the template of all of them."""
 
+    chosen: Sequence[int]
     latents_BChw: Tensor
     alpha_B1hw: Tensor
     noise_BChw: Tensor
@@ -297,6 +298,7 @@ class Trainer:
         noise_BChw = torch.randn(latents_BChw.shape, generator=rng)
         device = self._networks.device
         return _Draws(
+            chosen=chosen,
             latents_BChw=latents_BChw,
             alpha_B1hw=torch.stack([pupil.alphas[index] for index in chosen]),
             noise_BChw=noise_BChw.to(device),
@@ -337,10 +339,14 @@ class Trainer:
                 value.requires_grad_(False)
             self._adam(pupil, {name: by_leaf[id(v)] for name, v in pupil.vectors.items()})
 
+    @staticmethod
+    def fall(part: float) -> float:
+        """What is left of the rate after that part of the steps."""
+        return 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
+
     def _adam(self, pupil: _Pupil, gradients: dict[str, Tensor]) -> None:
-        part = pupil.step / self._recipe.steps
+        fall = self.fall(pupil.step / self._recipe.steps)
         pupil.step += 1
-        fall = 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
         for name, value in pupil.vectors.items():
             mean, square = pupil.moments[0][name], pupil.moments[1][name]
             mean.lerp_(gradients[name], 1 - BETA_1)
