@@ -48,7 +48,7 @@ from services.common.blobs import FolderBlobStore, put_blob
 from services.common.processes import Process, free_port
 from services.common.registry import BUNDLED
 from services.inversion.learn import Recipe, Trainer
-from services.inversion.networks import ONE, ModelFacts, Networks, load
+from services.inversion.networks import ONE, ModelFacts, Networks, Text, TextEncoder, load
 from services.inversion.subject import Subject, decode
 
 ART = Path(__file__).parents[1] / "examples" / "art"
@@ -114,8 +114,7 @@ def sd15() -> Networks:
         ),
         unet=unet,
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        encoders=(TextEncoder(name=ONE, model=text_encoder, tokenizer=tokenizer),),
         alphas_T=DDPMScheduler(**schedule).alphas_cumprod,
         predicts_v=False,
         device=torch.device("cpu"),
@@ -130,7 +129,7 @@ class Stock:
         self.networks = networks
         self.beside = beside
         (self.pupil,) = beside._pupils
-        self.encoder = copy.deepcopy(networks.text_encoder)
+        self.encoder = copy.deepcopy(networks.encoders[0].model)
         vocabulary = self.encoder.config.vocab_size
         self.start = networks.first_vectors(self.pupil.subject.text, 1)[ONE][0]
         self.encoder.resize_token_embeddings(vocabulary + 1)
@@ -164,11 +163,12 @@ class Stock:
             posterior = networks.vae.encode(pixels_BCHW).latent_dist
             scale = networks.vae.config.scaling_factor
             latents_BChw = posterior.sample(self.rng).detach() * scale
-        ids = torch.tensor(draws.prompt.ids_T)
-        ids[draws.prompt.first] = self.token
-        text_BTD = self.encoder(ids.expand(rows, -1))[0]
+        (tokens,) = draws.prompt
+        ids = torch.tensor(tokens.ids_T)
+        ids[tokens.first] = self.token
+        text = Text(hidden_BTD=self.encoder(ids.expand(rows, -1))[0])
         noisy = networks.noised(latents_BChw, draws.noise_BChw, draws.timesteps_B)
-        predicted = networks.predict(noisy, draws.timesteps_B, text_BTD)
+        predicted = networks.predict(noisy, draws.timesteps_B, text)
         target = networks.target(latents_BChw, draws.noise_BChw, draws.timesteps_B)
         error_B1hw = (predicted - target).square().mean(dim=1, keepdim=True)
         area_B = draws.alpha_B1hw.sum(dim=(1, 2, 3))

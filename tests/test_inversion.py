@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
 from services.common.errors import DeadlinePassed, Overloaded, Unavailable
@@ -84,7 +85,7 @@ def test_the_held_out_loss_falls_and_the_best_vectors_are_taken(networks):
 
 
 def test_no_weight_changes_and_none_gets_a_gradient(networks):
-    parts = (networks.unet, networks.vae, networks.text_encoder)
+    parts = (networks.unet, networks.vae, networks.encoders[0].model)
     before = [weight.clone() for part in parts for weight in part.parameters()]
     trained(networks, [subject()])
     after = [weight for part in parts for weight in part.parameters()]
@@ -139,7 +140,7 @@ def test_only_the_object_is_learned(networks):
     outside = (draws.alpha_B1hw == 0).expand_as(draws.latents_BChw)
     assert outside.any()
     target = networks.target(draws.latents_BChw, draws.noise_BChw, draws.timesteps_B)
-    text = networks.encode_text([draws.prompt], [pupil.vectors]).expand(2, -1, -1)
+    text = networks.encode_text([draws.prompt], [pupil.vectors]).repeated(2)
     noisy = networks.noised(draws.latents_BChw, draws.noise_BChw, draws.timesteps_B)
     error = (networks.predict(noisy, draws.timesteps_B, text) - target).square()
     error[outside] = math.nan
@@ -180,7 +181,38 @@ def test_the_exported_word_is_ours_in_stock_diffusers(networks, folder, tmp_path
         text = f"{before} {token} {after}".strip()
         theirs = pipeline.encode_prompt(text, torch.device("cpu"), 1, False)[0]
         prompt = networks.prompt(before, 3, after)
-        assert torch.equal(networks.encode_text([prompt], [vectors]), theirs)
+        assert torch.equal(networks.encode_text([prompt], [vectors]).hidden_BTD, theirs)
+
+
+def test_with_two_text_encoders_both_are_learned_for(tmp_path):
+    folder = toy.sdxl(tmp_path)
+    networks = load(folder, dtype=torch.float32, device=torch.device("cpu"))
+    trainer = trained(networks, [subject(vectors=2)], replace(RECIPE, steps=2))
+    (words,) = trainer.words()
+    assert list(words) == ["clip_l", "clip_g"]
+    start = networks.first_vectors("sushi", 2)
+    for name, vectors in trainer._pupils[0].vectors.items():
+        assert not torch.equal(vectors, start[name])
+    file = to_file(words, "0" * 64)
+    assert all(
+        torch.equal(words[name], each)
+        for name, each in from_file(file, networks.facts.widths).items()
+    )
+    # Stock diffusers, with each encoder given its own part of the file.
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    for name, encoder, tokenizer in (
+        ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+        ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
+    ):
+        pipeline.load_textual_inversion(
+            load_tensors(file)[name], token="<w>", text_encoder=encoder, tokenizer=tokenizer
+        )
+    theirs, _, pooled, _ = pipeline.encode_prompt(
+        "a <w> sushi", device=torch.device("cpu"), do_classifier_free_guidance=False
+    )
+    ours = networks.encode_text([networks.prompt("a", 2, "sushi")], [words])
+    assert torch.equal(ours.hidden_BTD, theirs)
+    assert torch.equal(ours.pooled_BD, pooled)
 
 
 def test_words_made_elsewhere_are_taken_in(networks):

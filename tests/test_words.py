@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -11,9 +13,13 @@ import pytest_asyncio
 from grpc_status import rpc_status
 from safetensors.numpy import load, save
 
-from collage.v1 import blob_pb2
+import services.inversion.__main__ as service
+from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
+from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import InvalidRequest, from_status
+from services.common.rpc import connect
+from tests import toy
 from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -197,3 +203,76 @@ async def test_pictures_of_one_digest_are_one_word(system):
     other = collage(layers=[layer("z", x=30, noise=0.2, image={"data": cutout(0)})])
     names = [words_in(await learned(system, each, each.layers[0].name)) for each in (one, other)]
     assert names[0]["a"] == names[1]["z"]
+
+
+async def test_a_layer_is_drawn_with_its_word_learned_now_or_before(system):
+    async def drawn(appearance=None) -> str:
+        scene = collage(layers=[layer("a", appearance=appearance), layer("b", seed=1)])
+        events = await system.generate(
+            pb.GenerateImagesRequest(collage=scene, sampling={"steps": 2, "seed": 1})
+        )
+        assert events[-1].WhichOneof("kind") == "done", events[-1]
+        (digest,) = (event.image.blob.sha256 for event in events if event.HasField("image"))
+        return digest
+
+    scene = collage(layers=[layer("a"), layer("b", seed=1)])
+    name = words_in(await learned(system, scene, "a"))["a"]
+    now = await drawn({"learn": True})
+    assert now == await drawn({"word": name})
+    assert now != await drawn()
+    assert now != await drawn({"word": name, "weight": 0.5})
+
+
+@contextlib.asynccontextmanager
+async def inversion(folder: Path):
+    """An inversion service of its own that keeps a checkpoint after every step."""
+    settings = service.Settings(
+        address="127.0.0.1:0",
+        blobs=f"folder:{folder / 'blobs'}",
+        models=f"toy={toy.mini(folder / 'toy')}",
+        threads=1,
+        word_steps=8,
+        checkpoint_s=0.0,
+    )
+    server = await service.build(settings)
+    await server.start()
+    try:
+        async with connect(server.address) as channel:
+            yield inversion_service_pb2_grpc.InversionServiceStub(channel)
+    finally:
+        await server.stop()
+
+
+async def subjects(folder: Path) -> inversion_service_pb2.LearnWordsRequest:
+    blobs = FolderBlobStore(folder / "blobs")
+    request = inversion_service_pb2.LearnWordsRequest()
+    for seed, text in enumerate(("sushi", "cake")):
+        ref = await put_blob(blobs, cutout(seed), media_type="image/png")
+        image = {"sha256": ref.sha256, "size_bytes": ref.size_bytes}
+        request.subjects.add(layer=text, image=image, text=text, vectors=1 + seed)
+    await blobs.close()
+    return request
+
+
+async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_path):
+    found = []
+    for name in ("undisturbed", "cut"):
+        folder = tmp_path / name
+        request = await subjects(folder)
+        if name == "cut":
+            async with inversion(folder) as stub:
+                call = stub.LearnWords(request, timeout=LIMIT_S)
+                while (await call.read()).progress.step < 4:
+                    pass
+                call.cancel()
+        async with inversion(folder) as stub:
+            answers = [each async for each in stub.LearnWords(request, timeout=LIMIT_S)]
+        if name == "cut":
+            # At most the step under way was lost.
+            assert answers[0].progress.step >= 3
+        found.append(
+            {a.progress.layer: a.word.vectors.sha256 for a in answers if a.HasField("word")}
+        )
+        assert not list((folder / "blobs").rglob("*.checkpoint*"))
+    assert len(found[0]) == 2
+    assert found[0] == found[1]

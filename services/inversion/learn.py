@@ -51,6 +51,7 @@ class Recipe:
 
     steps: at most. rows: draws a step for each subject. rate: Adam's step, as a fraction of the root mean square of the
     embedding table's values, so that one number fits models of any scale; it falls to a tenth along half a cosine.
+    lowest: least timestep drawn, as a fraction of all; at lower ones the picture itself says what the word would.
     canvas: side of the training canvas as a fraction of the model's own. placements: pictures to draw from.
     check_every: steps between two looks at the held-out loss, over `held_out` draws. patience: looks without a gain of
     `gain` (a fraction) after which a subject has learned what it can.
@@ -59,6 +60,7 @@ class Recipe:
     steps: int = 200
     rows: int = 4
     rate: float = 0.1
+    lowest: float = 0.25
     canvas: float = 0.75
     placements: int = 16
     held_out: int = 8
@@ -293,7 +295,8 @@ class Trainer:
         groups = recipe.held_out // rows if held_out else 1
         offset = number if held_out else 0
         place_B = torch.arange(rows) * groups + offset + torch.rand(rows, generator=rng)
-        timesteps_B = (place_B / (rows * groups) * len(self._networks.alphas_T)).long()
+        part_B = recipe.lowest + (1 - recipe.lowest) * place_B / (rows * groups)
+        timesteps_B = (part_B * len(self._networks.alphas_T)).long()
         latents_BChw = torch.stack([pupil.latents[index] for index in chosen])
         noise_BChw = torch.randn(latents_BChw.shape, generator=rng)
         device = self._networks.device
@@ -310,7 +313,7 @@ class Trainer:
         """The mean loss of each subject's rows, S."""
         networks = self._networks
         rows = len(draws[0].timesteps_B)
-        text_STD = networks.encode_text(
+        text = networks.encode_text(
             [each.prompt for each in draws], [pupil.vectors for pupil in pupils]
         )
         latents_BChw = torch.cat([each.latents_BChw for each in draws])
@@ -320,7 +323,7 @@ class Trainer:
         predicted_BChw = networks.predict(
             networks.noised(latents_BChw, noise_BChw, timesteps_B),
             timesteps_B,
-            text_STD.repeat_interleave(rows, dim=0),
+            text.repeated(rows),
         )
         target_BChw = networks.target(latents_BChw, noise_BChw, timesteps_B)
         error_B1hw = (predicted_BChw - target_BChw).square().mean(dim=1, keepdim=True)

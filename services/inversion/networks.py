@@ -6,8 +6,9 @@ and the text encoder to the vectors that take the place of token embeddings. Thi
 Suffixes: B rows, S texts, T tokens, D text width, V vectors, C latent channels, h, w latent cells, H, W pixels.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,23 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from services.common.registry import ModelError, NotAModel
 
-# Name of the one text encoder's vectors while they are learned; see `word` for the names in files.
+# Name of a lone text encoder's vectors while they are learned; of two, the names that files everywhere have.
 ONE = "vectors"
-# Names of both text encoders' vectors in SDXL's words. None are learned here, but they can be taken in.
 TWO = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PARTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": (None, "CLIPTextModelWithProjection"),
+    # Of other families.
+    "text_encoder_3": (None,),
+    "image_encoder": (None,),
 }
 
 
@@ -54,12 +58,47 @@ class ModelFacts:
     scheduler_config: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextEncoder:
+    """A text encoder and its tokenizer. `name`: of its vectors."""
+
+    name: str
+    model: CLIPTextModel | CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+
+    @property
+    def table_ND(self) -> Tensor:
+        """The embeddings of its tokens."""
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class Tokens:
     """A text with room for a word. ids_T: as the text encoder takes it. first: position of the word's first vector."""
 
     ids_T: tuple[int, ...]
     first: int
+
+
+# A text as each of a model's text encoders takes it.
+Prompt = tuple[Tokens, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Text:
+    """Texts as a U-Net takes them. pooled_BD: the second text encoder's summary, where there is one."""
+
+    hidden_BTD: Tensor
+    pooled_BD: Tensor | None = None
+
+    def repeated(self, rows: int) -> "Text":
+        """Each text so many times in a row."""
+        pooled = self.pooled_BD
+        return Text(
+            hidden_BTD=self.hidden_BTD.repeat_interleave(rows, dim=0),
+            pooled_BD=None if pooled is None else pooled.repeat_interleave(rows, dim=0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,65 +108,62 @@ class Networks:
     facts: ModelFacts
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    encoders: tuple[TextEncoder, ...]
     alphas_T: Tensor
     predicts_v: bool
     device: torch.device
     dtype: torch.dtype
 
     def prompt(self, before: str, vectors: int, after: str) -> Prompt | None:
-        """The text `before <word> after` as tokens; None where the encoder's window does not hold it."""
-        limit = self.text_encoder.config.max_position_embeddings
-        head, tail = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)
-        )
-        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        # What stands in the word's place does not matter, only that it is no mark that ends a text.
-        ids = [begin, *head, *[0] * vectors, *tail, end]
-        if len(ids) > limit:
-            return None
-        padding = [self.tokenizer.pad_token_id] * (limit - len(ids))
-        return Prompt(ids_T=(*ids, *padding), first=1 + len(head))
+        """The text `before <word> after` as tokens; None where an encoder's window does not hold it."""
+        made = []
+        for encoder in self.encoders:
+            tokenizer, limit = encoder.tokenizer, encoder.model.config.max_position_embeddings
+            head, tail = (
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)
+            )
+            # What stands in the word's place does not matter, only that it is no mark that ends a text.
+            word = [0] * vectors
+            ids = [tokenizer.bos_token_id, *head, *word, *tail, tokenizer.eos_token_id]
+            if len(ids) > limit:
+                return None
+            padding = [tokenizer.pad_token_id] * (limit - len(ids))
+            made.append(Tokens(ids_T=(*ids, *padding), first=1 + len(head)))
+        return tuple(made)
 
     def first_vectors(self, text: str, vectors: int) -> dict[str, Tensor]:
         """Where learning starts, [V, D] by encoder name: the mean of the embeddings of the text's own tokens."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        table = self.text_encoder.get_input_embeddings().weight
-        mean_D = table[torch.tensor(ids, device=table.device)].float().mean(dim=0)
-        return {ONE: mean_D.repeat(vectors, 1)}
+        found = {}
+        for encoder in self.encoders:
+            ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+            mean_D = encoder.table_ND[torch.tensor(ids, device=self.device)].float().mean(dim=0)
+            found[encoder.name] = mean_D.repeat(vectors, 1)
+        return found
 
     def spread(self) -> dict[str, float]:
         """Root mean square of the embedding table's values, by encoder name: the scale on which vectors differ."""
-        table = self.text_encoder.get_input_embeddings().weight
-        return {ONE: float(table.float().square().mean().sqrt())}
+        return {
+            encoder.name: float(encoder.table_ND.float().square().mean().sqrt())
+            for encoder in self.encoders
+        }
 
-    def encode_text(
-        self, prompts: Sequence[Prompt], vectors: Sequence[dict[str, Tensor]]
-    ) -> Tensor:
-        """The texts as the U-Net takes them, STD, each with its own vectors in the word's place."""
-        ids_ST = torch.tensor([prompt.ids_T for prompt in prompts], device=self.device)
-        values = torch.cat([each[ONE] for each in vectors])
-        texts = [s for s, each in enumerate(vectors) for _ in range(len(each[ONE]))]
-        places = [
-            prompt.first + number
-            for prompt, each in zip(prompts, vectors, strict=True)
-            for number in range(len(each[ONE]))
-        ]
+    def encode_text(self, prompts: Sequence[Prompt], vectors: Sequence[dict[str, Tensor]]) -> Text:
+        """The texts as the U-Net takes them, each with its own vectors in the word's place.
 
-        def put(module: Any, args: Any, embedded_STD: Tensor) -> Tensor:
-            # A copy for this call: neither the table nor the encoder is changed, and no gradient of the table's size
-            # comes into being.
-            embedded_STD = embedded_STD.clone()
-            embedded_STD[texts, places] = values.to(embedded_STD.dtype)
-            return embedded_STD
-
-        hook = self.text_encoder.get_input_embeddings().register_forward_hook(put)
-        try:
-            encoded_STD: Tensor = self.text_encoder(ids_ST)[0]
-        finally:
-            hook.remove()
-        return encoded_STD
+        With one text encoder that is its last hidden state; with two (Podell et al. 2023) both last but one side by
+        side, and the second's pooled answer.
+        """
+        is_lone = len(self.encoders) == 1
+        hidden, pooled = [], None
+        for number, encoder in enumerate(self.encoders):
+            tokens = [prompt[number] for prompt in prompts]
+            values = [each[encoder.name] for each in vectors]
+            with _in_place(encoder, tokens, values):
+                ids_ST = torch.tensor([each.ids_T for each in tokens], device=self.device)
+                answer = encoder.model(ids_ST, output_hidden_states=not is_lone)
+            hidden.append(answer[0] if is_lone else answer.hidden_states[-2])
+            pooled = None if is_lone else answer[0]
+        return Text(hidden_BTD=torch.cat(hidden, dim=-1), pooled_BD=pooled)
 
     @torch.no_grad()
     def encode_image(self, pixels_BHW3: NDArray[np.uint8]) -> Tensor:
@@ -151,10 +187,46 @@ class Networks:
         alpha_B111 = self.alphas_T[timesteps_B].view(-1, 1, 1, 1)
         return alpha_B111.sqrt() * noise_BChw - (1 - alpha_B111).sqrt() * latents_BChw
 
-    def predict(self, noisy_BChw: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+    def predict(self, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
         """The U-Net's answer in single precision."""
-        answer: Tensor = self.unet(noisy_BChw.to(self.dtype), timesteps_B, text_BTD).sample
+        added = None
+        if text.pooled_BD is not None:
+            height, width = (extent * self.facts.latent_factor for extent in noisy_BChw.shape[2:])
+            # Original size, crop, target size: what the canvas would be told at drawing.
+            sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+            sizes_B6 = sizes.to(self.dtype).expand(len(noisy_BChw), -1)
+            added = {"text_embeds": text.pooled_BD, "time_ids": sizes_B6}
+        answer: Tensor = self.unet(
+            noisy_BChw.to(self.dtype), timesteps_B, text.hidden_BTD, added_cond_kwargs=added
+        ).sample
         return answer.float()
+
+
+@contextlib.contextmanager
+def _in_place(
+    encoder: TextEncoder, tokens: Sequence[Tokens], values: Sequence[Tensor]
+) -> Iterator[None]:
+    """Has an encoder read these vectors where the words stand, for one call."""
+    rows = [row for row, each in enumerate(values) for _ in range(len(each))]
+    places = [
+        each.first + number
+        for each, of_row in zip(tokens, values, strict=True)
+        for number in range(len(of_row))
+    ]
+    joined = torch.cat(list(values))
+
+    def put(module: Any, args: Any, embedded_STD: Tensor) -> Tensor:
+        # A copy for this call: neither the table nor the encoder is changed, and no gradient of the table's size comes
+        # into being.
+        embedded_STD = embedded_STD.clone()
+        embedded_STD[rows, places] = joined.to(embedded_STD.dtype)
+        return embedded_STD
+
+    hook = encoder.model.get_input_embeddings().register_forward_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -162,23 +234,19 @@ def read_facts(folder: Path) -> ModelFacts:
 
     Raises:
         NotAModel: a config is missing or unreadable.
-        UnsupportedModel: another family than U-Net latent diffusion with one CLIP text encoder.
+        UnsupportedModel: another family than U-Net latent diffusion with one or two CLIP text encoders.
     """
     index = _config(folder / "model_index.json")
-    for part, kind in _PARTS.items():
+    for part, kinds in _PARTS.items():
         found = (index.get(part) or (None, None))[1]
-        if found != kind:
-            raise UnsupportedModel(f"{folder.name}: {part} is a {found}; known: {kind}")
-    if (index.get("text_encoder_2") or (None,))[0]:
-        raise UnsupportedModel(
-            f"{folder.name}: has two text encoders; words are learned for models with one"
-        )
-    unet, vae, text, scheduler = (
+        if found not in kinds:
+            known = ", ".join(kind or "none" for kind in kinds)
+            raise UnsupportedModel(f"{folder.name}: {part} is {found or 'absent'}; known: {known}")
+    unet, vae, scheduler = (
         _config(folder / part / name)
         for part, name in (
             ("unet", "config.json"),
             ("vae", "config.json"),
-            ("text_encoder", "config.json"),
             ("scheduler", "scheduler_config.json"),
         )
     )
@@ -195,7 +263,7 @@ def read_facts(folder: Path) -> ModelFacts:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     side = unet["sample_size"]
     return ModelFacts(
-        widths={ONE: text["hidden_size"]},
+        widths=read_widths(folder),
         native_side=factor * (side if isinstance(side, int) else min(side)),
         latent_factor=factor,
         size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
@@ -232,16 +300,23 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Networks:
     unet = _read(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
     # Once a placement, and half precision overflows in some autoencoders.
     vae = _read(AutoencoderKL, folder, "vae", torch_dtype=torch.float32)
-    text_encoder = _read(CLIPTextModel, folder, "text_encoder", dtype=dtype)
-    for part in (unet, vae, text_encoder):
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    encoders = tuple(
+        TextEncoder(
+            name=name,
+            model=_read(kind, folder, f"text_encoder{suffix}", dtype=dtype),
+            tokenizer=_read(CLIPTokenizer, folder, f"tokenizer{suffix}"),
+        )
+        for name, kind, suffix in zip(facts.widths, kinds, ("", "_2"), strict=False)
+    )
+    for part in (unet, vae, *(encoder.model for encoder in encoders)):
         part.eval().requires_grad_(False).to(device)
     scheduler = DDPMScheduler.from_config(facts.scheduler_config)
     return Networks(
         facts=facts,
         unet=unet,
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=_read(CLIPTokenizer, folder, "tokenizer"),
+        encoders=encoders,
         alphas_T=scheduler.alphas_cumprod.to(device),
         predicts_v=scheduler.config.prediction_type == "v_prediction",
         device=device,

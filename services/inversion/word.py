@@ -68,9 +68,10 @@ def from_file(data: bytes, widths: Mapping[str, int]) -> dict[str, Tensor]:
         json.JSONDecodeError,
     ) as error:
         raise InvalidWord(f"is no safetensors file: {error}") from error
-    found = {ONE: next(iter(tensors.values()))} if len(tensors) == 1 else tensors
+    is_lone = list(widths) == [ONE]
+    found = {ONE: next(iter(tensors.values()))} if is_lone and len(tensors) == 1 else tensors
     if sorted(found) != sorted(widths):
-        needed = "one tensor" if list(widths) == [ONE] else f"tensors {', '.join(sorted(widths))}"
+        needed = "one tensor" if is_lone else f"tensors {', '.join(sorted(widths))}"
         names = ", ".join(sorted(tensors)[:8]) or "none"
         raise InvalidWord(f"holds the tensors {names}; this model takes {needed}")
     vectors = {name: _checked(value, widths[name]) for name, value in found.items()}
