@@ -79,6 +79,23 @@ def test_equals_diffusers_bit_for_bit(folder, files, adapters):
     assert torch.equal(case.ours("euler", strength, 5.0)[0], plain)
 
 
+def test_equals_diffusers_with_two_text_encoders(tmp_path):
+    folder = toy.sdxl(tmp_path / "sdxl")
+    files = {
+        "chalk": toy.lora(tmp_path / "chalk.safetensors", folder, seed=1, form="kohya"),
+        "ink": toy.lora(tmp_path / "ink.safetensors", folder, seed=2),
+    }
+    (card,) = catalog(tmp_path, folder, files).cards
+    case = Case(folder)
+    case.stages = fresh(folder, {name: one.file for name, one in card.adapters.items()})
+    case.stages.use([CHALK, INK])
+    for name, file in files.items():
+        case.pipeline.load_lora_weights(file, adapter_name=name)
+    case.pipeline.set_adapters(["chalk", "ink"], [CHALK.weight, INK.weight])
+    ours, _ = case.ours("euler", np.full(case.grid, 0.3), 5.0)
+    assert torch.equal(ours, case.stock("euler", 0.3, 5.0))
+
+
 def test_layers_of_different_scales_keep_theirs(folder, tmp_path):
     """diffusers alone gives all layers the most common alpha / rank."""
     file = toy.lora(tmp_path / "even.safetensors", folder, form="kohya")

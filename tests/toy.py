@@ -251,6 +251,10 @@ def _tokenizer(folder, part="tokenizer", **options):
     return CLIPTokenizer.from_pretrained(source, model_max_length=WINDOW, **options)
 
 
+# Layers of text encoders that adapters change.
+_TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")
+
+
 def lora(
     file: Path,
     folder: Path,
@@ -258,23 +262,25 @@ def lora(
     seed: int = 0,
     rank: int = 2,
     form: str = "diffusers",
-    parts: Sequence[str] = ("unet", "text_encoder"),
+    parts: Sequence[str] = ("unet", "text_encoder", "text_encoder_2"),
 ) -> Path:
     """A LoRA of rank `rank` for the attentions of a folder's U-Net and text encoder, in diffusers' or kohya's form."""
     generator = torch.Generator().manual_seed(seed)
+    is_xl = (folder / "text_encoder_2").is_dir()
     weights = {}
     for part, prefix, names in (
         ("unet", "lora_unet", ("to_q", "to_k", "to_v", "to_out.0")),
-        ("text_encoder", "lora_te", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")),
+        ("text_encoder", "lora_te1" if is_xl else "lora_te", _TEXT_LAYERS),
+        ("text_encoder_2", "lora_te2", _TEXT_LAYERS),
     ):
-        if part not in parts:
+        if part not in parts or not (folder / part).is_dir():
             continue
         (source,) = (folder / part).glob("*.safetensors")
         for name, tensor in load_file(source).items():
             module = name.removesuffix(".weight")
             if not module.endswith(names) or name == module:
                 continue
-            if part == "text_encoder":
+            if part != "unet":
                 # As files everywhere have it, whatever the installed transformers calls its modules.
                 module = f"text_model.{module.removeprefix('text_model.')}"
             down = torch.randn((rank, tensor.shape[1]), generator=generator) * 0.3

@@ -124,6 +124,11 @@ class ModelCard:
             for name, where in sorted(source.adapters.items())
         }
         numbers += sum(weights(adapter.file) for adapter in adapters.values())
+        # SDXL's autoencoder may run in single precision whatever the rest does.
+        upcast_bytes = 0
+        if facts.pooled_width:
+            vae_numbers = weights(folder / "vae", CONTROLNET_FILES)
+            upcast_bytes = vae_numbers * (torch.float32.itemsize - dtype.itemsize)
         card = cls(
             name=source.name,
             folder=folder,
@@ -135,7 +140,7 @@ class ModelCard:
             dtype=dtype,
             device=device,
             adapters=adapters,
-            weights_bytes=numbers * dtype.itemsize,
+            weights_bytes=numbers * dtype.itemsize + upcast_bytes,
             limits=source.limits,
             preset=source.defaults,
         )
