@@ -141,7 +141,10 @@ async def main() -> int:
         ]
         work_bytes = max(
             card.memory_bytes(
-                Extent(width=64, height=64), plates.sampling(model=card.name), value_bytes=4
+                Extent(width=64, height=64),
+                plates.sampling(model=card.name),
+                value_bytes=4,
+                has_structure=False,
             )
             for card in cards
         )
