@@ -311,7 +311,11 @@ async def test_an_interrupt_cancels_the_job_and_exits_130(studio, folder):
     studio.stalls = True
     arguments = ["generate", folder, "--out", folder / "out", "--server", studio.address]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "collage_client.command", *map(str, arguments), stderr=-1
+        sys.executable,
+        *("-m", "collage_client.command", *map(str, arguments)),
+        stderr=-1,
+        # A shell that runs these tests in the background has its children ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     await asyncio.wait_for(studio.submitted.wait(), timeout=20)
     await asyncio.sleep(0.3)

@@ -375,9 +375,3 @@ async def test_families_are_listed_with_their_sizes(system):
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_word_is_not_learned_for_two_encoders_and_the_job_says_so(system, words):
-    collage = everything(SIZES["portrait"], 1, words["sdxl"])
-    collage.layers[0].appearance.learn = True
-    events = await system.generate(request_for("sdxl", collage))
-    assert events[-1].failed.code == grpc.StatusCode.UNIMPLEMENTED.value[0]
-    assert "words are learned for models with one" in events[-1].failed.message
