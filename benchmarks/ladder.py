@@ -173,11 +173,11 @@ def gap(points: Values) -> float:
     """
     means = np.nanmean(points, axis=2)
     (fidelity, harmonious), curve = means[0], means[1:]
-    share = np.linspace(0, 1, 21)[:, None]
-    line = np.concatenate([a + share * (b - a) for a, b in pairwise(curve)])
-    reached = line[line[:, 1] >= harmonious]
-    best = reached[:, 0].max() if len(reached) else line[line[:, 1].argmax(), 0]
-    return float(fidelity - best)
+    reached = [a for a, b in curve if b >= harmonious]
+    for (first, low), (second, high) in pairwise(curve):
+        if (low < harmonious) != (high < harmonious):
+            reached.append(first + (second - first) * (harmonious - low) / (high - low))
+    return float(fidelity - (max(reached) if reached else curve[curve[:, 1].argmax(), 0]))
 
 
 class Report:
@@ -469,9 +469,9 @@ async def main() -> int:
         assert isinstance(full, Dials)
         report.say(
             f"Written by `python -m benchmarks.ladder`: {count} collages, {args.steps} steps, noise {UNIFORM:g} where "
-            f"there is one for all, {len(words)} learned words, weights {service.model.digest[:12]}. What is measured is "
-            "told in `benchmarks/measures.py`, who judges in `benchmarks/judge.py`. Means with 95 % bootstrap intervals "
-            "over collages.\n"
+            f"there is one for all, {len(words)} learned words, weights {service.model.digest[:12]}. What is measured "
+            "is told in `benchmarks/measures.py`, who judges in `benchmarks/judge.py`. Means with 95 % bootstrap "
+            "intervals over collages.\n"
         )
         report.say("## The judge on pictures it never saw\n")
         report.table(
