@@ -374,7 +374,7 @@ class Judge:
     @torch.inference_mode()
     def crops(self, x_BHWC: NDArray[np.uint8]) -> "Verdict":
         """Names what is in the middle of square crops of any one size."""
-        x = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2).float() / 255
+        x = torch.from_numpy(x_BHWC.copy()).permute(0, 3, 1, 2).float() / 255
         if x.shape[-1] != CROP:
             x = F.interpolate(x, (CROP, CROP), mode="bilinear", antialias=True)
         rendering, features = self._network.crops(x)
@@ -389,7 +389,7 @@ class Judge:
     @torch.inference_mode()
     def cells(self, x_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Of whole pictures, in each cell: the concept, len(KEYS) for nothing; whether in shadow; [B, h, w] each."""
-        x = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2).float() / 255
+        x = torch.from_numpy(x_BHWC.copy()).permute(0, 3, 1, 2).float() / 255
         concept, shadow = self._network.scenes(x)
         return concept.argmax(dim=1).numpy(), (shadow > 0).numpy()
 
