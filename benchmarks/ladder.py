@@ -72,12 +72,15 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @classmethod
-    def of(cls, values: Values, statistic: Callable[[Values], float] = np.nanmean) -> "Interval":
-        """Resamples the last axis, one entry a collage."""
+    def of(cls, values: Values, statistic: Callable[[Values], float] = np.mean) -> "Interval":
+        """Resamples the last axis, one entry a collage; one that has nothing to measure is left out."""
+        values = values[..., ~np.isnan(values).reshape(-1, values.shape[-1]).any(axis=0)]
         count = values.shape[-1]
+        if not count:
+            return cls(mean=math.nan, low=math.nan, high=math.nan)
         rng = np.random.default_rng(0)
         found = [statistic(values[..., rng.integers(0, count, count)]) for _ in range(RESAMPLES)]
-        low, high = np.nanpercentile(found, (2.5, 97.5))
+        low, high = np.percentile(found, (2.5, 97.5))
         return cls(mean=float(statistic(values)), low=float(low), high=float(high))
 
 
@@ -171,7 +174,7 @@ def gap(points: Values) -> float:
     points: [full, then the curve's in the order of the dial; (fidelity, harmony); collage]. Beyond the curve's most
     harmonious point it has what it had there.
     """
-    means = np.nanmean(points, axis=2)
+    means = points.mean(axis=2)
     (fidelity, harmonious), curve = means[0], means[1:]
     reached = [a for a, b in curve if b >= harmonious]
     for (first, low), (second, high) in pairwise(curve):
@@ -302,72 +305,66 @@ async def sweep(
     return {"composite": composite, **curves}
 
 
+def is_fifth(cutout: Cutout) -> bool:
+    """Whether the fifth look drew it."""
+    return cutout.look == FIFTH.name
+
+
+# What is asked of an object: how it was drawn, its own cut-out, and the other one's in the picture; None: not asked.
+QUESTIONS: dict[str, Callable[[Likeness, Cutout, Cutout], bool | None]] = {
+    "own nearest": lambda each, own, other: each.own,
+    "own nearest, known looks": lambda each, own, other: None if is_fifth(own) else each.own,
+    "own nearest, fifth look": lambda each, own, other: each.own if is_fifth(own) else None,
+    "own nearest, by pixels": lambda each, own, other: each.own_pixels,
+    "nearest to the picture's other layer": lambda each, own, other: each.nearest == other.look,
+}
+
+
 async def resemble(
-    bench: Bench, report: Report, cases: Sequence[Scene], words: frozenset[Cutout], steps: int
+    bench: Bench, report: Report, cases: Sequence[Scene], words: frozenset[Cutout]
 ) -> None:
     """Issue 4, bars 1 and 2: whether objects drawn nearly from nothing are their own layers'."""
     report.say(f"## Appearance at noise {FREE:g}: one concept in two looks side by side\n")
     plain = Dials(noise=FREE, control=None)
     settings = {"without words": plain}
     if words:
+        cases = [scene for scene in cases if words.issuperset(each.cutout for each in scene.pieces)]
         settings["with words"] = replace(plain, words=words)
-    kinds: dict[str, Callable[[Cutout], bool]] = {
-        "all": lambda cutout: True,
-        "known looks": lambda cutout: cutout.look != FIFTH.name,
-        "fifth look": lambda cutout: cutout.look == FIFTH.name,
-    }
-    rates: dict[str, float] = {}
-    both: dict[str, Interval] = {}
-    rows = []
+    answers: dict[str, dict[str, Interval]] = {}
     for name, dials in settings.items():
         found = await timed(bench.likenesses(cases, dials), name)
-        for kind, belongs in kinds.items():
-            own, pixels = (
-                [
-                    np.mean([getattr(each, field) for each, piece in zip(layers, scene.pieces, strict=True)
-                             if belongs(piece.cutout)] or [math.nan])
-                    for layers, scene in zip(found, cases, strict=True)
-                ]
-                for field in ("own", "own_pixels")
-            )  # fmt: skip
-            rows.append(
-                [
-                    name,
-                    kind,
-                    str(Interval.of(np.asarray(own))),
-                    str(Interval.of(np.asarray(pixels))),
-                ]
-            )
-            rates.setdefault(name, float(np.nanmean(own)))
-        both[name] = Interval.of(
-            np.asarray([all(each.own for each in layers) for layers in found], float)
-        )
-        other = np.asarray(
-            [
-                np.mean(
-                    [
-                        each.nearest == other.cutout.look
-                        for each, other in zip(layers, scene.pieces[::-1], strict=True)
-                    ]
-                )
-                for layers, scene in zip(found, cases, strict=True)
-            ]
-        )
-        rows.append([name, "nearest to the other layer", str(Interval.of(other)), ""])
-        rows.append([name, "both of a picture", str(both[name]), ""])
-    report.table(["", "objects", "own nearest", "by pixels"], rows)
+        shares: dict[str, list[float]] = {question: [] for question in QUESTIONS}
+        for scene, (left, right) in zip(cases, found, strict=True):
+            one, two = (piece.cutout for piece in scene.pieces)
+            for question, ask in QUESTIONS.items():
+                told = [ask(left, one, two), ask(right, two, one)]
+                heard = [answer for answer in told if answer is not None]
+                shares[question].append(float(np.mean(heard)) if heard else math.nan)
+        shares["own nearest, both of a picture"] = [
+            float(all(each.own for each in layers)) for layers in found
+        ]
+        answers[name] = {
+            question: Interval.of(np.asarray(values)) for question, values in shares.items()
+        }
+    questions = answers["without words"]
+    rows = [
+        [question, *(str(each[question]) for each in answers.values())] for question in questions
+    ]
+    report.table([f"{len(cases)} pictures", *answers], rows)
     if not words:
         report.bar("learned words bring out their own layer", holds=False, found="not available")
         return
+    without, with_words = (answers[name]["own nearest"].mean for name in settings)
     report.bar(
         f"with words at least {NEAREST:.0%} are nearest to their own layer, and {TIMES:g} times as many as without",
-        holds=rates["with words"] >= max(NEAREST, TIMES * rates["without words"]),
-        found=f"{rates['with words']:.1%} against {rates['without words']:.1%}",
+        holds=with_words >= max(NEAREST, TIMES * without),
+        found=f"{with_words:.1%} against {without:.1%}",
     )
+    before, after = (answers[name]["own nearest, both of a picture"] for name in settings)
     report.bar(
         "both layers of one concept keep their looks more often with words",
-        holds=both["with words"].low > both["without words"].mean,
-        found=f"{both['with words']} against {both['without words']}",
+        holds=after.low > before.mean,
+        found=f"{after} against {before}",
     )
     report.say()
 
@@ -481,7 +478,7 @@ async def main() -> int:
         report.say("## The rungs\n")
         await climb(bench, report, cases, rungs)
         curves = await sweep(bench, report, cases, full, dial)
-        await resemble(bench, report, both, words, args.steps)
+        await resemble(bench, report, both, words)
         kept, changed = await timed(bench.redone(cases, full), "redo")
         report.say("## Redo\n")
         report.bar(
