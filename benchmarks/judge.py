@@ -7,6 +7,7 @@ it sees the art alone, icons on grounds drawn here, never a scene of the model's
 classes are the model's concepts and as many again that the model does not know, so that a blob of the right colour has
 other names to be called by. One trunk, two heads: a 64-pixel crop's rendering (concept and look in one softmax, or
 nothing); and in each cell of a whole picture the concept that fills it (or nothing) and whether a shadow falls on it.
+Of the second, only where something stands is asked: what it is, the first tells better.
 Everything follows from the seed and the number of steps; weights are kept under the digest of this file.
 Suffixes: B pictures, K objects of a picture, back to front; H, W pixels; h, w cells of 4 pixels; N renderings, or
 concepts and nothing; L looks; D features.
@@ -64,7 +65,7 @@ NOTHING = RENDERINGS
 CROP, SCENE, CELL = 64, 128, 4
 STEPS, CROPS, SCENES = 2200, 64, 8
 RATE, DECAY = 3e-3, 0.02
-SEED, HELD_OUT_SEED = 1, 1_000_003
+SEED, CALIBRATION_SEED, HELD_OUT_SEED = 1, 500_009, 1_000_003
 # Art side and canvas side of a stored sprite: the margin holds the blurred shadow.
 ART, CANVAS = 48, 72
 MARGIN = (CANVAS - ART) // 2
@@ -325,6 +326,11 @@ class Network(nn.Module):
         self.mix_middle = _conv(64, 64)
         self.mix_fine = _conv(64, 64)
         self.cells = nn.Conv2d(64, len(KEYS) + 2, 1)
+        # Above these logits a cell is an object's, or in shadow; see `calibrate`.
+        self.object_from: Tensor
+        self.shadow_from: Tensor
+        self.register_buffer("object_from", torch.zeros(()))
+        self.register_buffer("shadow_from", torch.zeros(()))
 
     def levels(self, x_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features at strides 4, 8 and 16."""
@@ -387,11 +393,14 @@ class Judge:
         )
 
     @torch.inference_mode()
-    def cells(self, x_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Of whole pictures, in each cell: the concept, len(KEYS) for nothing; whether in shadow; [B, h, w] each."""
+    def cells(self, x_BHWC: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Of whole pictures, in each cell: whether something stands there, and whether a shadow falls; [B, h, w]."""
         x = torch.from_numpy(x_BHWC.copy()).permute(0, 3, 1, 2).float() / 255
-        concept, shadow = self._network.scenes(x)
-        return concept.argmax(dim=1).numpy(), (shadow > 0).numpy()
+        object_Bhw, shadow_Bhw = _marks(self._network, x)
+        return (
+            (object_Bhw > self._network.object_from).numpy(),
+            (shadow_Bhw > self._network.shadow_from).numpy(),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -438,7 +447,7 @@ def load() -> Judge:
     """The cached judge; trained now where there is none."""
     path = art.WORK / f"judge-{digest()}.safetensors"
     if not path.exists():
-        weights = train().state_dict()
+        weights = calibrate(train()).state_dict()
         save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
     network = Network()
     network.load_state_dict(load_file(path))
@@ -498,6 +507,26 @@ def train(steps: int = STEPS) -> Network:
     return network
 
 
+@torch.inference_mode()
+def calibrate(network: Network) -> Network:
+    """Sets what a cell needs to be marked so that, on scenes composed for it, as many are missed as marked falsely."""
+    network.eval()
+    composer = Composer(CALIBRATION_SEED)
+    marks: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
+    for _ in range(12):
+        scenes = composer.scenes(10)
+        truth, falls = scenes.cells_Bhw(), scenes.shadow_Bhw()
+        stands, shadow = _marks(network, scenes.x_B3HW)
+        marks[0].append(stands[(truth >= 0) & (truth < len(KEYS))])
+        marks[1].append(stands[truth == len(KEYS)])
+        marks[2].append(shadow[falls == 1])
+        marks[3].append(shadow[falls == 0])
+    yes_object, no_object, yes_shadow, no_shadow = (torch.cat(values) for values in marks)
+    network.object_from.fill_(_even(yes_object, no_object))
+    network.shadow_from.fill_(_even(yes_shadow, no_shadow))
+    return network
+
+
 def report(judge: Judge) -> dict[str, float]:
     """How good it is on pictures of seeds it never saw, plain and distorted; accuracies in [0, 1]."""
     found: dict[str, float] = {"classes": len(KEYS)}
@@ -527,14 +556,28 @@ def _trials(judge: Judge, composer: Composer) -> Iterator[dict[str, NDArray[np.b
         }
         scenes = composer.scenes(10)
         truth, falls = scenes.cells_Bhw().numpy(), scenes.shadow_Bhw().numpy()
-        cells, shadow = judge.cells(as_bytes(scenes.x_B3HW))
+        stands, shadow = judge.cells(as_bytes(scenes.x_B3HW))
         shows = (truth >= 0) & (truth < len(KEYS))
         yield {
-            "cells of objects": (cells == truth)[shows],
-            "cells of nothing": (cells == truth)[truth == len(KEYS)],
+            "cells of objects": stands[shows],
+            "cells of nothing": ~stands[truth == len(KEYS)],
             "cells in shadow": shadow[falls == 1],
             "cells without": ~shadow[falls == 0],
         }
+
+
+def _marks(network: Network, x_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """In every cell how much more any concept has than nothing, and the shadow's logit: [B, h, w] each."""
+    concepts, shadow_Bhw = network.scenes(x_B3HW)
+    return concepts[:, :-1].amax(dim=1) - concepts[:, -1], shadow_Bhw
+
+
+def _even(yes: Tensor, no: Tensor) -> float:
+    """The value that as large a share of `yes` lies below as of `no` above."""
+    levels = torch.linspace(0, 1, 2001)
+    missed = yes.sort().values[(levels * (len(yes) - 1)).long()]
+    falsely = no.sort(descending=True).values[(levels * (len(no) - 1)).long()]
+    return float(missed[int((missed - falsely).abs().argmin())])
 
 
 def _of_concepts(rendering_BN: Tensor) -> Tensor:

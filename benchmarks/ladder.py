@@ -213,7 +213,7 @@ class Report:
 GROUPS = {
     "Spatial": ("right", "filled", "missing", "leaked", "again"),
     "Appearance and structure": ("own nearest", "own nearest, pixels", "margin", "edges"),
-    "Harmony": ("one look", "shadow", "seamless"),
+    "Harmony": ("one look", "shadow", "shadow cells", "seamless"),
     "Together": ("fidelity", "harmony", "adherence"),
 }
 

@@ -5,7 +5,6 @@ families with everything on at once through the public face.
 import json
 import shutil
 
-import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -372,6 +371,3 @@ async def test_families_are_listed_with_their_sizes(system):
     }
     assert told == {name: (32 if name == "sdxl" else 64,) * 2 + (256, 64) for name in FAMILIES}
     assert {model.name: model.family for model in answer.models}["sdxl"] == "sdxl"
-
-
-@pytest.mark.asyncio(loop_scope="module")

@@ -63,7 +63,9 @@ def test_adherence_is_not_defined_where_one_noise_is_asked_for() -> None:
 
 def test_islands_touch_along_sides_only() -> None:
     mask_hw = np.asarray([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], bool)
-    assert sorted(_islands(mask_hw)) == [2, 3]
+    islands = _islands(mask_hw)
+    assert sorted(int(island_hw.sum()) for island_hw in islands) == [2, 3]
+    assert (np.sum(islands, axis=0) == mask_hw).all()
 
 
 def test_a_crop_is_a_square_around_its_mask_with_room() -> None:
