@@ -39,7 +39,7 @@ from services.generator.stages import TorchStages
 DOCS = Path(__file__).parents[1] / "docs"
 # Noise of every layer on the rungs that have one noise for all, and where pixels alone explain nothing.
 UNIFORM, FREE = 0.8, 0.9
-DIAL = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+DIAL = (0.3, 0.5, 0.8, 0.9)
 # Layers whose words are learned in one call.
 TOGETHER = 8
 STRUCTURE = "canny"

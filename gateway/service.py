@@ -391,7 +391,12 @@ def _collect(job: collage_service_pb2.Job, event: collage_service_pb2.JobEvent) 
     """Adds what an event tells of a job's outcome."""
     kind = event.WhichOneof("kind")
     if kind == "planned":
+        # A word that failed may be told before the plan is.
+        earlier = list(job.plan.warnings)
         job.plan.CopyFrom(event.planned.plan)
+        job.plan.warnings.extend(each for each in earlier if each not in job.plan.warnings)
+    elif kind == "warning" and event.warning not in job.plan.warnings:
+        job.plan.warnings.append(event.warning)
     elif kind == "image":
         job.images.append(event.image)
         job.images.sort(key=lambda image: image.index)

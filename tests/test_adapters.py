@@ -14,6 +14,7 @@ from services.common import wire
 from services.common.collage import Adapter
 from services.common.errors import InvalidRequest
 from services.common.settings import InvalidSetting
+from services.generator import adapters as adapters_module
 from services.generator.catalog import Catalog
 from services.generator.engine import Engine
 from services.generator.job import ImageMade
@@ -94,6 +95,38 @@ def test_equals_diffusers_with_two_text_encoders(tmp_path):
     case.pipeline.set_adapters(["chalk", "ink"], [CHALK.weight, INK.weight])
     ours, _ = case.ours("euler", np.full(case.grid, 0.3), 5.0)
     assert torch.equal(ours, case.stock("euler", 0.3, 5.0))
+
+
+@pytest.mark.parametrize("name", ["ink.v2", "half", "update"])
+def test_an_operator_may_call_an_adapter_anything(folder, files, name):
+    stages = fresh(folder, {name: files["ink"], "chalk": files["chalk"]})
+    text = Text(ids_ET=stages.facts.tokenize("a cake").ids_ET)
+    named = fresh(folder, files)
+    for each, adapter in ((stages, name), (named, "ink")):
+        each.use([Adapter(name=adapter)])
+    one, other = (each.encode_text([text]) for each in (stages, named))
+    assert torch.equal(one.hidden_BTD, other.hidden_BTD)
+
+
+def test_an_adapter_that_failed_to_load_loads_the_next_time(folder, files, monkeypatch):
+    case = Case(folder)
+    case.stages = fresh(folder, files)
+    strength = np.full(case.grid, 0.7)
+    plain, _ = case.ours("euler", strength, 5.0)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(adapters_module.Loader, "load_lora_into_text_encoder", fail)
+        case.stages.use([INK])
+    case.stages.use([])
+    assert torch.equal(case.ours("euler", strength, 5.0)[0], plain)
+    case.stages.use([INK])
+    again, _ = case.ours("euler", strength, 5.0)
+    case.stages = fresh(folder, files)
+    case.stages.use([INK])
+    assert torch.equal(case.ours("euler", strength, 5.0)[0], again)
 
 
 def test_layers_of_different_scales_keep_theirs(folder, tmp_path):

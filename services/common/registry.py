@@ -162,6 +162,7 @@ def _controlnets_in(source: str) -> dict[str, str]:
     return {
         folder.name.removeprefix("controlnet-"): str(folder)
         for folder in sorted(Path(source).glob("controlnet-*"))
+        if folder.is_dir()
     }
 
 

@@ -19,7 +19,11 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils.peft_utils import set_adapter_layers, set_weights_and_activate_adapters
+from diffusers.utils.peft_utils import (
+    delete_adapter_layers,
+    set_adapter_layers,
+    set_weights_and_activate_adapters,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
@@ -180,10 +184,15 @@ class AdapterSwitch:
             if adapter.name not in self._parts:
                 config = self._networks["unet"].config
                 file = AdapterFile.read(self._files[adapter.name], config)
-                file.load_into(self._networks, adapter.name)
+                try:
+                    file.load_into(self._networks, self._inner_name(adapter.name))
+                except BaseException:
+                    # What is half there would stand in the way of the next try.
+                    self._forget(self._inner_name(adapter.name), file.parts)
+                    raise
                 self._parts[adapter.name] = file.parts
-        names = [adapter.name for adapter in adapters]
-        changed = {part for name in names for part in self._parts[name]}
+        names = [self._inner_name(adapter.name) for adapter in adapters]
+        changed = {part for adapter in adapters for part in self._parts[adapter.name]}
         for part, network in self._networks.items():
             set_adapter_layers(network, enabled=part in changed)
             if part in changed:
@@ -196,6 +205,17 @@ class AdapterSwitch:
                 if "lora_" not in name:
                     parameter.requires_grad_(part not in changed)
         self._on = tuple(adapters)
+
+    def _inner_name(self, name: str) -> str:
+        """What PEFT calls an adapter: it makes module names of it, which may hold no dot and hide no method."""
+        return f"adapter_{sorted(self._files).index(name)}"
+
+    def _forget(self, inner_name: str, parts: Sequence[str]) -> None:
+        """Takes an adapter out of every network that it got into."""
+        for part in parts:
+            network = self._networks[part]
+            delete_adapter_layers(network, inner_name)
+            getattr(network, "peft_config", {}).pop(inner_name, None)
 
 
 def _without_uneven_alphas(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
@@ -351,7 +352,8 @@ def _read_adapter(name: str, where: str, folder: Path) -> AdapterCard:
     try:
         file = locate_adapter(where)
         config = json.loads((folder / "unet" / "config.json").read_text())
-        AdapterFile.read(file, config).check(folder)
+        # diffusers reads it both as a mapping and by attributes.
+        AdapterFile.read(file, FrozenDict(config)).check(folder)
     except ModelError as error:
         raise ModelError(f"adapters.{name}: {error}") from error
     return AdapterCard(file=file, digest=digest_file(file))
@@ -364,7 +366,8 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ModelError(f"device: is {name!r}; this machine has: {', '.join(found)}")
-    return device
+    # "cuda" and "cuda:0" are one device, and one budget.
+    return torch.device(device.type, device.index or 0) if device.type == "cuda" else device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

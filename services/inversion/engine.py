@@ -208,7 +208,9 @@ class Engine:
             is_due = now_s - saved_s >= self._checkpoint_s and not trainer.is_done
             if fresh or is_last or is_due or now_s - told_s >= self._progress_s:
                 words = trainer.words()
-                keeps = is_due or (is_last and not trainer.is_done)
+                # With a word that is done the state goes out too: taken up without it, the others' batch would be
+                # another one, and their last bits with it.
+                keeps = is_due or ((fresh or is_last) and not trainer.is_done)
                 post(
                     Learned(
                         progress=tuple(trainer.progress()),

@@ -296,7 +296,9 @@ class Trainer:
         offset = number if held_out else 0
         place_B = torch.arange(rows) * groups + offset + torch.rand(rows, generator=rng)
         part_B = recipe.lowest + (1 - recipe.lowest) * place_B / (rows * groups)
-        timesteps_B = (part_B * len(self._networks.alphas_T)).long()
+        # In single precision the last range's end may round up to the whole.
+        last = len(self._networks.alphas_T) - 1
+        timesteps_B = (part_B * (last + 1)).long().clamp_max(last)
         latents_BChw = torch.stack([pupil.latents[index] for index in chosen])
         noise_BChw = torch.randn(latents_BChw.shape, generator=rng)
         device = self._networks.device

@@ -85,11 +85,11 @@ def _checked(value: Tensor, width: int) -> Tensor:
     shape = " x ".join(map(str, value.shape)) or "a single number"
     if value.dtype not in _DTYPES or value.ndim not in (1, 2):
         raise InvalidWord(f"holds {value.dtype} of shape {shape}; allowed: [vectors, {width}]")
-    value_VD = value.reshape(-1, value.shape[-1]).float()
-    if value_VD.shape[1] != width:
+    if value.shape[-1] != width:
         raise InvalidWord(
-            f"holds vectors of width {value_VD.shape[1]}; this model's text encoder takes {width}"
+            f"holds vectors of width {value.shape[-1]}; this model's text encoder takes {width}"
         )
+    value_VD = value.reshape(-1, width).float()
     if not 1 <= len(value_VD) <= MAX_VECTORS:
         raise InvalidWord(f"holds {len(value_VD)} vectors; allowed: 1 to {MAX_VECTORS}")
     if not bool(value_VD.isfinite().all()) or float(value_VD.abs().max()) > MAX_VALUE:
