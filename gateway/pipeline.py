@@ -30,8 +30,10 @@ from services.common.collage import Collage, Layer
 from services.common.errors import (
     CollageError,
     DeadlinePassed,
+    Internal,
     InvalidRequest,
     MissingBlobs,
+    NotSupported,
     Overloaded,
     Unavailable,
     from_rpc,
@@ -215,6 +217,17 @@ class Pipeline:
             for number, index in enumerate(indices)
         }
         index_of = {collage.layers[index].name: index for index in indices}
+        failed: set[str] = set()
+
+        async def go_without(layer: str, error: CollageError) -> None:
+            failed.add(layer)
+            warning = collage_pb2.Warning(
+                reason="WORD_FAILED",
+                field=f"collage.layers[{index_of[layer]}].appearance",
+                message=f"drawn without its word: {error.message}",
+            )
+            await emit(collage_service_pb2.JobEvent(warning=warning), key=f"word-failed-{layer}")
+
         try:
             async for answer in _answers(call):
                 layer = answer.progress.layer
@@ -222,20 +235,17 @@ class Pipeline:
                     error = _in_request(_error_of(answer.error), fields)
                     if not skips_failed:
                         raise error
-                    warning = collage_pb2.Warning(
-                        reason="WORD_FAILED",
-                        field=f"collage.layers[{index_of[layer]}].appearance",
-                        message=f"drawn without its word: {error.message}",
-                    )
-                    await emit(
-                        collage_service_pb2.JobEvent(warning=warning), key=f"word-failed-{layer}"
-                    )
+                    await go_without(layer, error)
                     continue
                 await emit(collage_service_pb2.JobEvent(word=answer.progress))
                 if answer.HasField("word"):
                     words[layer] = wire.parse_blob(answer.word.vectors, "word.vectors")
-        except (InvalidRequest, MissingBlobs) as error:
-            raise _in_request(error, fields) from error
+        except (InvalidRequest, MissingBlobs, NotSupported, Internal) as error:
+            told = _in_request(error, fields)
+            if not skips_failed:
+                raise told from error
+            for layer in sorted(names - words.keys() - failed, key=index_of.__getitem__):
+                await go_without(layer, told)
         return words
 
     async def _generate(self, planned: Planned, words: dict[str, BlobRef], emit: Emit) -> None:

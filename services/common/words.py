@@ -66,7 +66,7 @@ async def read(blobs: BlobStore, digest: str) -> collage_service_pb2.Word | None
 async def write(
     blobs: BlobStore, digest: str, vectors: bytes, card: collage_service_pb2.Word
 ) -> collage_service_pb2.Word:
-    """Stores a word; answers its card, complete.
+    """Stores a word; answers its card, complete: the stored one where two processes made the same word at once.
 
     Args:
         blobs: the store.
@@ -75,13 +75,17 @@ async def write(
         card: without `name` and `vectors`.
     """
     ref: BlobRef = await put_blob(blobs, vectors, media_type=MEDIA_TYPE)
-    await blobs.put(vectors_key(digest), vectors, media_type=MEDIA_TYPE)
     whole = collage_service_pb2.Word()
     whole.CopyFrom(card)
     whole.name = name_of(digest)
     whole.vectors.CopyFrom(wire.render_blob(ref))
     data = json_format.MessageToJson(whole, preserving_proto_field_name=True).encode()
-    await blobs.put(card_key(digest), data, media_type="application/json")
+    if not await blobs.create(card_key(digest), data, media_type="application/json"):
+        # A job may have drawn with the first one's vectors already, whose last bits may differ.
+        if (first := await read(blobs, digest)) is not None:
+            return first
+        await blobs.put(card_key(digest), data, media_type="application/json")
+    await blobs.put(vectors_key(digest), vectors, media_type=MEDIA_TYPE)
     return whole
 
 
