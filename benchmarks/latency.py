@@ -30,6 +30,7 @@ from services.common.prompt import bind
 from services.common.registry import BUNDLED
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make
+from services.generator.catalog import Catalog
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import load as load_model
 from services.generator.png import encode_png
@@ -60,6 +61,7 @@ def in_process(stages: Stages, message: collage_pb2.Collage, sampling: Sampling)
                 attract=layer.dials.attract,
                 repel=layer.dials.repel,
                 seed=layer.layer.seed,
+                structures=layer.layer.structure,
             )
             for layer, (start, end) in zip(files.composition.layers, bound.spans, strict=True)
         ],
@@ -92,7 +94,11 @@ async def main() -> int:
     start_logging("latency", level="ERROR")
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    stages = TorchStages(load_model(BUNDLED, dtype=torch.float32, device=torch.device("cpu")))
+    (card,) = Catalog.read("").cards
+    controlnets = {kind: one.folder for kind, one in card.controlnets.items()}
+    stages = TorchStages(
+        load_model(BUNDLED, dtype=card.dtype, device=card.device, controlnets=controlnets)
+    )
     message = attach(load(args.example))
     differences, services, calls = [], [], []
     with tempfile.TemporaryDirectory() as data:
