@@ -26,12 +26,7 @@ from tests import plates, toy
 CHALK, INK = Adapter(name="chalk", weight=0.7), Adapter(name="ink", weight=-0.5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,7 @@ POSITIONS = ((1, 2), (4,), (5,))
 DIALS = ((0.7, 0.4), (0.0, 1.0), (0.0, 0.0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

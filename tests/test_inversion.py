@@ -32,13 +32,7 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # Several stall on a machine that has other work; and sums split over another number round differently.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

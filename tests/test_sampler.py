@@ -19,12 +19,7 @@ PROMPT = "sushi and cake on the table"
 SAMPLING = Sampling(model="toy", sampler="euler", steps=6, guidance_scale=4.0, images=1, seed=7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

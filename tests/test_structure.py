@@ -30,6 +30,8 @@ from services.generator.structure import StructureControl
 from tests import plates, toy
 from tests import system as system_tools
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("canny", "depth")
 WAIT_S = 60
 EVERYWHERE = (slice(0, 12), slice(0, 16))
@@ -249,14 +251,6 @@ def folder(tmp_path_factory):
     for kind in KINDS:
         toy.controlnet(folder, kind)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
