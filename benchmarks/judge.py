@@ -469,25 +469,23 @@ def train(steps: int = STEPS) -> Network:
         # Distortions grow over the first half.
         composer.strength = min(1.0, 0.3 + 1.4 * step / steps)
         crops, label_B = composer.crops(CROPS)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            rendering, _ = network.crops(_last(crops.x_B3HW))
+        rendering, _ = network.crops(_last(crops.x_B3HW))
         # The look is often in doubt where the concept is not: it gets a loss of its own.
-        concept_BN = _of_concepts(rendering.float())
+        concept_BN = _of_concepts(rendering)
         concept_B = torch.where(label_B < 0, label_B, label_B // LOOKS)
         losses = [
-            F.cross_entropy(rendering.float(), label_B),
+            F.cross_entropy(rendering, label_B),
             F.cross_entropy(concept_BN, concept_B),
         ]
         hits.append(float((concept_BN.argmax(dim=1) == concept_B).float().mean()))
         if step % 2:
             scenes = composer.scenes(SCENES)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                cells, shadow = network.scenes(_last(scenes.x_B3HW))
+            cells, shadow = network.scenes(_last(scenes.x_B3HW))
             falls_Bhw = scenes.shadow_Bhw()
-            losses.append(F.cross_entropy(cells.float(), scenes.cells_Bhw()))
+            losses.append(F.cross_entropy(cells, scenes.cells_Bhw()))
             losses.append(
                 F.binary_cross_entropy_with_logits(
-                    shadow.float(), (falls_Bhw > 0).float(), weight=(falls_Bhw >= 0).float()
+                    shadow, (falls_Bhw > 0).float(), weight=(falls_Bhw >= 0).float()
                 )
             )
         optimizer.zero_grad()

@@ -40,6 +40,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from services.common.collage import Extent
 from services.compositor.structure import ControlPicture, canny
 
+NAME = "controlnet-canny"
 POOL = 20_000
 LEARNING_RATE = 1e-3
 CAPTION_DROPOUT = 0.3
@@ -146,7 +147,7 @@ class Controlled:
 def draw(run: Run, pool: Pool, path: Path) -> None:
     """Draw a sheet from pure noise: control pictures, pictures without, pictures with, the scenes they came from."""
     plain = StableDiffusionPipeline.from_pretrained(run.weights)
-    model = ControlNetModel.from_pretrained(run.weights / "controlnet-canny")
+    model = ControlNetModel.from_pretrained(run.weights / NAME)
     steered = StableDiffusionControlNetPipeline(
         **plain.components, controlnet=model, requires_safety_checker=False
     ).to(run.device)
@@ -171,7 +172,10 @@ def draw(run: Run, pool: Pool, path: Path) -> None:
 def train(run: Run, minutes: float) -> None:
     """Train for so many minutes, or the rest of them, and export beside the model."""
     still = Controlled(run)
-    model = networks.controlnet(still.unet).requires_grad_(True).train()
+    model = networks.controlnet(still.unet)
+    if run.start and (run.start / NAME).exists():
+        model = exported(ControlNetModel, run.start, NAME)
+    model.requires_grad_(True).train()
     model.to(run.device, memory_format=torch.channels_last)
     # What the U-Net has not taught yet learns faster: the edges' way in and the zeros' way out.
     fresh, taught = [], []
@@ -215,7 +219,7 @@ def train(run: Run, minutes: float) -> None:
     def save() -> dict[str, Any]:
         course.save(model=model.state_dict(), average=average.values)
         frozen.load_state_dict(average.values)
-        folder = run.weights / "controlnet-canny"
+        folder = run.weights / NAME
         with tempfile.TemporaryDirectory(dir=run.work) as made:
             frozen.save_pretrained(made)
             write_halved(Path(made), folder)

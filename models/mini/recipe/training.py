@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import Composer, Layers, Scene, scene
+from scenes import WORD, Composer, Layers, Placement, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -76,7 +76,7 @@ class Run:
 
         def part(inputs: tuple[Tensor, ...]) -> Tensor:
             torch.set_num_threads(1)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with halved(self.device):
                 loss = loss_of(*inputs) * (len(inputs[0]) / len(batch_B[0]))
             loss.backward()
             return loss.detach()
@@ -194,6 +194,7 @@ class Pool:
     """Scenes to learn from, encoded: a scene's place is its seed modulo the size, so the oldest are forgotten.
 
     With `control`, which makes of a scene and its layers a control picture and where it counts, these are kept, too.
+    Otherwise what the words of a scene are read from is kept, as many in `worded` as its caption has places for.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Pool:
             size, 4, latent_side, latent_side, dtype=torch.float16, device=device
         )
         self.ids_NT = torch.zeros(size, 77, dtype=torch.int16, device=device)
+        self.worded: dict[int, list[Placement]] = {}
         if control:
             self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
             self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
@@ -228,6 +230,11 @@ class Pool:
                 parts = [some[part :: self._run.parts] for part in range(self._run.parts)]
                 list(self._run.workers.map(self._fill, filter(len, parts)))
 
+    def recall(self, seeds: range) -> None:
+        """Know again what words the scenes of these seeds have, whose latents are there."""
+        scenes = self._run.scenes(seeds)
+        self.worded |= {each.seed % self.size: each.worded for each in scenes}
+
     def _fill(self, seeds: range) -> None:
         torch.set_num_threads(1)
         with torch.no_grad():
@@ -237,9 +244,12 @@ class Pool:
             places = torch.tensor([seed % self.size for seed in seeds])
             self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
             captions = [each.caption for each in scenes]
-            self.ids_NT[places] = token_ids(self._tokenizer, captions).short().to(self._run.device)
             if self._control:
+                captions = [caption.replace(f"{WORD} ", "") for caption in captions]
                 self._draw(scenes, layers, pixels_B3HW, places)
+            else:
+                self.worded |= {each.seed % self.size: each.worded for each in scenes}
+            self.ids_NT[places] = token_ids(self._tokenizer, captions).short().to(self._run.device)
 
     def _draw(
         self, scenes: list[Scene], layers: Layers, pixels_B3HW: Tensor, places: Tensor
@@ -265,6 +275,12 @@ class Pool:
         return torch.from_numpy(np.concatenate([newest, old]) % self.size).to(self._run.device)
 
 
+def halved(device: torch.device) -> torch.autocast:
+    """Computing in bfloat16 where the device has it; a CPU without takes ten times as long as in float32."""
+    has_half = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_half)
+
+
 def to_range(pixels: Tensor) -> Tensor:
     """From uint8 to float in -1..1."""
     return pixels.float() / 127.5 - 1
@@ -273,7 +289,7 @@ def to_range(pixels: Tensor) -> Tensor:
 def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
     """Mean latents, not scaled, of uint8 pictures."""
     x_B3HW = to_range(pixels_B3HW).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x_B3HW.device.type, torch.bfloat16):
+    with halved(x_B3HW.device):
         return torch.cat([vae.encode(part).latent_dist.mean for part in x_B3HW.split(16)])
 
 
