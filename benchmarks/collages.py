@@ -93,13 +93,19 @@ class Dials:
     """What a collage is drawn with.
 
     noise: of every layer, None for each layer's own; control: attract and repel of every layer, None for automatic
-    ones; words: the cut-outs whose learned words are used; structure: the kind of control picture, "" for none.
+    ones; words: the cut-outs whose learned words are used; structure: the kind of control picture, "" for none; only:
+    with structure, 0 or 1 for every second layer alone, from the first or from the second, None for all layers.
     """
 
     noise: float | None
     control: float | None = 0.0
     words: frozenset[Cutout] = frozenset()
     structure: str = ""
+    only: int | None = None
+
+    def is_structured(self, index: int) -> bool:
+        """Whether the layer of that place has structure."""
+        return bool(self.structure) and self.only in (None, index % 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +147,7 @@ class Scene:
                 layer.attract = layer.repel = dials.control
             if piece.cutout in dials.words:
                 layer.appearance.learn = True
-            if dials.structure:
+            if dials.is_structured(index):
                 layer.structure.add(kind=dials.structure)
         return collage
 

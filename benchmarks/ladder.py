@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks import judge as judging
 from benchmarks.collages import Cutout, Dials, Drawn, Scene, Service, pairs, pool, scenes, serving
 from benchmarks.judge import FIFTH, Judge
-from benchmarks.measures import Likeness, likeness, measure
+from benchmarks.measures import Likeness, layer_edges, likeness, measure
 from services.common.registry import BUNDLED
 from services.generator.models import load
 from services.generator.stages import TorchStages
@@ -44,8 +44,10 @@ DIAL = (0.3, 0.5, 0.8, 0.9)
 TOGETHER = 8
 STRUCTURE = "canny"
 RESAMPLES = 2000
-# Issue 4's bar: at least this share nearest to its own layer, and so many times as often as without words.
+# The bar of words: at least this share nearest to its own layer, and so many times as often as without words.
 NEAREST, TIMES = 0.75, 2.0
+# The bar of structure: edges agree so many times as well with it as without.
+SHARPER = 1.3
 
 Values = NDArray[np.float64]
 T = TypeVar("T")
@@ -95,15 +97,20 @@ class Bench:
         self._measured: dict[tuple[Scene, Dials], dict[str, float]] = {}
         self.pictures: dict[tuple[Scene, Dials], Drawn] = {}
 
+    async def drawn(self, scene: Scene, dials: Dials) -> Drawn:
+        """One picture, the same object for the same question."""
+        if (scene, dials) not in self.pictures:
+            self.pictures[scene, dials] = await self._service.draw(scene, dials, steps=self._steps)
+        return self.pictures[scene, dials]
+
     async def measured(self, cases: Sequence[Scene], dials: Dials) -> dict[str, Values]:
         """Each measure's value for each collage."""
         rows = []
         for scene in cases:
             if (scene, dials) not in self._measured:
-                drawn = await self._service.draw(scene, dials, steps=self._steps)
+                drawn = await self.drawn(scene, dials)
                 through_HWC = self._through(drawn.composite_HWC)
                 self._measured[scene, dials] = measure(self._judge, scene, drawn, through_HWC)
-                self.pictures[scene, dials] = drawn
             rows.append(self._measured[scene, dials])
         return {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
 
@@ -111,8 +118,7 @@ class Bench:
         """For each collage, which rendering each object is nearest to."""
         found = []
         for scene in cases:
-            drawn = await self._service.draw(scene, dials, steps=self._steps)
-            self.pictures[scene, dials] = drawn
+            drawn = await self.drawn(scene, dials)
             layers = range(len(scene.pieces))
             found.append([likeness(self._judge, scene, drawn, index) for index in layers])
         return found
@@ -323,7 +329,7 @@ QUESTIONS: dict[str, Callable[[Likeness, Cutout, Cutout], bool | None]] = {
 async def resemble(
     bench: Bench, report: Report, cases: Sequence[Scene], words: frozenset[Cutout]
 ) -> None:
-    """Issue 4, bars 1 and 2: whether objects drawn nearly from nothing are their own layers'."""
+    """Whether objects drawn nearly from nothing are their own layers'."""
     report.say(f"## Appearance at noise {FREE:g}: one concept in two looks side by side\n")
     plain = Dials(noise=FREE, control=None)
     settings = {"without words": plain}
@@ -365,6 +371,59 @@ async def resemble(
         "both layers of one concept keep their looks more often with words",
         holds=after.low > before.mean,
         found=f"{after} against {before}",
+    )
+    report.say()
+
+
+async def structured(bench: Bench, report: Report, cases: Sequence[Scene]) -> None:
+    """Whether structure draws the edges of the layers that have it, and leaves the others alone.
+
+    Every collage is drawn without, and twice with structure on every second layer: each layer is once one that has it
+    and once one beside those.
+    """
+    report.say(f"## Structure at noise {FREE:g}: on every second layer\n")
+    plain = Dials(noise=FREE, control=None)
+    turns = [replace(plain, structure=STRUCTURE, only=turn) for turn in (0, 1)]
+    found: dict[str, list[Values]] = {"layers with structure": [], "layers beside them": []}
+    for scene in cases:
+        without_L, *with_TL = [
+            np.asarray(layer_edges(await bench.drawn(scene, dials))) for dials in (plain, *turns)
+        ]
+        for name, is_inside in zip(found, (True, False), strict=True):
+            counted_TL = [
+                ~np.isnan(without_L)
+                & np.asarray([turn.is_structured(k) == is_inside for k in range(len(without_L))])
+                for turn in turns
+            ]
+            pairs_2N = np.concatenate(
+                [
+                    [without_L[counted_L], with_L[counted_L]]
+                    for with_L, counted_L in zip(with_TL, counted_TL, strict=True)
+                ],
+                axis=1,
+            )
+            found[name].append(pairs_2N.mean(axis=1) if pairs_2N.size else np.full(2, math.nan))
+    rows = []
+    measured = {name: np.asarray(pairs).T for name, pairs in found.items()}
+    for name, (without, with_it) in measured.items():
+        times = Interval.of(
+            np.asarray([without, with_it]), lambda x: float(x[1].mean() / x[0].mean())
+        )
+        cells = (Interval.of(without), Interval.of(with_it), times, Interval.of(with_it - without))
+        rows.append([name, *map(str, cells)])
+    report.table(["edges", "without", "with", "times", "difference, paired"], rows)
+    inside, beside = measured.values()
+    times = float(np.nanmean(inside[1]) / np.nanmean(inside[0]))
+    report.bar(
+        f"edges agree at least {SHARPER:g} times as well in layers with structure",
+        holds=times >= SHARPER,
+        found=f"{times:.2f}",
+    )
+    moved = Interval.of(beside[1] - beside[0])
+    report.bar(
+        "edges in layers beside them stay as they are",
+        holds=moved.low <= 0 <= moved.high,
+        found=f"{moved}",
     )
     report.say()
 
@@ -479,6 +538,8 @@ async def main() -> int:
         await climb(bench, report, cases, rungs)
         curves = await sweep(bench, report, cases, full, dial)
         await resemble(bench, report, both, words)
+        if STRUCTURE in kinds:
+            await timed(structured(bench, report, cases), "structure")
         kept, changed = await timed(bench.redone(cases, full), "redo")
         report.say("## Redo\n")
         report.bar(

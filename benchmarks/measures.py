@@ -148,6 +148,11 @@ def likeness(judge: Judge, scene: Scene, drawn: Drawn, index: int) -> Likeness:
 
 def edges(drawn: Drawn) -> float:
     """F1 of the picture's edges against the composite's inside each visible mask, within a tolerance."""
+    return _mean(agreement for agreement in layer_edges(drawn) if not math.isnan(agreement))
+
+
+def layer_edges(drawn: Drawn) -> list[float]:
+    """The same for each layer, NaN for one without an edge."""
     asked_HW, made_HW = _canny(drawn.composite_HWC), _canny(drawn.picture_HWC)
     found = []
     for mask_HW in drawn.mask_LHW:
@@ -156,8 +161,10 @@ def edges(drawn: Drawn) -> float:
         if asked.any():
             recall = (_grown(made_HW, TOLERANCE) & asked).sum() / asked.sum()
             precision = (_grown(asked_HW, TOLERANCE) & made).sum() / max(1, made.sum())
-            found.append(2 * precision * recall / max(1e-9, precision + recall))
-    return _mean(found)
+            found.append(float(2 * precision * recall / max(1e-9, precision + recall)))
+        else:
+            found.append(math.nan)
+    return found
 
 
 def harmony(judge: Judge, scene: Scene, drawn: Drawn) -> dict[str, float]:

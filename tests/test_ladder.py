@@ -1,11 +1,14 @@
 """The ladder's arithmetic, on pictures and points made here; the art and the judge are not needed."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from benchmarks.collages import Cutout, Drawn, Piece, Scene
+from benchmarks.collages import Cutout, Dials, Drawn, Piece, Scene
 from benchmarks.ladder import Interval, gap
-from benchmarks.measures import _islands, adherence, crops, edges
+from benchmarks.measures import _islands, adherence, crops, edges, layer_edges
 
 RNG = np.random.default_rng(0)
 
@@ -45,6 +48,23 @@ def test_edges_agree_with_themselves_within_the_tolerance_and_not_beyond() -> No
     assert edges(drawn(boxes(1), boxes())) == 1
     assert edges(drawn(boxes(6), boxes())) < 0.8
     assert edges(drawn(np.full((128, 128, 3), 220, np.uint8), boxes())) == 0
+
+
+def test_edges_are_told_layer_by_layer() -> None:
+    picture_HWC = boxes()
+    picture_HWC[:, :64] = 220
+    lost, kept = layer_edges(drawn(picture_HWC, boxes()))
+    assert (lost, kept) == (0, 1)
+    nothing, some = layer_edges(drawn(boxes(), picture_HWC))
+    assert math.isnan(nothing) and some == 1
+
+
+def test_structure_on_every_second_layer() -> None:
+    dials = Dials(noise=0.9, structure="canny")
+    for only, expected in ((None, [1, 1, 1]), (0, [1, 0, 1]), (1, [0, 1, 0])):
+        has_it = [replace(dials, only=only).is_structured(index) for index in range(3)]
+        assert has_it == expected
+    assert not Dials(noise=0.9).is_structured(0)
 
 
 @pytest.mark.parametrize(("noises", "sign"), [((0.9, 0.3), 1), ((0.3, 0.9), -1)])
