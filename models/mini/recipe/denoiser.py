@@ -1,7 +1,6 @@
 """The second stage: the denoiser and the text encoder together on latents of composed scenes; exports the model."""
 
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 import words
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from networks import READ_SIDE, WORD_SPREAD
 from PIL import Image
 from torch import Tensor, nn
 from training import (
@@ -47,40 +45,21 @@ PROMPTS = (
 
 
 class Model(nn.Module):
-    """The networks that learn together, so that one optimiser and one average hold all."""
+    """The two networks that learn together, so that one optimiser and one average hold both."""
 
     def __init__(self, run: Run, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.unet = run.size.denoiser()
         self.text = run.size.text_encoder(len(tokenizer), tokenizer.eos_token_id)
-        self.reader = run.size.reader()
         if run.start:
             self.unet = exported(UNet2DConditionModel, run.start, "unet")
             self.text = exported(CLIPTextModel, run.start, "text_encoder")
-        # What each thread's text encoder is to read where a caption has a place for a word.
-        self._words = threading.local()
-        self.text.get_input_embeddings().register_forward_hook(self._put)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, ids_BT: Tensor, looks_BK4HW: Tensor) -> Tensor:
-        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B under token ids_BT.
-
-        looks_BK4HW: what the words of each caption are read from, in the order of its places for them.
-        """
-        self._words.by_place_BKC = WORD_SPREAD * self.reader(looks_BK4HW.flatten(0, 1)).unflatten(
-            0, looks_BK4HW.shape[:2]
-        )
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, ids_BT: Tensor) -> Tensor:
+        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B under token ids_BT."""
         states_BTC = self.text(input_ids=ids_BT).last_hidden_state
         predicted_BCHW: Tensor = self.unet(x_BCHW, t_B, states_BTC).sample
         return predicted_BCHW
-
-    def _put(self, table: nn.Embedding, asked: tuple[Tensor], embedded_BTC: Tensor) -> Tensor:
-        is_place_BT = asked[0] == asked[0][:, :1]
-        # A text's own begin mark is no place for a word.
-        is_place_BT[:, 0] = False
-        which_BT = (is_place_BT.cumsum(dim=1) - 1).clamp_min(0)
-        words_BKC = self._words.by_place_BKC.to(embedded_BTC.dtype)
-        words_BTC = words_BKC.gather(1, which_BT[..., None].expand_as(embedded_BTC))
-        return torch.where(is_place_BT[..., None], words_BTC, embedded_BTC)
 
 
 @torch.no_grad()
@@ -156,7 +135,6 @@ def train(run: Run, minutes: float) -> None:
         centre(vae, mean_C)
         filled = len(saved["ids"])
         pool.latents_NCHW[:filled], pool.ids_NT[:filled] = saved["latents"], saved["ids"]
-        pool.recall(range(saved["scenes"] - filled, saved["scenes"]))
     else:
         pool.add(range(pool.first))
         mean_C = pool.latents_NCHW[: pool.first].float().mean(dim=(0, 2, 3))
@@ -174,19 +152,10 @@ def train(run: Run, minutes: float) -> None:
     empty_T = token_ids(tokenizer, [""])[0].to(run.device)
     frozen = Model(run, tokenizer).to(run.device)
 
-    def loss_of(noise_BCHW: Tensor, weights_B: Tensor, *inputs: Tensor) -> Tensor:
-        return squared_error(model(*inputs), noise_BCHW, weights_B)
-
-    def looks(places: Tensor) -> Tensor:
-        """What the words of the scenes at these places are read from, [B, K, 4, H, W]; empty pictures fill up."""
-        worded = [pool.worded[place] for place in places.tolist()]
-        most = max(1, *map(len, worded))
-        looks_BK4HW = torch.zeros(len(places), most, 4, READ_SIDE, READ_SIDE, device=run.device)
-        items = [item for each in worded for item in each]
-        if items:
-            is_there_BK = torch.tensor([[k < len(each) for k in range(most)] for each in worded])
-            looks_BK4HW[is_there_BK.to(run.device)] = run.composer.sprites(items, READ_SIDE)
-        return looks_BK4HW
+    def loss_of(
+        noisy_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, ids_BT: Tensor, weights_B: Tensor
+    ) -> Tensor:
+        return squared_error(model(noisy_BCHW, t_B, ids_BT), noise_BCHW, weights_B)
 
     def learn(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
@@ -195,8 +164,7 @@ def train(run: Run, minutes: float) -> None:
         ids_BT[torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)] = empty_T
         x_BCHW = pool.latents_NCHW[places].float() * scale
         noisy_BCHW, noise_BCHW, t_B, weights_B = noised(x_BCHW, step, rng, 1.0)
-        inputs = (noisy_BCHW, t_B, ids_BT, looks(places))
-        return run.gradients(loss_of, noise_BCHW, weights_B, *inputs)
+        return run.gradients(loss_of, noisy_BCHW, noise_BCHW, t_B, ids_BT, weights_B)
 
     def save() -> dict[str, Any]:
         filled = min(POOL, pool.first + new * course.step)
@@ -207,8 +175,6 @@ def train(run: Run, minutes: float) -> None:
             scale=scale,
             latents=pool.latents_NCHW[:filled].clone(),
             ids=pool.ids_NT[:filled].clone(),
-            # The scene of a place is the last whose seed falls there; its words follow from the seed.
-            scenes=pool.first + new * course.step,
         )
         frozen.load_state_dict(average.values)
         export(run, vae, frozen, tokenizer)

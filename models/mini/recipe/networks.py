@@ -6,17 +6,12 @@ Main type: `Size`, everything in which a small and a large model differ.
 from dataclasses import dataclass
 
 import art
-import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 # Pixels to a latent, along each side.
 FACTOR = 4
-# Root mean square of a word's numbers, in the table of the text encoder and learned.
-WORD_SPREAD = 0.3
-# Pixels of the pictures that words are read from, and the spread of the noise on what passes, whose own is 1.
-READ_SIDE, READ_NOISE = 32, 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,27 +63,6 @@ class Size:
             norm_num_groups=16,
         )
 
-    def reader(self) -> nn.Module:
-        """From pictures of objects [M, 4, READ_SIDE, READ_SIDE] to the word that tells each one's look [M, text_width].
-
-        Trained with the denoiser, so that captions with words are understood, and then thrown away: whoever uses the
-        model has to learn a word. Few numbers pass, with noise on them, so that near words mean near looks.
-        """
-        return nn.Sequential(
-            nn.Conv2d(4, 32, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(64, 96, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(96 * (READ_SIDE // 8) ** 2, 32),
-            nn.LayerNorm(32, elementwise_affine=False),
-            _Noise(READ_NOISE),
-            nn.Linear(32, self.text_width),
-            nn.LayerNorm(self.text_width, elementwise_affine=False),
-        )
-
     def text_encoder(self, words: int, end: int) -> CLIPTextModel:
         """Token ids [B, 77] to states [B, 77, text_width]; `end` is the id of the last token."""
         model = CLIPTextModel(
@@ -106,19 +80,8 @@ class Size:
             )
         )
         # CLIP's start (0.02) leaves the words nearly alike for the first thousand steps.
-        model.get_input_embeddings().weight.data.normal_(std=WORD_SPREAD)
+        model.get_input_embeddings().weight.data.normal_(std=0.3)
         return model
-
-
-class _Noise(nn.Module):
-    """Adds noise while learning."""
-
-    def __init__(self, spread: float) -> None:
-        super().__init__()
-        self._spread = spread
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self._spread * torch.randn_like(x) if self.training else x
 
 
 SIZES = {

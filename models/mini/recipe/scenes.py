@@ -1,7 +1,4 @@
-"""Pictures composed of the art: objects on a ground, with soft cast shadows, and their captions.
-
-Objects of a scene share one artist's look; only those before whose name the caption has a place for a learned word may
-look as they like, and have any colours: their look is told.
+"""Pictures composed of the art: objects of one look on a ground, with soft cast shadows, and their captions.
 
 Main types: `Scene`, what is to be seen, which follows from a seed alone; `Composer`, which paints scenes in batches on
 a device. Places and sizes are in 128ths of the canvas, so that scenes do not depend on the number of pixels.
@@ -10,7 +7,7 @@ Suffixes: B scenes; M objects of all scenes; N renderings; H, W pixels; 3 = R, G
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import art
 import numpy as np
@@ -41,13 +38,6 @@ OFTEN = {"sushi": 3.0, "bento box": 1.5, "rice ball": 1.5, "fried shrimp": 1.5, 
 OFTEN_GROUNDS = {"on a wooden table": 2.0}
 TEXTURES_PER_GROUND = 12
 TEXTURE_UNITS = 160
-# What a caption has where a learned word will stand: the mark that every text begins with, as when pictures are drawn.
-WORD = "<|startoftext|>"
-# Scenes with words, and of their objects those that have one; of these scenes those whose objects differ in look, and
-# of the objects with a word those with other colours than the art's.
-WORDED, HAS_WORD, MIXED, TINTED = 0.5, 0.8, 0.7, 0.4
-# The tint that changes nothing.
-PLAIN = (0.0, 1.0, 1.0)
 # Each size is at most 4/3 of the next: between two of them bilinear sampling neither blurs nor aliases visibly.
 SPRITE_SIDES = tuple(art.SIDE * share // 32 for share in (32, 24, 16, 12, 8, 6, 4, 3))
 # The shadow's picture has half a sprite more on every side than it needs; blurred, it needs few pixels.
@@ -56,45 +46,32 @@ SHADOW_SIDE, SHADOW_REACH, SHADOW_BLUR = 48, 1.5, 0.06
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One object of a scene: centre and side in units, rotation in degrees counter-clockwise.
-
-    look: index into `art.LOOKS`. has_word: whether the caption has a place for a word before its name. tint: turn of
-    its hues in radians, factors of its saturation and brightness.
-    """
+    """One object of a scene: centre and side in units, rotation in degrees counter-clockwise."""
 
     concept: str
     x: float
     y: float
     side: float
-    look: int
     angle: float = 0.0
     flip: bool = False
-    has_word: bool = False
-    tint: tuple[float, float, float] = PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """What is composed.
 
-    seed: what is random about the ground follows from it. placements: back to front. shadow: offset to the right and
-    down as shares of the object's side, and strength in [0, 1]. is_land: whether the ground lies under a blue sky, to
-    be seen from the side. order: places in `placements` of the objects, as the caption names them.
+    seed: what is random about the ground follows from it. placements: back to front. look: index into `art.LOOKS`.
+    shadow: offset to the right and down as shares of the object's side, and strength in [0, 1]. is_land: whether the
+    ground lies under a blue sky, to be seen from the side.
     """
 
     seed: int
     ground: str
     is_land: bool
     placements: list[Placement]
+    look: int
     shadow: tuple[float, float, float]
     caption: str
-    order: tuple[int, ...]
-
-    @property
-    def worded(self) -> list[Placement]:
-        """The objects with a word, in the order of the caption's places for them."""
-        named = (self.placements[index] for index in self.order)
-        return [item for item in named if item.has_word]
 
 
 def _noise(rng: np.random.Generator, rows: int, columns: int, side: int) -> np.ndarray:
@@ -204,19 +181,18 @@ class Composer:
         """Every object of the scenes, scene by scene, back to front."""
         rows = [
             (
-                *(index, slot, self._which(item)),
+                *(index, slot, self._places[item.concept] * len(art.LOOKS) + scene.look),
                 *(item.x, item.y, item.side, np.deg2rad(item.angle), 1 - 2 * item.flip),
                 *scene.shadow,
-                *item.tint,
             )
             for index, scene in enumerate(scenes)
             for slot, item in enumerate(scene.placements)
         ]
-        table_CM = torch.tensor(rows, dtype=torch.float32).view(-1, 14).T
+        table_CM = torch.tensor(rows, dtype=torch.float32).view(-1, 11).T
         pixels_M = table_CM[5] * self.side / UNITS
         level_M = sum((pixels_M <= size).long() for size, _ in self._levels[1:])
         of_M, slot_M, which_M = table_CM[:3].long().to(self.device)
-        x, y, size, angle, mirror, right, down, strength = table_CM[3:11].to(self.device)[
+        x, y, size, angle, mirror, right, down, strength = table_CM[3:].to(self.device)[
             ..., None, None
         ]
         # From canvas to sprite, whose half side is 1.
@@ -235,7 +211,6 @@ class Composer:
             at = (level_M == number).nonzero()[:, 0].to(self.device)
             if len(at):
                 paint_M4HW[at] = _sampled(sprites_N4HW[which_M[at]], grid_MHW2[at])
-        paint_M4HW = _tinted(paint_M4HW, table_CM[11:].T.to(self.device))
         moved_MHW2 = grid(x_MHW - 2 * right, y_MHW - 2 * down) / SHADOW_REACH
         shade_M1HW = _sampled(self._shadows_N1hw[which_M], moved_MHW2) * strength[:, None]
         return Layers(of_M=of_M, slot_M=slot_M, paint_M4HW=paint_M4HW, shade_M1HW=shade_M1HW)
@@ -250,19 +225,6 @@ class Composer:
             lit_M1HW = (1 - layers.shade_M1HW[at]) * (1 - paint_M4HW[:, 3:])
             x_B3HW[of] = x_B3HW[of] * lit_M1HW + paint_M4HW[:, :3]
         return (x_B3HW.clamp(0, 1) * 255).round().to(torch.uint8)
-
-    def sprites(self, items: Sequence[Placement], side: int) -> Tensor:
-        """Objects as they are, upright and filling the picture, premultiplied: [M, 4, side, side] in [0, 1]."""
-        which_M = torch.tensor([self._which(item) for item in items], device=self.device)
-        stored, sprites_N4HW = min(self._levels, key=lambda level: (level[0] < side, level[0]))
-        paint_M4HW = sprites_N4HW[which_M].float()
-        if stored != side:
-            paint_M4HW = _resized(paint_M4HW, side)
-        tints_M3 = torch.tensor([item.tint for item in items], device=self.device)
-        return _tinted(paint_M4HW, tints_M3)
-
-    def _which(self, item: Placement) -> int:
-        return self._places[item.concept] * len(art.LOOKS) + item.look
 
     def _ground(self, scene: Scene) -> Tensor:
         rng = np.random.default_rng([scene.seed, 1])
@@ -300,36 +262,18 @@ def _shadow(alpha_N1HW: Tensor) -> Tensor:
     return blur_hh @ small_N1hw @ blur_hh
 
 
-def _tinted(paint_M4HW: Tensor, tints_M3: Tensor) -> Tensor:
-    """Premultiplied objects in other colours: hues turned about grey, then more or less saturated and bright."""
-    at = (tints_M3 != tints_M3.new_tensor(PLAIN)).any(dim=1).nonzero()[:, 0]
-    turn_M, saturation_M, brightness_M = tints_M3[at].T[..., None, None]
-    same = torch.eye(3, device=paint_M4HW.device)
-    grey = torch.full_like(same, 1 / 3)
-    # Rodrigues' rotation about (1, 1, 1), whose cross product has these entries.
-    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(same) / 3**0.5
-    turned_M33 = turn_M.cos() * (same - grey) + turn_M.sin() * cross
-    matrix_M33 = brightness_M * (grey + saturation_M * turned_M33)
-    color_M3HW = torch.einsum("mij,mjhw->mihw", matrix_M33, paint_M4HW[at, :3])
-    paint_M4HW[at, :3] = color_M3HW.clamp_min(0).minimum(paint_M4HW[at, 3:])
-    return paint_M4HW
-
-
 def _sampled(x_MCHW: Tensor, grid_MHW2: Tensor) -> Tensor:
     return functional.grid_sample(x_MCHW.float(), grid_MHW2, align_corners=False)
 
 
 def _article(word: str) -> str:
-    return "" if word == "cherries" else "an " if word[0] in "aeiou" else "a "
+    if word == "cherries":
+        return word
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-def _listing(items: list[Placement], rng: np.random.Generator) -> str:
-    has_articles = rng.random() < 0.75
-    shown = [
-        f"{_article(item.concept) if has_articles else ''}"
-        f"{WORD + ' ' if item.has_word else ''}{item.concept}"
-        for item in items
-    ]
+def _listing(words: list[str], rng: np.random.Generator) -> str:
+    shown = [_article(word) for word in words] if rng.random() < 0.75 else words
     if len(shown) == 1:
         return shown[0]
     if rng.random() < 0.25:
@@ -337,35 +281,12 @@ def _listing(items: list[Placement], rng: np.random.Generator) -> str:
     return f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _caption(
-    items: list[Placement], where: str, rng: np.random.Generator
-) -> tuple[str, tuple[int, ...]]:
-    """A caption, and the order in which it names the objects."""
-    order = tuple(int(index) for index in rng.permutation(len(items)))
-    listing = _listing([items[index] for index in order], rng)
+def _caption(words: list[str], where: str, rng: np.random.Generator) -> str:
+    listing = _listing([words[i] for i in rng.permutation(len(words))], rng)
     shape = rng.random()
     if shape < 0.7:
-        return f"{listing} {where}", order
-    return listing if shape < 0.9 else f"a picture of {listing} {where}", order
-
-
-def _worded(seed: int, items: list[Placement]) -> list[Placement]:
-    """In some scenes, some objects with a word, and with a look and colours of their own."""
-    rng = np.random.default_rng([4, seed])
-    if rng.random() >= WORDED:
-        return items
-    is_mixed = rng.random() < MIXED
-    found = []
-    for item in items:
-        if rng.random() < HAS_WORD:
-            look = int(rng.integers(len(art.LOOKS))) if is_mixed else item.look
-            tint = item.tint
-            if rng.random() < TINTED:
-                turn = float(rng.uniform(-np.pi, np.pi))
-                tint = (turn, float(rng.uniform(0.2, 1.2)), float(rng.uniform(0.7, 1.15)))
-            item = replace(item, look=look, has_word=True, tint=tint)
-        found.append(item)
-    return found
+        return f"{listing} {where}"
+    return listing if shape < 0.9 else f"a picture of {listing} {where}"
 
 
 def _spots(count: int, side: float, rng: np.random.Generator) -> list[tuple[float, float]]:
@@ -403,29 +324,25 @@ def _landscape(seed: int, look: int, rng: np.random.Generator) -> Scene:
     for index, word in enumerate(airborne):
         x = UNITS * ((0.25 + 0.5 * index) + rng.uniform(-0.08, 0.08))
         side = rng.uniform(34, 48)
-        placements.append(
-            Placement(concept=str(word), x=x, y=rng.uniform(20, 32), side=side, look=look)
-        )
+        placements.append(Placement(concept=str(word), x=x, y=rng.uniform(20, 32), side=side))
     slots = rng.permutation([0.28, 0.72]) if len(standing) > 1 else [0.5]
     for word, slot in zip(standing, slots, strict=False):
         side = rng.uniform(74, 92) if word == "mountain" else rng.uniform(46, 62)
         foot = rng.uniform(86, 94) if word == "mountain" else rng.uniform(98, 114)
         x, flip = UNITS * (slot + rng.uniform(-0.06, 0.06)), bool(rng.random() < 0.5)
         y = foot - side / 2
-        placements.append(
-            Placement(concept=str(word), x=float(x), y=y, side=side, look=look, flip=flip)
-        )
-    placements = _worded(seed, placements)
+        placements.append(Placement(concept=str(word), x=float(x), y=y, side=side, flip=flip))
+    words = [item.concept for item in placements]
     where = rng.choice(["{on}", "on {land} under a blue sky", "in a landscape with {land}"])
-    caption, order = _caption(placements, str(where).format(on=land, land=LANDS[land]), rng)
+    caption = _caption(words, str(where).format(on=land, land=LANDS[land]), rng)
     return Scene(
         seed=seed,
         ground=land,
         is_land=True,
         placements=placements,
+        look=look,
         shadow=(0.0, 0.06, 0.3),
         caption=caption,
-        order=order,
     )
 
 
@@ -455,7 +372,6 @@ def scene(seed: int, names: Sequence[str]) -> Scene:
             x=x,
             y=y,
             side=side * rng.uniform(0.92, 1.08),
-            look=look,
             angle=float(rng.uniform(-10, 10)),
             flip=bool(rng.random() < 0.3),
         )
@@ -464,14 +380,12 @@ def scene(seed: int, names: Sequence[str]) -> Scene:
     shadow = (float(rng.uniform(-0.06, 0.06)), float(rng.uniform(0.04, 0.1)), 0.42)
     if not GROUNDS[ground]:
         shadow = (0.0, 0.0, 0.0)
-    placements = _worded(seed, placements)
-    caption, order = _caption(placements, ground, rng)
     return Scene(
         seed=seed,
         ground=ground,
         is_land=False,
         placements=placements,
+        look=look,
         shadow=shadow,
-        caption=caption,
-        order=order,
+        caption=_caption(words, ground, rng),
     )

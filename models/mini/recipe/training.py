@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import WORD, Composer, Layers, Placement, Scene, scene
+from scenes import Composer, Layers, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -194,7 +194,6 @@ class Pool:
     """Scenes to learn from, encoded: a scene's place is its seed modulo the size, so the oldest are forgotten.
 
     With `control`, which makes of a scene and its layers a control picture and where it counts, these are kept, too.
-    Otherwise what the words of a scene are read from is kept, as many in `worded` as its caption has places for.
     """
 
     def __init__(
@@ -215,7 +214,6 @@ class Pool:
             size, 4, latent_side, latent_side, dtype=torch.float16, device=device
         )
         self.ids_NT = torch.zeros(size, 77, dtype=torch.int16, device=device)
-        self.worded: dict[int, list[Placement]] = {}
         if control:
             self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
             self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
@@ -230,11 +228,6 @@ class Pool:
                 parts = [some[part :: self._run.parts] for part in range(self._run.parts)]
                 list(self._run.workers.map(self._fill, filter(len, parts)))
 
-    def recall(self, seeds: range) -> None:
-        """Know again what words the scenes of these seeds have, whose latents are there."""
-        scenes = self._run.scenes(seeds)
-        self.worded |= {each.seed % self.size: each.worded for each in scenes}
-
     def _fill(self, seeds: range) -> None:
         torch.set_num_threads(1)
         with torch.no_grad():
@@ -244,12 +237,9 @@ class Pool:
             places = torch.tensor([seed % self.size for seed in seeds])
             self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
             captions = [each.caption for each in scenes]
-            if self._control:
-                captions = [caption.replace(f"{WORD} ", "") for caption in captions]
-                self._draw(scenes, layers, pixels_B3HW, places)
-            else:
-                self.worded |= {each.seed % self.size: each.worded for each in scenes}
             self.ids_NT[places] = token_ids(self._tokenizer, captions).short().to(self._run.device)
+            if self._control:
+                self._draw(scenes, layers, pixels_B3HW, places)
 
     def _draw(
         self, scenes: list[Scene], layers: Layers, pixels_B3HW: Tensor, places: Tensor

@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-START, END = scenes.WORD, "<|endoftext|>"
+START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 880
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Words a user may well type around the concepts; no emoji name holds them.
@@ -34,7 +34,7 @@ standing swimming flying topped filled covered surrounded
 
 def _corpus(names: Sequence[str]) -> Iterator[str]:
     for seed in range(4000):
-        yield scenes.scene(seed, names).caption.replace(START, "")
+        yield scenes.scene(seed, names).caption
     for _ in range(40):
         yield from COMMON.split()
     yield from art.icon_words()
