@@ -212,6 +212,7 @@ async def examples(target: Target) -> dict[str, list[Any]]:
             latent_factor=4,
             redo={"parent": plate.composite, "layers": ["a"], "feather": 4.0},
         ),
+        compositor_service_pb2.DescribeDetectorsRequest(),
         generator_service_pb2.GenerateRequest(plate=plate.plate, layers=controls, **plain),
         generator_service_pb2.GenerateRequest(
             plate=plate.plate, layers=controls, parent=plate.composite, **plain

@@ -135,6 +135,10 @@ def word(found: pb.Word) -> str:
 def model(found: pb.Model) -> str:
     """One model: its limits, samplers and defaults."""
     used = found.defaults
+
+    def control(kind: str) -> str:
+        return f"{kind} ({'drawn' if kind in found.drawn_control_kinds else 'needs an image'})"
+
     rows = [
         ("family", f"{found.family}, digest {found.digest[:12]}"),
         (
@@ -145,7 +149,7 @@ def model(found: pb.Model) -> str:
         ("layers", f"at most {found.max_layers}"),
         ("prompt", f"at most {found.prompt_tokens_limit} tokens"),
         ("samplers", ", ".join(found.samplers)),
-        ("controls", ", ".join(found.control_kinds) or "none"),
+        ("controls", ", ".join(map(control, found.control_kinds)) or "none"),
         ("adapters", ", ".join(found.adapters) or "none"),
         (
             "defaults",

@@ -73,12 +73,13 @@ async def build(settings: Settings) -> Server:
     )
     generating = generator_grpc.GeneratorServiceStub(generator)
     inverting = inversion_grpc.InversionServiceStub(inversion)
-    models, words = Models(generating), Words(blobs)
+    compositing = compositor_grpc.CompositorServiceStub(compositor)
+    models, words = Models(generating, compositing), Words(blobs)
     planner = Planner(
         blobs=blobs,
         words=words,
         models=models,
-        compositor=compositor_grpc.CompositorServiceStub(compositor),
+        compositor=compositing,
         generator=generating,
     )
     pipeline = Pipeline(

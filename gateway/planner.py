@@ -36,8 +36,10 @@ from services.common.errors import (
 from services.common.prompt import BoundPrompt, bind
 from services.common.rpc import bounded, outgoing
 
-# Composing 32 layers at 2048 x 2048 takes seconds; more means the compositor hangs.
-COMPOSE_TIMEOUT_S = 60.0
+# Composing 32 layers at 2048 x 2048 takes seconds, and a network that draws their control pictures takes seconds for
+# each. Longer than that, a call is made again, and finds what networks gave; it is shorter than a job's patience with a
+# stage, so that a compositor that hangs loses no job.
+COMPOSE_TIMEOUT_S = 100.0
 ASK_TIMEOUT_S = 15.0
 # A noise dial that acts further from its value than this is warned of.
 COARSE_DIAL = 0.1
@@ -77,8 +79,13 @@ class RedoFields:
 class Models:
     """The models that are served, asked of the generator and remembered for a few seconds."""
 
-    def __init__(self, generator: generator_service_pb2_grpc.GeneratorServiceStub) -> None:
+    def __init__(
+        self,
+        generator: generator_service_pb2_grpc.GeneratorServiceStub,
+        compositor: compositor_service_pb2_grpc.CompositorServiceStub,
+    ) -> None:
         self._generator = generator
+        self._compositor = compositor
         self._models: Sequence[collage_service_pb2.Model] = ()
         self._asked = -MODELS_FRESH_S
 
@@ -95,6 +102,20 @@ class Models:
             self._models = answer.models
             self._asked = time.monotonic()
         return self._models
+
+    async def described(self) -> Sequence[collage_service_pb2.Model]:
+        """Every model with the control kinds that the compositor draws, which nothing but a list of models needs."""
+        models, drawn = await asyncio.gather(
+            self.all(),
+            asked(
+                self._compositor.DescribeDetectors(
+                    compositor_service_pb2.DescribeDetectorsRequest(),
+                    timeout=bounded(ASK_TIMEOUT_S),
+                    metadata=outgoing(),
+                )
+            ),
+        )
+        return [_with_drawn(model, drawn.kinds) for model in models]
 
     async def named(self, name: str, field: str) -> collage_service_pb2.Model:
         """The model of this name, the default for an empty one.
@@ -337,6 +358,16 @@ async def asked(call: Awaitable[Answer]) -> Answer:
         return await call
     except grpc.RpcError as error:
         raise from_rpc(error) from error
+
+
+def _with_drawn(
+    model: collage_service_pb2.Model, kinds: Sequence[str]
+) -> collage_service_pb2.Model:
+    """A copy that says which of its control kinds are drawn."""
+    told = collage_service_pb2.Model()
+    told.CopyFrom(model)
+    told.drawn_control_kinds.extend(kind for kind in model.control_kinds if kind in kinds)
+    return told
 
 
 def _rooted(error: InvalidRequest, root: str) -> InvalidRequest:

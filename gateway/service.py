@@ -259,7 +259,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, request: collage_service_pb2.ListModelsRequest, context: Any
     ) -> collage_service_pb2.ListModelsResponse:
         """The default first."""
-        page, token = _page(await self._models.all(), request)
+        page, token = _page(await self._models.described(), request)
         return collage_service_pb2.ListModelsResponse(models=page, next_page_token=token)
 
     async def ListWords(

@@ -42,7 +42,7 @@ async def start(
         address: the gateway's host:port.
         model: folder or hub id of the one model to serve, named after its last part; or a models.yaml; empty for the
             bundled model.
-        threads: CPU threads of one operation of generator and inversion, 0 for one a core.
+        threads: CPU threads of one operation of a network, 0 for one a core.
         word_steps: training steps of a learned word at most, 0 for the default.
     """
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
@@ -50,7 +50,9 @@ async def start(
     models = _models_setting(model)
     servers: list[Server] = []
     try:
-        compositing = await compositor.build(compositor.Settings(address=ANY_PORT, blobs=blobs))
+        compositing = await compositor.build(
+            compositor.Settings(address=ANY_PORT, blobs=blobs, models=models, threads=threads)
+        )
         servers.append(compositing)
         await compositing.start()
         inverting = await inversion.build(

@@ -19,7 +19,7 @@ from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from local import embedded
 from services.common.rpc import connect
-from tests import toy
+from tests import networks, toy
 
 # No call of a test takes longer, on the busiest machine; one that does hangs.
 LIMIT_S = 60
@@ -60,13 +60,18 @@ class System:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, *, kinds: Sequence[str] = ()) -> AsyncIterator[System]:
-    """Starts everything on the toy model with ControlNets of these kinds, the data in `folder`."""
+async def running(
+    folder: Path, *, kinds: Sequence[str] = (), detectors: dict | None = None
+) -> AsyncIterator[System]:
+    """Starts everything on the toy model with ControlNets and detectors of these kinds, the data in `folder`."""
     # Several threads stall on a machine that has other work.
     model = toy.mini(folder / "toy")
     for kind in kinds:
         toy.controlnet(model, kind)
-    server = await embedded.start(folder / "data", model=str(model), threads=1, word_steps=4)
+    served = str(model)
+    if detectors is not None:
+        served = networks.models_file(folder, detectors, [{"name": "toy", "source": served}])
+    server = await embedded.start(folder / "data", model=served, threads=1, word_steps=4)
     try:
         async with connect(server.address) as channel:
             yield System(channel=channel, stub=collage_service_pb2_grpc.CollageServiceStub(channel))

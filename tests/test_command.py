@@ -139,7 +139,13 @@ class Studio(Service):
         return pb.ListWordsResponse()
 
     async def ListModels(self, request, context):
-        return pb.ListModelsResponse(models=[pb.Model(name="mini", samplers=["euler", "ddim"])])
+        model = pb.Model(
+            name="mini",
+            samplers=["euler", "ddim"],
+            control_kinds=["canny", "pose"],
+            drawn_control_kinds=["canny"],
+        )
+        return pb.ListModelsResponse(models=[model])
 
 
 @pytest.fixture
@@ -267,7 +273,8 @@ async def test_lists_are_printed(collage):
     assert code == 0
     assert out.splitlines()[1].split()[:2] == ["jobs/a", "done"]
     assert "no words yet" in (await collage("words"))[1]
-    assert "euler, ddim" in (await collage("models"))[1]
+    models = (await collage("models"))[1]
+    assert "euler, ddim" in models and "canny (drawn), pose (needs an image)" in models
 
 
 @pytest.mark.parametrize(

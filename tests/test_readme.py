@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from local import embedded
-from services.common.registry import read_sources
+from services.common.registry import read_detectors, read_sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +41,9 @@ def test_the_models_file_in_the_readme_can_be_read(tmp_path):
     (tmp_path / "models.yaml").write_text(text)
     (model,) = read_sources(str(tmp_path / "models.yaml"))
     assert model.limits.max_side == 1024
+    detectors = {each.kind: each for each in read_detectors(str(tmp_path / "models.yaml"))}
+    assert set(detectors) < set(model.controlnets)
+    assert detectors["depth"].file == tmp_path / "detectors" / "depth.onnx"
 
 
 def test_every_path_the_readme_names_is_there():

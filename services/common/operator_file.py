@@ -110,6 +110,18 @@ class Place:
             raise self.wrong(f"allowed: a number from {low:g} to {high:g}")
         return float(self._value)
 
+    def boolean(self) -> bool:
+        """True or false."""
+        if not isinstance(self._value, bool):
+            raise self.wrong("allowed: true, false")
+        return self._value
+
+    def file(self) -> Path:
+        """A file, relative to the YAML file; whether it is there shows when it is opened."""
+        if not isinstance(self._value, str) or not self._value.strip():
+            raise self.wrong("required: a file")
+        return self._file.parent / Path(self._value).expanduser()
+
     def source(self) -> str:
         """A folder or file, relative to the YAML file; or a hub id, where there is no such folder."""
         if not isinstance(self._value, str) or not self._value.strip():
@@ -119,14 +131,18 @@ class Place:
 
     def sources(self) -> dict[str, str]:
         """Sources by name; none where nothing stands."""
+        return {name: place.source() for name, place in self.named().items()}
+
+    def named(self) -> "dict[str, Place]":
+        """The places of a mapping by name; none where nothing stands."""
         if self._value is None:
             return {}
         if not isinstance(self._value, dict):
-            raise self.wrong("required: a mapping of names to folders")
+            raise self.wrong("required: a mapping of names")
         for name in self._value:
             if not isinstance(name, str) or not re.fullmatch(_NAME, name, re.ASCII):
                 raise self._error(f"has the name {name!r}; allowed: {_NAME_RULE}")
-        return {name: self.get(name).source() for name in self._value}
+        return {name: self.get(name) for name in self._value}
 
 
 def _refuse_doubles(node: yaml.Node | None, file: str) -> None:

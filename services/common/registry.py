@@ -1,7 +1,8 @@
-"""The models an operator serves: where each one lies, and the digest of its files.
+"""The models an operator serves, and the detectors beside them: where each one lies, and the digest of its files.
 
-Main type: `ModelSource`. The generator draws with a model and the inversion service learns words for it, so both read
-the same setting here. This module opens configs and hashes files; it knows no network and needs no torch.
+Main types: `ModelSource` and `DetectorSource`. The generator draws with a model, the inversion service learns words for
+it, and the compositor draws control pictures for its ControlNets, so all read the same setting here. This module opens
+configs and hashes files; it knows no network and needs no torch.
 """
 
 import hashlib
@@ -35,10 +36,25 @@ _SECOND_COPIES = ("*.fp16.*", "*.non_ema.*")
 # The safetensors library takes no longer one either.
 _MAX_HEAD_BYTES = 100_000_000
 
-# What models.yaml may say; empty stands for the generator's choice.
+# What models.yaml may say. Of a device, empty stands for the generator's choice.
+_TOP_KEYS = ("models", "detectors")
 _DEVICE = r"cpu|cuda(:\d+)?"
 DTYPES = ("float32", "float16", "bfloat16")
 MODELS_FILE_SUFFIXES = (".yaml", ".yml")
+# What a detector's network gives, and what may be said of each beside file and form.
+_DETECTOR_KEYS = {
+    "edges": ("side", "mean", "std", "invert"),
+    "depth": ("side", "mean", "std", "invert"),
+    "pose": ("mean", "std", "confidence"),
+}
+# Sides of what a network is shown, in pixels: the first layers of one for edges take 64 values a pixel.
+MIN_DETECTOR_SIDE, MAX_DETECTOR_SIDE = 32, 1024
+# Of ImageNet's pictures, R, G, B in [0, 1]: most networks for depth and all of RTMPose are trained so.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What RTMPose's own demonstrations draw from.
+_CONFIDENCE = 0.3
+
+Rgb = tuple[float, float, float]
 
 
 class ModelError(Exception):
@@ -86,6 +102,79 @@ class ModelSource:
     defaults: Defaults = Defaults()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSource:
+    """One detector, as the operator names it: the ONNX file that draws control pictures of a kind.
+
+    form: what the network gives, "edges", "depth" or "pose". side: of what it is shown, in pixels; None where the file
+    says it, or for the detector's choice. mean, std: what R, G and B in [0, 1] are brought to zero and one with.
+    is_inverted: whether an edge or what is near has the lower values. confidence: below it a keypoint is not drawn.
+    place: where it stands, for what shows only when the file is opened.
+    """
+
+    kind: str
+    file: Path
+    form: str
+    side: int | None
+    mean: Rgb
+    std: Rgb
+    is_inverted: bool
+    confidence: float
+    place: Place = field(compare=False)
+
+
+def read_detectors(models: str) -> tuple[DetectorSource, ...]:
+    """The detectors of a setting that is the path of a models.yaml; of any other, see `read_sources`, there are none.
+
+    Raises:
+        InvalidSetting: naming the file, the place in it, the value and what is allowed there.
+    """
+    if not _is_models_file(models):
+        return ()
+    top = read_file(Path(models))
+    top.keys(*_TOP_KEYS)
+    return tuple(
+        _read_detector(kind, place) for kind, place in top.get("detectors").named().items()
+    )
+
+
+def _read_detector(kind: str, place: Place) -> DetectorSource:
+    place.keys(
+        "file", "form", *dict.fromkeys(key for keys in _DETECTOR_KEYS.values() for key in keys)
+    )
+    form = place.get("form").one_of(tuple(_DETECTOR_KEYS))
+    place.keys("file", "form", *_DETECTOR_KEYS[form])
+    is_plain = form == "edges"
+    return DetectorSource(
+        kind=kind,
+        file=place.get("file").file(),
+        form=form,
+        side=place.get("side").optional(
+            lambda side: side.integer(MIN_DETECTOR_SIDE, MAX_DETECTOR_SIDE)
+        ),
+        mean=place.get("mean").optional(lambda mean: _read_rgb(mean, -255, 255))
+        or ((0.0, 0.0, 0.0) if is_plain else _IMAGENET_MEAN),
+        std=place.get("std").optional(lambda std: _read_rgb(std, 0.001, 255))
+        or ((1.0, 1.0, 1.0) if is_plain else _IMAGENET_STD),
+        is_inverted=place.get("invert").optional(Place.boolean) or False,
+        confidence=_CONFIDENCE
+        if (least := place.get("confidence").optional(lambda least: least.number(0, 1))) is None
+        else least,
+        place=place,
+    )
+
+
+def _read_rgb(place: Place, low: float, high: float) -> Rgb:
+    values = [value.number(low, high) for value in place.items()]
+    if len(values) != 3:
+        raise place.wrong("required: three numbers, of R, G, B")
+    return values[0], values[1], values[2]
+
+
+def _is_models_file(models: str) -> bool:
+    return models.endswith(MODELS_FILE_SUFFIXES) and "=" not in models
+
+
 def read_sources(models: str) -> tuple[ModelSource, ...]:
     """The models of a setting, the default first.
 
@@ -97,7 +186,7 @@ def read_sources(models: str) -> tuple[ModelSource, ...]:
     Raises:
         InvalidSetting: naming the entry that does not parse or stands twice.
     """
-    if models.endswith(MODELS_FILE_SUFFIXES) and "=" not in models:
+    if _is_models_file(models):
         return read_models_file(Path(models))
     sources: dict[str, ModelSource] = {}
     for entry in (models or f"mini={BUNDLED}").split(","):
@@ -115,7 +204,7 @@ def read_models_file(file: Path) -> tuple[ModelSource, ...]:
         InvalidSetting: naming the file, the place in it, the value and what is allowed there.
     """
     top = read_file(file)
-    top.keys("models")
+    top.keys(*_TOP_KEYS)
     places = top.get("models").items()
     sources: dict[str, ModelSource] = {}
     for place in places:

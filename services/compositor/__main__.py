@@ -1,12 +1,14 @@
 """The compositor process: `python -m services.compositor`."""
 
 import asyncio
+import os
 from dataclasses import dataclass
 
 from collage.v1 import compositor_service_pb2_grpc
 from services.common.rpc import Server
 from services.common.settings import open_blobs, read
 from services.common.telemetry import serve_metrics, start_logging
+from services.compositor.detector import open_detectors
 from services.compositor.service import CompositorServicer
 
 
@@ -17,6 +19,10 @@ class Settings:
     address: str = "127.0.0.1:50052"
     # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
     blobs: str = "folder:data/blobs"
+    # The path of a models.yaml, whose detectors draw control pictures; any other setting of models names none.
+    models: str = ""
+    # CPU threads of one detector's network, 0 for one a core.
+    threads: int = 0
     # Prometheus port, 0 for none.
     metrics_port: int = 0
     log_level: str = "INFO"
@@ -25,7 +31,9 @@ class Settings:
 async def build(settings: Settings) -> Server:
     """The compositor, wired and not yet started."""
     blobs = await open_blobs(settings.blobs)
-    servicer = CompositorServicer(blobs)
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    detectors = await asyncio.to_thread(open_detectors, settings.models, threads=threads)
+    servicer = CompositorServicer(blobs, detectors)
     server = Server("compositor", settings.address)
     compositor_service_pb2_grpc.add_CompositorServiceServicer_to_server(servicer, server.grpc)
     server.add("collage.v1.CompositorService")

@@ -7,7 +7,7 @@ in sRGB values, as in the paper; masks are linear in alpha. This module knows no
 Suffixes: H, W canvas pixels; h, w latent cells or a layer's box; C or 3 = R, G, B; 4 = R, G, B, A; L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from services.compositor.noise import Visible, cell_means, resolve_dials, streng
 from services.compositor.pictures import stretch
 from services.compositor.placement import Placed, place
 from services.compositor.release import release_all_but, release_only
-from services.compositor.structure import DETECTORS, ControlPicture
+from services.compositor.structure import DETECTORS, ControlPicture, Detector
 
 # A layer no pixel of which would show in an 8-bit mask is hidden.
 _HIDDEN_BELOW = 0.5 / 255
@@ -118,6 +118,7 @@ def compose(
     latent_factor: int,
     redo: Redo | None = None,
     supplied: Supplied | None = None,
+    detectors: Mapping[str, Detector] = DETECTORS,
 ) -> Composition:
     """Everything that is known about a collage before a model runs.
 
@@ -129,6 +130,7 @@ def compose(
         latent_factor: pixels from canvas to latent cell, each way.
         redo: which layers are drawn again; None for a generation.
         supplied: asked for the control picture of each structure that has an image, where the layer is seen.
+        detectors: by kind, for the control picture of each structure that has no image.
     """
     canvas = collage.size
     assert under_HWC.shape == (canvas.height, canvas.width, 3), "what lies under fills the canvas"
@@ -150,7 +152,7 @@ def compose(
         for number, structure in enumerate(layer.structure if visible else ()):
             assert visible is not None, "only a layer that is seen has structure"
             if structure.image is None:
-                picture_HW3 = DETECTORS[structure.kind](placed.on(canvas))
+                picture_HW3 = detectors[structure.kind].draw(placed.on(canvas))
             else:
                 assert supplied is not None, "a picture that came with the request is at hand"
                 picture_HW3 = _over_cutout(supplied(index, number), pixels_HW4, layer, canvas)

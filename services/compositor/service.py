@@ -6,9 +6,10 @@ answered without being worked out again. This module knows no arithmetic on pixe
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_p
 from services.common import wire
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, blob_key, put_blob
 from services.common.collage import Collage, Extent, Picture, Redo, Structure
-from services.common.errors import InvalidRequest, MissingBlobs, Overloaded, Violation, quote
+from services.common.errors import (
+    Cancelled,
+    InvalidRequest,
+    MissingBlobs,
+    Overloaded,
+    Violation,
+    quote,
+)
 from services.compositor.compose import ComposedLayer, Composition, compose
 from services.compositor.pictures import (
     MAX_ENCODED_BYTES,
@@ -29,11 +37,11 @@ from services.compositor.pictures import (
     encode_png,
     stretch,
 )
-from services.compositor.structure import DETECTORS
+from services.compositor.structure import DETECTORS, Detector
 
 # Part of every digest of inputs: raise it when the same inputs give another composition.
 VERSION = 1
-# Compositions worked out at once; each takes a core and, at worst, about 1.3 GiB.
+# Compositions worked out at once; each takes a core and, at worst, about 1.3 GiB, and what a detector's network takes.
 MAX_RUNNING = 2
 # Calls that may wait for their turn.
 MAX_WAITING = 64
@@ -46,11 +54,12 @@ MAX_ANSWER_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A checked request."""
+    """A checked request. `detectors`, by kind, draw what control pictures it does not bring."""
 
     collage: Collage
     latent_factor: int
     redo: Redo | None
+    detectors: Mapping[str, Detector] = field(default_factory=lambda: DETECTORS)
 
     def pictures(self) -> dict[str, Picture]:
         """Every picture by its field path."""
@@ -64,7 +73,8 @@ class Work:
     def digest(self) -> str:
         """Names the inputs: what the composition does not depend on, such as the words, is left out.
 
-        Of structure it depends on the kinds and the control pictures, not on how much and when they count.
+        Of structure it depends on the kinds and the control pictures, or what draws them, not on how much and when they
+        count.
         """
         layers = tuple(
             replace(
@@ -88,8 +98,20 @@ class Work:
             message.redo.layers.extend(self.redo.layers)
             message.redo.feather = self.redo.feather
             message.redo.restore_cutout = self.redo.restore_cutout
-        inputs = b"%d " % VERSION + message.SerializeToString(deterministic=True)
+        # No kind begins as a message does, so these words cannot be taken for a part of one.
+        words = [f"{VERSION}", *(f"{kind}={digest}" for kind, digest in self._drawn())]
+        inputs = " ".join([*words, ""]).encode() + message.SerializeToString(deterministic=True)
         return hashlib.sha256(inputs).hexdigest()
+
+    def _drawn(self) -> list[tuple[str, str]]:
+        """The kinds that are drawn with a file, and the digests of their detectors."""
+        kinds = {
+            structure.kind
+            for layer in self.collage.layers
+            for structure in layer.structure
+            if structure.image is None
+        }
+        return [(kind, digest) for kind in sorted(kinds) if (digest := self.detectors[kind].digest)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +125,11 @@ class Files:
 
 
 class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
-    """Composes collages whose pictures lie in `blobs`."""
+    """Composes collages whose pictures lie in `blobs`, with control pictures by `detectors`, by kind."""
 
-    def __init__(self, blobs: BlobStore) -> None:
+    def __init__(self, blobs: BlobStore, detectors: Mapping[str, Detector]) -> None:
         self._blobs = blobs
+        self._detectors = detectors
         self._threads = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="compose")
         self._turns = asyncio.Semaphore(MAX_RUNNING)
         self._admitted = 0
@@ -115,7 +138,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         self, request: compositor_service_pb2.ComposeRequest, context: Any
     ) -> compositor_service_pb2.ComposeResponse:
         """See compositor_service.proto."""
-        work = parse(request)
+        work = parse(request, self._detectors)
         key = f"plates/{work.digest()}"
         answer = await self._kept(key)
         if answer is None:
@@ -123,6 +146,12 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
             data = answer.SerializeToString(deterministic=True)
             await self._blobs.put(key, data, media_type="application/x-protobuf")
         return answer
+
+    async def DescribeDetectors(
+        self, request: compositor_service_pb2.DescribeDetectorsRequest, context: Any
+    ) -> compositor_service_pb2.DescribeDetectorsResponse:
+        """See compositor_service.proto."""
+        return compositor_service_pb2.DescribeDetectorsResponse(kinds=sorted(self._detectors))
 
     async def close(self) -> None:
         """Lets go of the threads."""
@@ -136,7 +165,14 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
             async with self._turns:
                 data = await self._fetch(work.pictures())
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._threads, make, work, data)
+                # A thread cannot be stopped: that of a caller who left ends before its next layer.
+                abandoned = threading.Event()
+                try:
+                    return await loop.run_in_executor(
+                        self._threads, make, work, data, abandoned.is_set
+                    )
+                finally:
+                    abandoned.set()
         finally:
             self._admitted -= 1
 
@@ -210,8 +246,14 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         )
 
 
-def parse(request: compositor_service_pb2.ComposeRequest) -> Work:
+def parse(
+    request: compositor_service_pb2.ComposeRequest, detectors: Mapping[str, Detector] = DETECTORS
+) -> Work:
     """The work a request asks for.
+
+    Args:
+        request: as it came.
+        detectors: by kind; a structure of any other needs an image.
 
     Raises:
         InvalidRequest: naming every wrong field.
@@ -230,30 +272,39 @@ def parse(request: compositor_service_pb2.ComposeRequest) -> Work:
             )
     for index, layer in enumerate(collage.layers):
         for number, structure in enumerate(layer.structure):
-            if structure.image is None and structure.kind not in DETECTORS:
+            if structure.image is None and structure.kind not in detectors:
                 check.refuse(
                     f"collage.layers[{index}].structure[{number}].kind",
                     f"is {quote(structure.kind)}, which needs an image: control pictures are made here "
-                    f"only of kind {', '.join(DETECTORS)}",
+                    f"only of kind {', '.join(detectors)}",
                 )
     redo = _parse_redo(request.redo, collage, check) if request.HasField("redo") else None
     check.done()
-    return Work(collage=collage, latent_factor=factor, redo=redo)
+    return Work(collage=collage, latent_factor=factor, redo=redo, detectors=detectors)
 
 
-def make(work: Work, data: Mapping[str, bytes]) -> Files:
+def make(
+    work: Work, data: Mapping[str, bytes], is_abandoned: Callable[[], bool] = lambda: False
+) -> Files:
     """Decodes, composes, encodes: the part that takes a thread.
 
+    Args:
+        work: what to make.
+        data: its encoded pictures, by field path.
+        is_abandoned: whether nobody waits for it any more; asked before each layer.
+
     Raises:
+        Cancelled: it was abandoned.
         InvalidRequest: naming every picture that cannot be used.
     """
     composition = compose(
         work.collage,
-        _cutouts(work.collage, data),
+        _cutouts(work.collage, data, is_abandoned),
         _under(work, data),
         latent_factor=work.latent_factor,
         redo=work.redo,
         supplied=lambda index, number: _control(work.collage, data, index, number),
+        detectors=work.detectors,
     )
     return Files(
         composition=composition,
@@ -283,9 +334,13 @@ def _parse_redo(
     )
 
 
-def _cutouts(collage: Collage, data: Mapping[str, bytes]) -> Iterator[NDArray[np.uint8]]:
+def _cutouts(
+    collage: Collage, data: Mapping[str, bytes], is_abandoned: Callable[[], bool]
+) -> Iterator[NDArray[np.uint8]]:
     """The layers' pictures from the top down."""
     for index in reversed(range(len(collage.layers))):
+        if is_abandoned():
+            raise Cancelled("nobody waits for this composition")
         try:
             pixels_HW4 = decode_cutout(data[f"collage.layers[{index}].image"])
         except InvalidPicture as error:

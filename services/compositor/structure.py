@@ -1,12 +1,13 @@
 """Control pictures: what a ControlNet is shown of the layers, in the form its kind reads.
 
-Main types: `DETECTORS`, which make a kind's picture from a layer's own pixels, and `ControlPicture`, where all layers
-of one kind are put together. Pure functions of uint8 arrays: no collage, no storage, no model.
+Main types: `Detector`, which makes a kind's picture from a layer's own pixels, and `ControlPicture`, where all layers
+of one kind are put together. Pure functions of uint8 arrays: no collage, no storage, no network.
 
 Suffixes: H, W canvas pixels; h, w a layer's box; 3 = R, G, B; 4 = R, G, B, straight alpha.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from services.common.collage import Extent
 
 # Thresholds of Canny's hysteresis, as in the released code of Collage Diffusion and the ControlNets trained for it.
 CANNY_LOW, CANNY_HIGH = 100, 200
-# What a layer's grey lies on while its edges are sought: no grey is farther from it than half of the whole range.
+# What a layer lies on while it is looked at: no grey is farther from it than half of the whole range.
 _GROUND = np.float32(128)
 # Less than this shows in no 8-bit mask.
 _HIDDEN_BELOW = 0.5 / 255
@@ -35,10 +36,11 @@ def canny(pixels_HW4: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Args:
         pixels_HW4: the layer on the canvas, so that edges are one canvas pixel wide.
     """
-    grey_HW = cv2.cvtColor(np.ascontiguousarray(pixels_HW4[..., :3]), cv2.COLOR_RGB2GRAY)
+    grey_HW = np.asarray(
+        cv2.cvtColor(np.ascontiguousarray(pixels_HW4[..., :3]), cv2.COLOR_RGB2GRAY), np.uint8
+    )
     alpha_HW = np.ascontiguousarray(pixels_HW4[..., 3])
-    share_HW = alpha_HW.astype(np.float32) / _FULL
-    flat_HW = np.rint(grey_HW * share_HW + _GROUND * (1 - share_HW)).astype(np.uint8)
+    flat_HW = on_ground(grey_HW, alpha_HW)
     # Both sides of a hard step have the same gradient. The mean with the eroded alpha is steepest on the inner side,
     # where it then rises above that of the grey on the outer side as well.
     inner_HW = cv2.erode(alpha_HW, np.ones((3, 3), np.uint8))
@@ -48,8 +50,26 @@ def canny(pixels_HW4: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(edges_HW[..., None], 3, axis=2)
 
 
-# Kinds whose control picture is made here; of any other kind it must come with the request.
-DETECTORS: Mapping[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {"canny": canny}
+def on_ground(values_HW: NDArray[np.uint8], alpha_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """One channel of a layer, of straight alpha, over the neutral ground that layers are looked at on."""
+    share_HW = alpha_HW.astype(np.float32) / _FULL
+    return np.asarray(np.rint(values_HW * share_HW + _GROUND * (1 - share_HW)), np.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detector:
+    """Draws the control picture of one kind.
+
+    draw: from a layer on the canvas, HW4, to its control picture, HW3, black outside the layer; takes calls from
+    several threads at once. digest: names what else the picture depends on, a file and its settings; empty for nothing.
+    """
+
+    draw: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    digest: str = ""
+
+
+# What is drawn without a network, by kind.
+DETECTORS: Mapping[str, Detector] = {"canny": Detector(draw=canny)}
 
 
 class ControlPicture:

@@ -40,6 +40,11 @@ class CompositorServiceStub:
                 request_serializer=collage_dot_v1_dot_compositor__service__pb2.ComposeRequest.SerializeToString,
                 response_deserializer=collage_dot_v1_dot_compositor__service__pb2.ComposeResponse.FromString,
                 _registered_method=True)
+        self.DescribeDetectors = channel.unary_unary(
+                '/collage.v1.CompositorService/DescribeDetectors',
+                request_serializer=collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsRequest.SerializeToString,
+                response_deserializer=collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsResponse.FromString,
+                _registered_method=True)
 
 
 class CompositorServiceServicer:
@@ -53,6 +58,13 @@ class CompositorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeDetectors(self, request, context):
+        """What control pictures are drawn here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CompositorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_CompositorServiceServicer_to_server(servicer, server):
                     servicer.Compose,
                     request_deserializer=collage_dot_v1_dot_compositor__service__pb2.ComposeRequest.FromString,
                     response_serializer=collage_dot_v1_dot_compositor__service__pb2.ComposeResponse.SerializeToString,
+            ),
+            'DescribeDetectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeDetectors,
+                    request_deserializer=collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsRequest.FromString,
+                    response_serializer=collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class CompositorService:
             '/collage.v1.CompositorService/Compose',
             collage_dot_v1_dot_compositor__service__pb2.ComposeRequest.SerializeToString,
             collage_dot_v1_dot_compositor__service__pb2.ComposeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeDetectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collage.v1.CompositorService/DescribeDetectors',
+            collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsRequest.SerializeToString,
+            collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class CompositorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CompositorServiceAsyncStub: ...
     Compose: _grpc.UnaryUnaryMultiCallable[_compositor_service_pb2.ComposeRequest, _compositor_service_pb2.ComposeResponse]
     """The same request gives the same digests; a plate made before is found, not made again."""
+    DescribeDetectors: _grpc.UnaryUnaryMultiCallable[_compositor_service_pb2.DescribeDetectorsRequest, _compositor_service_pb2.DescribeDetectorsResponse]
+    """What control pictures are drawn here."""
 
 @_typing.type_check_only
 class CompositorServiceAsyncStub(CompositorServiceStub):
@@ -43,6 +45,8 @@ class CompositorServiceAsyncStub(CompositorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Compose: _aio.UnaryUnaryMultiCallable[_compositor_service_pb2.ComposeRequest, _compositor_service_pb2.ComposeResponse]  # type: ignore[assignment]
     """The same request gives the same digests; a plate made before is found, not made again."""
+    DescribeDetectors: _aio.UnaryUnaryMultiCallable[_compositor_service_pb2.DescribeDetectorsRequest, _compositor_service_pb2.DescribeDetectorsResponse]  # type: ignore[assignment]
+    """What control pictures are drawn here."""
 
 class CompositorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Derives from a collage what the generator needs: the Plate. Internal; all images travel as blobs."""
@@ -54,5 +58,13 @@ class CompositorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_compositor_service_pb2.ComposeResponse, _abc.Awaitable[_compositor_service_pb2.ComposeResponse]]:
         """The same request gives the same digests; a plate made before is found, not made again."""
+
+    @_abc_1.abstractmethod
+    def DescribeDetectors(
+        self,
+        request: _compositor_service_pb2.DescribeDetectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_compositor_service_pb2.DescribeDetectorsResponse, _abc.Awaitable[_compositor_service_pb2.DescribeDetectorsResponse]]:
+        """What control pictures are drawn here."""
 
 def add_CompositorServiceServicer_to_server(servicer: CompositorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
