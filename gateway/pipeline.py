@@ -22,6 +22,7 @@ from collage.v1 import (
     generator_service_pb2_grpc,
     inversion_service_pb2,
     inversion_service_pb2_grpc,
+    job_pb2,
 )
 from gateway.planner import Models, Planned, Planner, parse_redo
 from services.common import wire
@@ -82,13 +83,22 @@ class Pipeline:
         self._inversion = inversion
         self._generator = generator
 
-    async def check(self, request: collage_service_pb2.CreateJobRequest) -> Planned | Collage:
-        """Everything that can be found wrong before the job is queued: the plan, or the collage to learn from."""
+    async def check(self, job: job_pb2.AcceptedJob) -> Planned | Collage:
+        """Everything that can be found wrong before the job is queued: the plan, or the collage to learn from.
+
+        Args:
+            job: the request as it came, or as it was accepted. Words that it holds are not looked up again.
+        """
+        request, taken = job.request, {word.name: word for word in job.words}
         seed = seed_of(request.request_id)
         work = request.WhichOneof("work")
         if work == "generate":
             return await self._planner.plan(
-                request.generate.collage, request.generate.sampling, seed=seed, root="generate."
+                request.generate.collage,
+                request.generate.sampling,
+                seed=seed,
+                root="generate.",
+                taken=taken,
             )
         if work == "redo":
             return await self._planner.plan(
@@ -97,6 +107,7 @@ class Pipeline:
                 seed=seed,
                 root="redo.",
                 redo=parse_redo(request.redo),
+                taken=taken,
             )
         if work == "learn":
             await self._models.named(request.learn.model, "learn.model")
@@ -106,35 +117,36 @@ class Pipeline:
         raise InvalidRequest.of("work", "is empty; required: generate, redo or learn")
 
     async def run(
-        self, request: collage_service_pb2.CreateJobRequest, attempt: int, emit: Emit
+        self, job: job_pb2.AcceptedJob, attempt: int, emit: Emit
     ) -> collage_service_pb2.Done:
         """Does the work of a job and returns its terminal event's content.
 
         Raises:
             CollageError: what stopped it. Unavailable and Overloaded: worth another attempt later.
         """
+        request = job.request
         if request.WhichOneof("work") == "learn":
             return await self._learn_only(request.learn, attempt, emit)
         await emit(_stage("compose", attempt))
         done = collage_service_pb2.Done()
         # Neither needs the other (design section 4): the plate says where things are, a word how one looks.
         async with asyncio.TaskGroup() as group:
-            planning = group.create_task(self._plan(request, emit, done))
+            planning = group.create_task(self._plan(job, emit, done))
             learning = group.create_task(self._learn_asked(request, attempt, emit, done))
         planned, words = planning.result(), learning.result()
         await emit(_stage("generate", attempt))
         with _timed(done, "generate"):
-            await _patiently(lambda: self._generate(planned, {**planned.words, **words}, emit))
+            await _patiently(lambda: self._generate(planned, {**planned.vectors(), **words}, emit))
         return done
 
     async def _plan(
         self,
-        request: collage_service_pb2.CreateJobRequest,
+        job: job_pb2.AcceptedJob,
         emit: Emit,
         done: collage_service_pb2.Done,
     ) -> Planned:
         with _timed(done, "compose"):
-            planned: Planned | Collage = await _patiently(lambda: self.check(request))
+            planned: Planned | Collage = await _patiently(lambda: self.check(job))
         assert isinstance(planned, Planned), "a generation or a redo has a plan"
         await emit(
             collage_service_pb2.JobEvent(planned=collage_service_pb2.Planned(plan=planned.plan)),

@@ -10,7 +10,7 @@ import uuid
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from collage.v1 import collage_service_pb2
+from collage.v1 import collage_service_pb2, job_pb2
 from gateway.jobs import Claim, ClaimLost, JobRecord, Jobs, JobState, JobsUnavailable
 from gateway.pipeline import Pipeline
 from services.common.errors import Cancelled, CollageError, Internal, Overloaded, Unavailable
@@ -122,13 +122,13 @@ class Worker:
         """Runs the pipeline; the state to end in, None to give the job back."""
         if claim.job.cancel_requested:
             return JobState.CANCELLED, cancelled_event()
-        request = collage_service_pb2.CreateJobRequest.FromString(claim.job.body)
+        job = job_pb2.AcceptedJob.FromString(claim.job.body)
 
         async def emit(event: collage_service_pb2.JobEvent, *, key: str | None = None) -> None:
             await self._jobs.append(claim, event.SerializeToString(), key=key)
 
         try:
-            done = await self._pipeline.run(request, claim.attempt, emit)
+            done = await self._pipeline.run(job, claim.attempt, emit)
             return JobState.DONE, collage_service_pb2.JobEvent(done=done)
         except Exception as raised:
             # Work done side by side fails as a group.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import uuid
 from pathlib import Path
 
 import grpc
@@ -16,6 +18,7 @@ from safetensors.numpy import load, save
 import services.inversion.__main__ as service
 from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
+from gateway.pipeline import Pipeline
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import InvalidRequest, from_status
 from services.common.rpc import connect
@@ -195,6 +198,53 @@ async def test_a_word_of_another_model_is_refused_by_its_field(system, monkeypat
     error = from_status(rpc_status.from_call(caught.value))
     assert error.reason == "WORD_OF_ANOTHER_MODEL"
     assert error.metadata["field"] == "collage.layers[0].appearance.word"
+
+
+async def test_a_job_keeps_the_word_it_was_accepted_with(system, monkeypatch):
+    """A word deleted behind a queued job failed it with UNKNOWN_WORD when it was taken up."""
+    data = save({"x": np.full((2, WIDTH), 0.25, np.float32)})
+    word = await imported(system, data)
+    request = pb.CreateJobRequest(
+        request_id=str(uuid.uuid4()),
+        generate={
+            "collage": collage(
+                layers=[
+                    layer("a", appearance={"word": word.name}),
+                    layer("b", seed=1, visible=False, appearance={"word": word.name}),
+                ]
+            ),
+            "sampling": {"steps": 2, "seed": 77},
+        },
+    )
+    gate, run = asyncio.Event(), Pipeline.run
+
+    async def gated(*args):
+        await gate.wait()
+        return await run(*args)
+
+    monkeypatch.setattr(Pipeline, "run", gated)
+    job = (await system.stub.CreateJob(request, timeout=LIMIT_S)).job
+    await system.stub.DeleteWord(pb.DeleteWordRequest(name=word.name), timeout=LIMIT_S)
+    # The same request again is the same job; a new one is refused by its field.
+    assert (await system.stub.CreateJob(request, timeout=LIMIT_S)).job.name == job.name
+    other = pb.CreateJobRequest(generate=request.generate)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await system.stub.CreateJob(other, timeout=LIMIT_S)
+    error = from_status(rpc_status.from_call(caught.value))
+    fields = [f"generate.collage.layers[{index}].appearance.word" for index in (0, 1)]
+    assert (error.reason, [each.field for each in error.violations]) == ("UNKNOWN_WORD", fields)
+    gate.set()
+    events = await system.watch(job.name)
+    assert events[-1].WhichOneof("kind") == "done", events[-1]
+    # It was drawn with the word.
+    await imported(system, data)
+    request.ClearField("request_id")
+    again = await system.stub.CreateJob(request, timeout=LIMIT_S)
+    pictures = [
+        [event.image.blob.sha256 for event in each if event.HasField("image")]
+        for each in (events, await system.watch(again.job.name))
+    ]
+    assert pictures[0] == pictures[1]
 
 
 async def test_pictures_of_one_digest_are_one_word(system):
