@@ -46,7 +46,12 @@ from services.common.telemetry import log
 
 # No picture takes an hour; a stream that lasts longer hangs.
 GENERATE_TIMEOUT_S = 3600.0
-LEARN_TIMEOUT_S = 3600.0
+# Words may wait and learn for as long as they tell of it. A call bounds what a lost one can hold; it is made again, and
+# goes on from the checkpoint.
+LEARN_TIMEOUT_S = 24 * 3600.0
+# Longest silence within a call that learns. A training step of a large model on a CPU takes minutes, and so does
+# reading such a model.
+LEARN_SILENCE_S = 600.0
 # How long a stage that is down or full is tried again before the job is given back to the queue.
 PATIENCE_S = 120.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 3.0
@@ -175,6 +180,7 @@ class Pipeline:
         if not names:
             return {}
         await emit(_stage("learn", attempt))
+        patience = _Patience()
         with _timed(done, "learn"):
             words: dict[str, BlobRef] = await _patiently(
                 lambda: self._learn(
@@ -182,9 +188,11 @@ class Pipeline:
                     collage,
                     names,
                     emit,
+                    patience,
                     root=root,
                     skips_failed=work.skip_failed_words,
-                )
+                ),
+                patience,
             )
         return words
 
@@ -195,8 +203,11 @@ class Pipeline:
         done = collage_service_pb2.Done()
         await emit(_stage("learn", attempt))
         with _timed(done, "learn"):
-            names = _learners(collage, work)
-            await _patiently(lambda: self._learn(work.model, collage, names, emit, root="learn"))
+            names, patience = _learners(collage, work), _Patience()
+            await _patiently(
+                lambda: self._learn(work.model, collage, names, emit, patience, root="learn"),
+                patience,
+            )
         return done
 
     async def _learn(
@@ -205,14 +216,16 @@ class Pipeline:
         collage: Collage,
         names: set[str],
         emit: Emit,
+        patience: "_Patience",
         *,
         root: str,
         skips_failed: bool = False,
     ) -> dict[str, BlobRef]:
-        """Learns the named layers' words together, in one call.
+        """Learns the named layers' words together, in one call; each of its messages renews the patience.
 
         Raises:
             CollageError: of the first layer that gets no word, unless such layers are to be skipped.
+            Unavailable: the call fell silent, or used up its limit while it got on; made again, it goes on.
         """
         words: dict[str, BlobRef] = {}
         indices = [i for i, layer in enumerate(collage.layers) if layer.name in names]
@@ -241,7 +254,11 @@ class Pipeline:
             await emit(collage_service_pb2.JobEvent(warning=warning), key=f"word-failed-{layer}")
 
         try:
-            async for answer in _answers(call):
+            async for answer in _answers(call, silence_s=LEARN_SILENCE_S):
+                patience.renew()
+                # Told while the call waits for its turn.
+                if not answer.HasField("progress"):
+                    continue
                 layer = answer.progress.layer
                 if answer.HasField("error"):
                     error = _in_request(_error_of(answer.error), fields)
@@ -252,6 +269,8 @@ class Pipeline:
                 await emit(collage_service_pb2.JobEvent(word=answer.progress))
                 if answer.HasField("word"):
                     words[layer] = wire.parse_blob(answer.word.vectors, "word.vectors")
+        except DeadlinePassed as error:
+            raise Unavailable(str(error), reason="LEARNING_GOES_ON") from error
         except (InvalidRequest, MissingBlobs, NotSupported, Internal) as error:
             told = _in_request(error, fields)
             if not skips_failed:
@@ -379,10 +398,23 @@ def _generate_request(
     return request
 
 
-async def _answers(call: Any) -> AsyncIterator[Any]:
-    """A stream's messages; its error as one of ours; its end when the reader goes away."""
+async def _answers(call: Any, *, silence_s: float | None = None) -> AsyncIterator[Any]:
+    """A stream's messages; its error as one of ours; its end when the reader goes away.
+
+    Raises:
+        Unavailable: no message came for `silence_s`.
+    """
+    answers = aiter(call)
     try:
-        async for answer in call:
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    answer = await anext(answers)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                told = f"a part of the system tells nothing for {silence_s:g} s"
+                raise Unavailable(told, reason="SILENT") from error
             yield answer
     except grpc.RpcError as error:
         raise from_rpc(error) from error
@@ -422,23 +454,41 @@ async def _latest(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
         await asyncio.gather(collector, return_exceptions=True)
 
 
-async def _patiently(attempt: Callable[[], Awaitable[Any]]) -> Any:
-    """Tries again while a part is down, full or silent, with growing pauses, until PATIENCE_S has passed."""
-    end = time.monotonic() + PATIENCE_S
-    pause = FIRST_PAUSE_S
+class _Patience:
+    """How long a stage that is down, full or silent is tried again, and after what pause: PATIENCE_S in all."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """The stage gets on: what befalls it now is another matter."""
+        self.end_s = time.monotonic() + PATIENCE_S
+        self.pause_s = FIRST_PAUSE_S
+
+    def take(self, least_s: float) -> float | None:
+        """The next pause, at least so long; None where patience is at its end."""
+        wait_s = max(self.pause_s, least_s)
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+        return wait_s if time.monotonic() + wait_s <= self.end_s else None
+
+
+async def _patiently(
+    attempt: Callable[[], Awaitable[Any]], patience: _Patience | None = None
+) -> Any:
+    """Tries again while a part is down, full or silent, with growing pauses, until patience is at its end."""
+    patience = patience or _Patience()
     while True:
         began = time.monotonic()
         try:
             return await attempt()
         # A job has no deadline of its own: one that passed bounded a call to a part that waits for storage.
         except (Unavailable, Overloaded, DeadlinePassed, BlobStoreUnavailable) as error:
-            wait = max(pause, getattr(error, "retry_after_s", 0.0))
-            if time.monotonic() + wait > end:
+            wait_s = patience.take(getattr(error, "retry_after_s", 0.0))
+            if wait_s is None:
                 # A part that fell silent may speak again: the job is given back. One that worked for the whole of a
                 # call's long limit would do so again.
                 if isinstance(error, DeadlinePassed) and time.monotonic() - began < PATIENCE_S:
                     raise Unavailable(str(error), reason="SILENT") from error
                 raise
-            log.info("stage tried again", message=str(error), wait_s=wait)
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            log.info("stage tried again", message=str(error), wait_s=wait_s)
+            await asyncio.sleep(wait_s)

@@ -60,13 +60,17 @@ class System:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, *, kinds: Sequence[str] = ()) -> AsyncIterator[System]:
+async def running(
+    folder: Path, *, kinds: Sequence[str] = (), word_steps: int = 4
+) -> AsyncIterator[System]:
     """Starts everything on the toy model with ControlNets of these kinds, the data in `folder`."""
     # Several threads stall on a machine that has other work.
     model = toy.mini(folder / "toy")
     for kind in kinds:
         toy.controlnet(model, kind)
-    server = await embedded.start(folder / "data", model=str(model), threads=1, word_steps=4)
+    server = await embedded.start(
+        folder / "data", model=str(model), threads=1, word_steps=word_steps
+    )
     try:
         async with connect(server.address) as channel:
             yield System(channel=channel, stub=collage_service_pb2_grpc.CollageServiceStub(channel))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import math
+import threading
 import time
 from dataclasses import replace
 
@@ -305,6 +306,15 @@ async def engine(tmp_path, **options):
         await made.close()
 
 
+@contextlib.asynccontextmanager
+async def held(made):
+    """The engine's device, once it is free."""
+    async with made.turn() as wait:
+        async for _ in wait:
+            pass
+        yield
+
+
 async def first_of(made, **options):
     """Begins to learn; the open stream and its first item."""
     card = made.catalog.find("")
@@ -316,18 +326,18 @@ async def first_of(made, **options):
 
 async def test_a_batch_that_nobody_reads_ends_within_a_unit(tmp_path):
     async with engine(tmp_path) as made:
-        async with made.turn():
+        async with held(made):
             events, _ = await first_of(made)
             await events.aclose()
         # The device is free: another batch begins at once.
-        async with asyncio.timeout(10), made.turn():
+        async with asyncio.timeout(10), held(made):
             events, item = await first_of(made)
             assert item.progress[0].step < 10
             await events.aclose()
 
 
 async def test_the_queue_is_bounded_and_says_when_to_come_back(tmp_path):
-    async with engine(tmp_path, max_waiting=1) as made, made.turn():
+    async with engine(tmp_path, max_waiting=1) as made, held(made):
         waiting = asyncio.create_task(_turn(made))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
@@ -344,12 +354,44 @@ async def test_the_queue_is_bounded_and_says_when_to_come_back(tmp_path):
 
 
 async def _turn(made) -> None:
-    async with made.turn():
+    async with held(made):
         pass
 
 
+async def test_who_waits_hears_of_the_batch_at_work_only_while_it_gets_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.inversion.engine.WAIT_TOLD_S", 0.05)
+    going, advance = threading.Event(), Trainer.advance
+    going.set()
+
+    def gated(trainer) -> None:
+        going.wait()
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", gated)
+    async with engine(tmp_path) as made:
+        async with held(made):
+            events, _ = await first_of(made)
+            async with made.turn() as wait, asyncio.timeout(30):
+                for _ in range(3):
+                    await anext(wait)
+                going.clear()
+                hearing = asyncio.ensure_future(anext(wait))
+                # The unit that was under way may still be told.
+                await asyncio.wait((hearing,), timeout=0.5)
+                if hearing.done():
+                    hearing = asyncio.ensure_future(anext(wait))
+                    await asyncio.wait((hearing,), timeout=0.5)
+                assert not hearing.done()
+                hearing.cancel()
+                await asyncio.gather(hearing, return_exceptions=True)
+            going.set()
+            await events.aclose()
+        # Its place in the line was given up.
+        await _turn(made)
+
+
 async def test_a_deadline_ends_the_work(tmp_path):
-    async with engine(tmp_path) as made, made.turn():
+    async with engine(tmp_path) as made, held(made):
         events, _ = await first_of(made, deadline_s=time.monotonic() + 0.5)
         with pytest.raises(DeadlinePassed):
             async for _ in events:
@@ -358,7 +400,7 @@ async def test_a_deadline_ends_the_work(tmp_path):
 
 async def test_a_drain_hands_out_a_state_to_go_on_from(tmp_path):
     async with engine(tmp_path) as made:
-        async with made.turn():
+        async with held(made):
             events, _ = await first_of(made)
             draining = asyncio.create_task(made.drain())
             states = []
@@ -372,7 +414,7 @@ async def test_a_drain_hands_out_a_state_to_go_on_from(tmp_path):
 
 
 async def test_a_state_of_something_else_is_left_aside(tmp_path):
-    async with engine(tmp_path, recipe=RECIPE) as made, made.turn():
+    async with engine(tmp_path, recipe=RECIPE) as made, held(made):
         events, _ = await first_of(made, state=b"\x00" * 64)
         last = [item async for item in events][-1]
         assert last.progress[0].is_done

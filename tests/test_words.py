@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -20,8 +22,10 @@ from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_gr
 from collage.v1 import collage_service_pb2 as pb
 from gateway.pipeline import Pipeline
 from services.common.blobs import FolderBlobStore, put_blob
-from services.common.errors import InvalidRequest, from_status
+from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
+from services.inversion.engine import Engine
+from services.inversion.learn import Trainer
 from tests import toy
 from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
@@ -271,6 +275,90 @@ async def test_a_layer_is_drawn_with_its_word_learned_now_or_before(system):
     assert now == await drawn({"word": name})
     assert now != await drawn()
     assert now != await drawn({"word": name, "weight": 0.5})
+
+
+@contextlib.asynccontextmanager
+async def slowly(folder: Path, monkeypatch, *, steps: int):
+    """A system whose words take so many steps, with a checkpoint and an event after each."""
+
+    def make(*args, **options) -> Engine:
+        return Engine(*args, **{**options, "checkpoint_s": 0.0, "progress_s": 0.0})
+
+    monkeypatch.setattr(service, "Engine", make)
+    async with running(folder, word_steps=steps) as system:
+        yield system
+
+
+async def test_learning_that_outlasts_its_call_goes_on(tmp_path, monkeypatch):
+    """A call's limit, an hour, was the learning's: the job failed with DEADLINE_EXCEEDED."""
+    monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
+    begun, learn, advance = [], Engine.learn, Trainer.advance
+    ends = [3, 6]
+
+    def counted(engine, *args, state, **options):
+        begun.append(state)
+        return learn(engine, *args, state=state, **options)
+
+    def limited(trainer) -> None:
+        if ends and trainer.steps_done == ends[0]:
+            del ends[0]
+            # The call lasted longer than a part that is down is waited for.
+            time.sleep(0.6)
+            raise DeadlinePassed("the deadline passed")
+        advance(trainer)
+
+    monkeypatch.setattr(Engine, "learn", counted)
+    monkeypatch.setattr(Trainer, "advance", limited)
+    async with slowly(tmp_path, monkeypatch, steps=8) as system:
+        scene = collage(layers=[layer("a", appearance={"learn": True})])
+        events = await learned(system, scene)
+        assert events[-1].WhichOneof("kind") == "done", events[-1]
+        assert [state is not None for state in begun] == [False, True, True]
+        # Nothing is learned again.
+        steps = [event.word.step for event in events if event.HasField("word")]
+        assert steps == sorted(steps)
+        assert steps[-1] == 8
+
+
+async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("gateway.pipeline.LEARN_SILENCE_S", 1.5)
+    monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
+    wakes, advance = threading.Event(), Trainer.advance
+
+    def hanging(trainer) -> None:
+        while trainer.steps_done == 3 and not wakes.is_set():
+            time.sleep(0.05)
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", hanging)
+    async with slowly(tmp_path, monkeypatch, steps=6) as system:
+        scene = collage(layers=[layer("a", appearance={"learn": True})])
+        made = await system.stub.CreateJob(pb.CreateJobRequest(learn={"collage": scene}))
+        attempts = 0
+        try:
+            async with asyncio.timeout(20):
+                while attempts < 2:
+                    await asyncio.sleep(0.1)
+                    answer = await system.stub.GetJob(pb.GetJobRequest(name=made.job.name))
+                    attempts = answer.job.attempts
+        finally:
+            wakes.set()
+        events = await system.watch(made.job.name)
+        assert events[-1].WhichOneof("kind") == "done", events[-1]
+
+
+async def test_a_job_that_waits_to_learn_is_told_of_no_words_but_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.inversion.engine.WAIT_TOLD_S", 0.02)
+    async with slowly(tmp_path, monkeypatch, steps=8) as system:
+        one, other = await asyncio.gather(
+            *(
+                learned(system, collage(layers=[layer(name, seed=seed)]), name)
+                for seed, name in enumerate("ab")
+            )
+        )
+        for name, events in (("a", one), ("b", other)):
+            assert events[-1].WhichOneof("kind") == "done"
+            assert {event.word.layer for event in events if event.HasField("word")} == {name}
 
 
 @contextlib.asynccontextmanager

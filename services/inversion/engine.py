@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from prometheus_client import Counter, Gauge, Histogram
@@ -30,6 +31,8 @@ FIRST_GUESS_S = 30.0
 # Bounds of the delay told to a caller who finds the queue full.
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 DEFAULT_MAX_WAITING = 32
+# Seconds between two signs of life to a batch that waits.
+WAIT_TOLD_S = 10.0
 
 WAITING = Gauge("collage_inversion_waiting", "Batches that wait for their turn")
 STEP_SECONDS = Histogram("collage_inversion_step_seconds", "One training step", ["model"])
@@ -80,15 +83,20 @@ class Engine:
         self._turn = asyncio.Semaphore(1)
         self._draining = threading.Event()
         self._last_s = FIRST_GUESS_S
+        # Of all batches, since the start.
+        self._units = 0
         self._device = ThreadPoolExecutor(1, thread_name_prefix="learn", initializer=self._set_up)
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Holds the device for one batch, after those that came before.
+    async def turn(self) -> AsyncIterator[AsyncIterator[None]]:
+        """A place in the line for the device, after those that came before.
+
+        Yields the wait: the device is held from its end on. It has an item now and then for as long as the batch at
+        work gets on, so that who waits behind one that hangs hears nothing, either.
 
         Raises:
             Overloaded: too many wait already.
-            Unavailable: the engine is draining.
+            Unavailable: the engine is draining; from the wait, too.
         """
         self._refuse_when_draining()
         if self._admitted > self._max_waiting:
@@ -99,13 +107,24 @@ class Engine:
             )
         self._admitted += 1
         WAITING.set(max(0, self._admitted - 1))
+        acquiring = asyncio.create_task(self._turn.acquire())
         try:
-            async with self._turn:
-                self._refuse_when_draining()
-                yield
+            yield self._wait(acquiring)
         finally:
+            acquiring.cancel()
+            await _finished(acquiring)
+            if not acquiring.cancelled():
+                self._turn.release()
             self._admitted -= 1
             WAITING.set(max(0, self._admitted - 1))
+
+    async def _wait(self, acquiring: "asyncio.Task[Literal[True]]") -> AsyncIterator[None]:
+        seen = self._units
+        while not (await asyncio.wait((acquiring,), timeout=WAIT_TOLD_S))[0]:
+            if self._units != seen:
+                seen = self._units
+                yield
+        self._refuse_when_draining()
 
     async def networks(self, card: ModelCard) -> Networks:
         """The model in memory."""
@@ -233,6 +252,7 @@ class Engine:
                 raise DeadlinePassed("the deadline passed before the words were learned")
             before = trainer.steps_done
             trainer.advance()
+            self._units += 1
             if trainer.steps_done > before:
                 if networks.device.type == "cuda":
                     # So that the time is true and a cancel is not overtaken by queued work.
@@ -241,8 +261,8 @@ class Engine:
         BATCHES.labels("CANCELLED").inc()
 
 
-async def _finished(working: "asyncio.Future[None]") -> None:
-    """Waits for the thread even when the waiting task is cancelled once more."""
+async def _finished(working: "asyncio.Future[Any]") -> None:
+    """Waits for it even when the waiting task is cancelled once more."""
     while not working.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((working,))
