@@ -8,6 +8,7 @@ import hashlib
 import threading
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -21,11 +22,13 @@ import services.inversion.__main__ as service
 from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from gateway.pipeline import Pipeline
+from services.common import wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
+from services.inversion.catalog import Catalog
 from services.inversion.engine import Engine
-from services.inversion.learn import Trainer
+from services.inversion.learn import Recipe, Trainer
 from tests import toy
 from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
@@ -362,15 +365,14 @@ async def test_a_job_that_waits_to_learn_is_told_of_no_words_but_its_own(tmp_pat
 
 
 @contextlib.asynccontextmanager
-async def inversion(folder: Path):
+async def inversion(folder: Path, **changes):
     """An inversion service of its own that keeps a checkpoint after every step."""
     settings = service.Settings(
         address="127.0.0.1:0",
         blobs=f"folder:{folder / 'blobs'}",
         models=f"toy={toy.mini(folder / 'toy')}",
         threads=1,
-        word_steps=8,
-        checkpoint_s=0.0,
+        **{"word_steps": 8, "checkpoint_s": 0.0, **changes},
     )
     server = await service.build(settings)
     await server.start()
@@ -381,10 +383,12 @@ async def inversion(folder: Path):
         await server.stop()
 
 
-async def subjects(folder: Path) -> inversion_service_pb2.LearnWordsRequest:
+async def subjects(
+    folder: Path, texts=("sushi", "cake")
+) -> inversion_service_pb2.LearnWordsRequest:
     blobs = FolderBlobStore(folder / "blobs")
     request = inversion_service_pb2.LearnWordsRequest()
-    for seed, text in enumerate(("sushi", "cake")):
+    for seed, text in enumerate(texts):
         ref = await put_blob(blobs, cutout(seed), media_type="image/png")
         image = {"sha256": ref.sha256, "size_bytes": ref.size_bytes}
         request.subjects.add(layer=text, image=image, text=text, vectors=1 + seed)
@@ -414,3 +418,50 @@ async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_p
         assert not list((folder / "blobs").rglob("*.checkpoint*"))
     assert len(found[0]) == 2
     assert found[0] == found[1]
+
+
+async def test_layers_beyond_the_bound_are_learned_after_the_others(tmp_path, monkeypatch):
+    """A call of 32 layers was one batch, whatever the model."""
+    sizes, learn = [], Engine.learn
+
+    def counted(engine, card, subjects, **options):
+        sizes.append(len(subjects))
+        return learn(engine, card, subjects, **options)
+
+    monkeypatch.setattr(Engine, "learn", counted)
+
+    async def learned_by(folder, *calls, joint_rows) -> dict[str, str]:
+        """The digests of the vectors, by layer, of some calls one after another."""
+        sizes.clear()
+        found = {}
+        request = await subjects(folder, ("sushi", "cake", "lemon"))
+        async with inversion(folder, word_steps=2, joint_rows=joint_rows) as stub:
+            for call in calls:
+                part = inversion_service_pb2.LearnWordsRequest()
+                part.subjects.extend(request.subjects[index] for index in call)
+                async for answer in stub.LearnWords(part, timeout=LIMIT_S):
+                    if answer.HasField("word"):
+                        found[answer.progress.layer] = answer.word.vectors.sha256
+        assert not list((folder / "blobs").rglob("*.checkpoint*"))
+        return found
+
+    # Four rows a word.
+    bounded = await learned_by(tmp_path / "bounded", (0, 1, 2), joint_rows=11)
+    assert sizes == [2, 1]
+    assert len(bounded) == 3
+    # They are the batches, to the last bit, that two calls would have been.
+    assert bounded == await learned_by(tmp_path / "apart", (0, 1), (2,), joint_rows=0)
+    assert sizes == [2, 1]
+    # What is stored makes a batch smaller, and moves no layer into another.
+    await learned_by(tmp_path / "stored", (0,), (0, 1, 2), joint_rows=11)
+    assert sizes == [1, 1, 1]
+
+
+async def test_the_bundled_models_words_are_one_batch_and_a_large_models_are_not():
+    catalog = Catalog.read("")
+    engine = Engine(catalog, recipe=Recipe(), threads=1)
+    card = catalog.find("")
+    assert engine.together(card) == wire.MAX_LAYERS
+    large = replace(card, facts=replace(card.known, native_side=512, size_multiple=64))
+    assert engine.together(large) == 2
+    assert engine.together(replace(large, facts=replace(card.known, native_side=1024))) == 1

@@ -31,6 +31,9 @@ FIRST_GUESS_S = 30.0
 # Bounds of the delay told to a caller who finds the queue full.
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 DEFAULT_MAX_WAITING = 32
+# Pixels of all rows of one training step where the operator sets no number of rows: 8 rows of Stable Diffusion 1.5 at
+# 384 x 384, or every row of 32 layers of the bundled model at 96 x 96.
+JOINT_PIXELS = 8 * 384 * 384
 # Seconds between two signs of life to a batch that waits.
 WAIT_TOLD_S = 10.0
 
@@ -58,6 +61,7 @@ class Engine:
         catalog: the models.
         recipe: how words are learned.
         threads: CPU threads of one operation; fixed, because sums split over another number round differently.
+        joint_rows: rows that are trained together, at most, though a subject is never split; 0 for JOINT_PIXELS.
         max_waiting: batches that may wait for their turn.
         checkpoint_s: seconds between two checkpoints.
         progress_s: seconds between two reports where nothing ended.
@@ -69,6 +73,7 @@ class Engine:
         *,
         recipe: Recipe,
         threads: int,
+        joint_rows: int = 0,
         max_waiting: int = DEFAULT_MAX_WAITING,
         checkpoint_s: float = 3.0,
         progress_s: float = 0.5,
@@ -76,6 +81,7 @@ class Engine:
         self.catalog = catalog
         self.recipe = recipe
         self._threads = threads
+        self._joint_rows = joint_rows
         self._max_waiting = max_waiting
         self._checkpoint_s = checkpoint_s
         self._progress_s = progress_s
@@ -125,6 +131,15 @@ class Engine:
                 seen = self._units
                 yield
         self._refuse_when_draining()
+
+    def together(self, card: ModelCard) -> int:
+        """How many subjects are learned in one batch, at most.
+
+        It follows from model, recipe and setting alone, not from the memory that is free: a word's last bits depend on
+        who shares its batch.
+        """
+        rows = self._joint_rows or JOINT_PIXELS // Trainer.side(card.known, self.recipe) ** 2
+        return max(1, rows // self.recipe.rows)
 
     async def networks(self, card: ModelCard) -> Networks:
         """The model in memory."""
@@ -273,7 +288,7 @@ def _told(error: Exception) -> CollageError:
     # On the CPU torch raises a plain RuntimeError with the words of its allocator.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
         return Internal(
-            "the words do not fit the memory together; learn fewer layers at a time",
+            "the words do not fit the memory together; the operator can lower COLLAGE_JOINT_ROWS",
             reason="OUT_OF_MEMORY",
         )
     log.error("learning failed", exc_info=error)

@@ -84,9 +84,20 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                     yield _found(one, stored)
                 else:
                     left.append(one)
-            async with contextlib.aclosing(self._learn(card, every, left, deadline_s)) as answers:
-                async for answer in answers:
-                    yield answer
+            # Several batches where one would be too large. Which, follows from the whole call: not from what is stored.
+            digests = list(dict.fromkeys(one.digest for one in every))
+            size = self._engine.together(card)
+            for first in range(0, len(digests), size):
+                batch = set(digests[first : first + size])
+                answers = self._learn(
+                    card,
+                    [one for one in every if one.digest in batch],
+                    [one for one in left if one.digest in batch],
+                    deadline_s,
+                )
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        yield answer
 
     async def AdoptWord(
         self, request: inversion_service_pb2.AdoptWordRequest, context: Any
@@ -158,7 +169,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     async def _learn(
         self, card: ModelCard, every: Sequence[Wanted], left: Sequence[Wanted], deadline_s: float
     ) -> AsyncGenerator[inversion_service_pb2.LearnWordsResponse, None]:
-        """Learns what is left of a call, in one batch; `every` names the batch."""
+        """Learns what is left of a batch; `every` names it, with what is stored already."""
         if not left:
             return
         key = words.checkpoint_key(
