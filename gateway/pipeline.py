@@ -266,7 +266,9 @@ class Pipeline:
                         raise error
                     await go_without(layer, error)
                     continue
-                await emit(collage_service_pb2.JobEvent(word=answer.progress))
+                # A word is told once, by whichever attempt.
+                key = f"word-{layer}" if answer.HasField("word") else None
+                await emit(collage_service_pb2.JobEvent(word=answer.progress), key=key)
                 if answer.HasField("word"):
                     words[layer] = wire.parse_blob(answer.word.vectors, "word.vectors")
         except DeadlinePassed as error:

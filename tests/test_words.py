@@ -137,7 +137,7 @@ async def test_an_imported_word_is_kept_until_it_is_deleted(system):
     [
         (b"PK\x03\x04 and more", "pickled"),
         (save({"x": np.zeros((1, WIDTH + 1), np.float32)}), f"takes {WIDTH}"),
-        (save({"x": np.zeros((5000, WIDTH * 10), np.float32)}), "the limit is"),
+        (save({"x": np.zeros((5000, WIDTH * 10), np.float32)}), "allowed: at most"),
     ],
 )
 async def test_what_cannot_be_a_word_of_this_model_is_refused(system, data, told):
@@ -327,6 +327,7 @@ async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, m
     monkeypatch.setattr("gateway.pipeline.LEARN_SILENCE_S", 1.5)
     monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
     wakes, advance = threading.Event(), Trainer.advance
+    wakes.set()
 
     def hanging(trainer) -> None:
         while trainer.steps_done == 3 and not wakes.is_set():
@@ -335,7 +336,13 @@ async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, m
 
     monkeypatch.setattr(Trainer, "advance", hanging)
     async with slowly(tmp_path, monkeypatch, steps=6) as system:
-        scene = collage(layers=[layer("a", appearance={"learn": True})])
+        scene = collage(
+            layers=[
+                layer(name, seed=seed, appearance={"learn": True}) for seed, name in enumerate("ab")
+            ]
+        )
+        await learned(system, scene, "a")
+        wakes.clear()
         made = await system.stub.CreateJob(pb.CreateJobRequest(learn={"collage": scene}))
         attempts = 0
         try:
@@ -348,6 +355,9 @@ async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, m
             wakes.set()
         events = await system.watch(made.job.name)
         assert events[-1].WhichOneof("kind") == "done", events[-1]
+        # A word that was stored is told by the first attempt, and not again.
+        told = [event.word.layer for event in events if event.word.word]
+        assert sorted(told) == ["a", "b"]
 
 
 async def test_a_job_that_waits_to_learn_is_told_of_no_words_but_its_own(tmp_path, monkeypatch):
@@ -418,6 +428,27 @@ async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_p
         assert not list((folder / "blobs").rglob("*.checkpoint*"))
     assert len(found[0]) == 2
     assert found[0] == found[1]
+
+
+async def test_a_layer_that_is_done_is_not_told_of_again(tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def ending(trainer) -> None:
+        advance(trainer)
+        if trainer.steps_done == 2:
+            trainer._pupils[0].is_done = True
+
+    monkeypatch.setattr(Trainer, "advance", ending)
+    request = await subjects(tmp_path)
+    async with inversion(tmp_path, word_steps=5) as stub:
+        answers = [each async for each in stub.LearnWords(request, timeout=LIMIT_S)]
+    first, second = (
+        [each for each in answers if each.progress.layer == name] for name in ("sushi", "cake")
+    )
+    assert [each.HasField("word") for each in first] == [False] * (len(first) - 1) + [True]
+    assert first[-1].progress.step == 2
+    assert second[-1].progress.step == 5
+    assert answers.index(first[-1]) < len(answers) - 3
 
 
 async def test_layers_beyond_the_bound_are_learned_after_the_others(tmp_path, monkeypatch):
