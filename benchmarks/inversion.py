@@ -374,7 +374,7 @@ class Inversion:
     async def learn(self, seen: list[tuple[float, int]]) -> dict[str, str]:
         """The digests of the vectors by layer; notes when which step was told."""
         blobs = FolderBlobStore(self.folder / "blobs")
-        request = pb.LearnWordsRequest()
+        request = pb.LearnWordsRequest(job="bench")
         for name, text in list(CUTOUTS.items())[:2]:
             ref = await put_blob(blobs, (ART / name).read_bytes(), media_type="image/png")
             image = blob_pb2.BlobRef(sha256=ref.sha256, size_bytes=ref.size_bytes)

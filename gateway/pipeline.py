@@ -24,6 +24,7 @@ from collage.v1 import (
     inversion_service_pb2_grpc,
     job_pb2,
 )
+from gateway.jobs import job_id_of
 from gateway.planner import Models, Planned, Planner, parse_redo
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStoreUnavailable
@@ -131,7 +132,7 @@ class Pipeline:
         """
         request = job.request
         if request.WhichOneof("work") == "learn":
-            return await self._learn_only(request.learn, attempt, emit)
+            return await self._learn_only(request, attempt, emit)
         await emit(_stage("compose", attempt))
         done = collage_service_pb2.Done()
         # Neither needs the other (design section 4): the plate says where things are, a word how one looks.
@@ -184,6 +185,7 @@ class Pipeline:
         with _timed(done, "learn"):
             words: dict[str, BlobRef] = await _patiently(
                 lambda: self._learn(
+                    job_id_of(request.request_id),
                     work.sampling.model,
                     collage,
                     names,
@@ -197,21 +199,23 @@ class Pipeline:
         return words
 
     async def _learn_only(
-        self, work: collage_service_pb2.LearnWork, attempt: int, emit: Emit
+        self, request: collage_service_pb2.CreateJobRequest, attempt: int, emit: Emit
     ) -> collage_service_pb2.Done:
+        job, work = job_id_of(request.request_id), request.learn
         collage = wire.parse_collage(work.collage, "learn.collage")
         done = collage_service_pb2.Done()
         await emit(_stage("learn", attempt))
         with _timed(done, "learn"):
             names, patience = _learners(collage, work), _Patience()
             await _patiently(
-                lambda: self._learn(work.model, collage, names, emit, patience, root="learn"),
+                lambda: self._learn(job, work.model, collage, names, emit, patience, root="learn"),
                 patience,
             )
         return done
 
     async def _learn(
         self,
+        job: str,
         model: str,
         collage: Collage,
         names: set[str],
@@ -233,6 +237,7 @@ class Pipeline:
             inversion_service_pb2.LearnWordsRequest(
                 model=(await self._models.named(model, "model")).name,
                 subjects=[_subject(collage.layers[index]) for index in indices],
+                job=job,
             ),
             timeout=LEARN_TIMEOUT_S,
             metadata=outgoing(),

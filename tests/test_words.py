@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import threading
 import time
 import uuid
@@ -21,11 +22,16 @@ from safetensors.numpy import load, save
 import services.inversion.__main__ as service
 from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
+from gateway.jobs import JobState, QueuePolicy
+from gateway.jobs_sqlite import SqliteJobs
 from gateway.pipeline import Pipeline
+from gateway.words import Words
+from gateway.worker import sweep
 from services.common import wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
+from services.common.words import checkpoint_key
 from services.inversion.catalog import Catalog
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer
@@ -374,6 +380,75 @@ async def test_a_job_that_waits_to_learn_is_told_of_no_words_but_its_own(tmp_pat
             assert {event.word.layer for event in events if event.HasField("word")} == {name}
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.checkpoint*"))
+
+
+async def test_a_cancelled_learning_leaves_no_checkpoint(tmp_path, monkeypatch):
+    going, advance = threading.Event(), Trainer.advance
+
+    def gated(trainer) -> None:
+        if trainer.steps_done == 3:
+            going.wait()
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", gated)
+    async with slowly(tmp_path, monkeypatch, steps=6) as system:
+        scene = collage(layers=[layer("a", appearance={"learn": True})])
+        made = await system.stub.CreateJob(pb.CreateJobRequest(learn={"collage": scene}))
+        call = system.stub.WatchJob(pb.WatchJobRequest(name=made.job.name), timeout=LIMIT_S)
+        # What is told of a step is told behind its checkpoint: none is being written.
+        while (await call.read()).event.word.step < 3:
+            pass
+        assert checkpoints(tmp_path)
+        await system.stub.CancelJob(pb.CancelJobRequest(name=made.job.name), timeout=LIMIT_S)
+        await system.watch(made.job.name)
+        going.set()
+        end_s = time.monotonic() + LIMIT_S
+        # A file tells nobody that it is gone.
+        while checkpoints(tmp_path) and time.monotonic() < end_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert not checkpoints(tmp_path)
+
+
+async def test_the_sweep_takes_what_no_job_goes_on_from(tmp_path):
+    policy = QueuePolicy(exhausted=lambda job: b"")
+    jobs = await SqliteJobs.open(tmp_path / "jobs.sqlite", policy)
+    blobs = FolderBlobStore(tmp_path / "blobs")
+    try:
+        # The oldest is ended, the next is at work, the last waits.
+        ended, running_, waiting = [
+            (await jobs.submit(str(uuid.uuid4()), b"")).id for _ in range(3)
+        ]
+        for _ in range(2):
+            claim = await jobs.claim("worker", wait_s=5)
+            if claim.job.id == ended:
+                await jobs.finish(claim, JobState.FAILED, b"")
+        for job in (ended, running_, waiting, "job-of-another-queue", "job-long-gone"):
+            key = checkpoint_key(job, "ab" * 32)
+            await blobs.put(key, b"state", media_type="application/octet-stream")
+        for job in (running_, waiting, "job-long-gone"):
+            (file,) = (each for each in checkpoints(tmp_path) if job in each.parts)
+            os.utime(file, (0, 0))
+        await sweep(jobs, Words(blobs))
+        left = {each.parent.name for each in checkpoints(tmp_path)}
+        assert left == {running_, waiting, "job-of-another-queue"}
+    finally:
+        await jobs.close()
+        await blobs.close()
+
+
+async def test_learning_belongs_to_a_job(tmp_path):
+    request = await subjects(tmp_path)
+    async with inversion(tmp_path) as stub:
+        for job in ("", "a/b", "-a", "a" * 65):
+            request.job = job
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.LearnWords(request, timeout=LIMIT_S).read()
+            error = from_status(rpc_status.from_call(caught.value))
+            assert [each.field for each in error.violations] == ["job"]
+
+
 @contextlib.asynccontextmanager
 async def inversion(folder: Path, **changes):
     """An inversion service of its own that keeps a checkpoint after every step."""
@@ -397,7 +472,7 @@ async def subjects(
     folder: Path, texts=("sushi", "cake")
 ) -> inversion_service_pb2.LearnWordsRequest:
     blobs = FolderBlobStore(folder / "blobs")
-    request = inversion_service_pb2.LearnWordsRequest()
+    request = inversion_service_pb2.LearnWordsRequest(job="job")
     for seed, text in enumerate(texts):
         ref = await put_blob(blobs, cutout(seed), media_type="image/png")
         image = {"sha256": ref.sha256, "size_bytes": ref.size_bytes}
@@ -406,7 +481,20 @@ async def subjects(
     return request
 
 
-async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_path):
+@pytest.mark.parametrize("apart", [False, True])
+async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(
+    tmp_path, monkeypatch, apart
+):
+    advance = Trainer.advance
+
+    def ending(trainer) -> None:
+        advance(trainer)
+        if trainer.steps_done == 2:
+            trainer._pupils[0].is_done = True
+
+    if apart:
+        # One word of the batch is stored before the cut, the other is not.
+        monkeypatch.setattr(Trainer, "advance", ending)
     found = []
     for name in ("undisturbed", "cut"):
         folder = tmp_path / name
@@ -421,11 +509,12 @@ async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_p
             answers = [each async for each in stub.LearnWords(request, timeout=LIMIT_S)]
         if name == "cut":
             # At most the step under way was lost.
-            assert answers[0].progress.step >= 3
+            first = next(each for each in answers if each.progress.layer == "cake")
+            assert first.progress.step >= 3
         found.append(
             {a.progress.layer: a.word.vectors.sha256 for a in answers if a.HasField("word")}
         )
-        assert not list((folder / "blobs").rglob("*.checkpoint*"))
+        assert not checkpoints(folder)
     assert len(found[0]) == 2
     assert found[0] == found[1]
 
@@ -468,12 +557,12 @@ async def test_layers_beyond_the_bound_are_learned_after_the_others(tmp_path, mo
         request = await subjects(folder, ("sushi", "cake", "lemon"))
         async with inversion(folder, word_steps=2, joint_rows=joint_rows) as stub:
             for call in calls:
-                part = inversion_service_pb2.LearnWordsRequest()
+                part = inversion_service_pb2.LearnWordsRequest(job="job")
                 part.subjects.extend(request.subjects[index] for index in call)
                 async for answer in stub.LearnWords(part, timeout=LIMIT_S):
                     if answer.HasField("word"):
                         found[answer.progress.layer] = answer.word.vectors.sha256
-        assert not list((folder / "blobs").rglob("*.checkpoint*"))
+        assert not checkpoints(folder)
         return found
 
     # Four rows a word.

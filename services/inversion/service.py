@@ -18,7 +18,7 @@ from prometheus_client import Counter
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from services.common import wire, words
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore
-from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs
+from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs, quote
 from services.common.telemetry import log
 from services.inversion.catalog import ModelCard
 from services.inversion.engine import Engine, Learned
@@ -94,6 +94,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             for first in range(0, len(digests), size):
                 batch = set(digests[first : first + size])
                 answers = self._learn(
+                    request.job,
                     card,
                     [one for one in every if one.digest in batch],
                     [one for one in left if one.digest in batch],
@@ -142,6 +143,13 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             check.refuse(
                 "subjects", f"has {len(request.subjects)}; allowed: from 1 to {wire.MAX_LAYERS}"
             )
+        try:
+            words.checkpoint_key(request.job, "0" * 64)
+        except ValueError:
+            check.refuse(
+                "job",
+                f"is {quote(request.job)}; allowed: 1 to 64 letters, digits, '_' and '-', the first no '-'",
+            )
         layers = [subject.layer for subject in request.subjects]
         found = []
         for index, subject in enumerate(request.subjects[: wire.MAX_LAYERS]):
@@ -171,13 +179,18 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         return found
 
     async def _learn(
-        self, card: ModelCard, every: Sequence[Wanted], left: Sequence[Wanted], deadline_s: float
+        self,
+        job: str,
+        card: ModelCard,
+        every: Sequence[Wanted],
+        left: Sequence[Wanted],
+        deadline_s: float,
     ) -> AsyncGenerator[inversion_service_pb2.LearnWordsResponse, None]:
         """Learns what is left of a batch; `every` names it, with what is stored already."""
         if not left:
             return
         key = words.checkpoint_key(
-            hashlib.sha256(" ".join(one.digest for one in every).encode()).hexdigest()
+            job, hashlib.sha256(" ".join(one.digest for one in every).encode()).hexdigest()
         )
         # Equal layers are one subject.
         by_digest: dict[str, list[Wanted]] = {}
