@@ -220,7 +220,7 @@ async def examples(target: Target) -> dict[str, list[Any]]:
         generator_service_pb2.EstimateRequest(size=stored.size, layers=2, **plain),
         generator_service_pb2.DescribeModelsRequest(),
         inversion_service_pb2.LearnWordsRequest(
-            model="toy", subjects=[{"layer": "a", "image": blob, "text": "cake"}]
+            model="toy", subjects=[{"layer": "a", "image": blob, "text": "cake"}], job="fuzz"
         ),
     ]
     found = collections.defaultdict(list)

@@ -9,10 +9,12 @@ layers in one batch against four alone, and the time until a stored word is answ
 
     python -m benchmarks.inversion                  the bundled model
     python -m benchmarks.inversion --model sd15     a random U-Net of Stable Diffusion 1.5's size, few steps
-    python -m benchmarks.inversion --kills 10       so many runs of the inversion process, each killed at a random time
+    python -m benchmarks.inversion --kills 10       so many runs of the inversion process, each killed once
 
-The last one fails (exit code 1) where a run's vectors are not those of an undisturbed one, byte for byte, or where it
-repeats more than a checkpoint's interval.
+The last one learns three words, two together and one after them. Its kills are spread over the whole of it; every other
+one comes when some of the words are stored and others are not. It fails (exit code 1) where a run's vectors are not
+those of an undisturbed one, byte for byte, where it repeats more than a checkpoint's interval, or where no kill came
+between two words.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import torch
@@ -62,8 +64,8 @@ CUTOUTS = {
 DECAY = 1e-2
 # Canvas of the large U-Net, pixels: at its native 512 a step takes minutes on a core.
 LARGE_SIDE = 256
-# Of the killed runs.
-KILLED_STEPS, KILLED_CHECKPOINT_S = 40, 1.0
+# Of the killed runs: words, rows trained together (four a word), steps of a word, seconds between checkpoints.
+KILLED_WORDS, KILLED_ROWS, KILLED_STEPS, KILLED_CHECKPOINT_S = 3, 8, 40, 1.0
 
 
 def subjects(count: int) -> list[Subject]:
@@ -346,6 +348,15 @@ async def stored(folder: Path) -> None:
     )
 
 
+class Told(NamedTuple):
+    """One message of a call that learns."""
+
+    at_s: float
+    layer: str
+    step: int
+    is_word: bool
+
+
 class Inversion:
     """The inversion process over a blob folder, and a call to it."""
 
@@ -358,6 +369,7 @@ class Inversion:
             "THREADS": "1",
             "WORD_STEPS": str(KILLED_STEPS),
             "CHECKPOINT_S": str(KILLED_CHECKPOINT_S),
+            "JOINT_ROWS": str(KILLED_ROWS),
         }
         environment = {**os.environ, **{f"COLLAGE_{key}": each for key, each in settings.items()}}
         self.process = Process(
@@ -371,11 +383,11 @@ class Inversion:
         """Starts the process, or starts it again."""
         await self.process.start(lambda: check_health(self.address), timeout_s=180)
 
-    async def learn(self, seen: list[tuple[float, int]]) -> dict[str, str]:
-        """The digests of the vectors by layer; notes when which step was told."""
+    async def learn(self, seen: list[Told]) -> dict[str, str]:
+        """The digests of the vectors by layer; notes what was told."""
         blobs = FolderBlobStore(self.folder / "blobs")
-        request = pb.LearnWordsRequest()
-        for name, text in list(CUTOUTS.items())[:2]:
+        request = pb.LearnWordsRequest(job="bench")
+        for name, text in list(CUTOUTS.items())[:KILLED_WORDS]:
             ref = await put_blob(blobs, (ART / name).read_bytes(), media_type="image/png")
             image = blob_pb2.BlobRef(sha256=ref.sha256, size_bytes=ref.size_bytes)
             request.subjects.add(layer=text, image=image, text=text, vectors=2)
@@ -386,54 +398,84 @@ class Inversion:
         ) as channel:
             stub: Any = pb_grpc.InversionServiceStub(channel)  # type: ignore[no-untyped-call]
             async for answer in stub.LearnWords(request, wait_for_ready=True):
-                seen.append((time.monotonic(), answer.progress.step))
+                told = answer.progress
+                seen.append(Told(time.monotonic(), told.layer, told.step, bool(told.word)))
                 if answer.HasField("word"):
-                    words[answer.progress.layer] = answer.word.vectors.sha256
+                    words[told.layer] = answer.word.vectors.sha256
         return words
 
 
+def steps_of(seen: list[Told]) -> dict[str, int]:
+    """The last step told of each layer."""
+    return {told.layer: told.step for told in seen}
+
+
 async def killed(runs: int, seed: int, folder: Path) -> int:
-    """Runs that are killed once each, at a random time of their learning."""
-    rng, failures = random.Random(seed), 0
+    """Runs that are killed once each."""
+    rng, failures, between = random.Random(seed), 0, 0
     calm = Inversion(folder / "calm")
     await calm.start()
-    seen: list[tuple[float, int]] = []
+    seen: list[Told] = []
     expected = await calm.learn(seen)
     await calm.process.terminate()
-    duration_s = seen[-1][0] - seen[0][0]
-    pace_s = duration_s / max(1, max(step for _, step in seen))
-    print(f"undisturbed: {len(expected)} words, {duration_s:.1f} s", flush=True)
+    duration_s = seen[-1].at_s - seen[0].at_s
+    # Steps of all words together, as a measure of how far a call is: unlike time, it is the same in every run.
+    total = sum(steps_of(seen).values())
+    pace_s = duration_s / total
+    first_word = next(number for number, told in enumerate(seen, 1) if told.is_word)
+    apart = sum(steps_of(seen[:first_word]).values())
+    print(f"undisturbed: {len(expected)} words, {total} steps, {duration_s:.1f} s", flush=True)
     for run in range(runs):
+        # Every other run between the first word and the last, the others in turn over the whole.
+        low, high = (
+            (apart, total)
+            if run % 2 == 0
+            else (total * (run - 1) // runs, total * (run + 1) // runs)
+        )
+        target = rng.randrange(low, high)
         one = Inversion(folder / f"run-{run}")
         await one.start()
-        before: list[tuple[float, int]] = []
+        before: list[Told] = []
         call = asyncio.create_task(one.learn(before))
         # Another task fills the list.
-        while not before:  # noqa: ASYNC110
+        while not before or sum(steps_of(before).values()) < target:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        wait_s = rng.uniform(0, duration_s)
-        await asyncio.sleep(wait_s)
         was_learning = not call.done()
         one.process.kill()
         await asyncio.gather(call, return_exceptions=True)
-        reached = max((step for _, step in before), default=0)
+        reached = steps_of(before)
+        ended = {told.layer for told in before if told.is_word}
+        between += 0 < len(ended) < len(expected)
         await one.start()
-        after: list[tuple[float, int]] = []
+        after: list[Told] = []
         words = await one.learn(after)
         await one.process.terminate()
-        resumed = next((step for _, step in after), 0) if was_learning else reached
-        repeated_s = max(0, reached - resumed) * pace_s
+        # Where each layer was taken up; a word that was stored lost nothing.
+        resumed = {told.layer: told for told in reversed(after)}
+        lost = sum(
+            max(0, step - resumed[layer].step)
+            for layer, step in reached.items()
+            if not resumed[layer].is_word
+        )
+        repeated_s = lost * pace_s
         is_equal = words == expected
         # A step is not cut in two, and a killed process may have been about to write.
-        is_short = repeated_s <= KILLED_CHECKPOINT_S + 2 * pace_s or not was_learning
+        is_short = repeated_s <= KILLED_CHECKPOINT_S + 2 * KILLED_WORDS * pace_s or not was_learning
         failures += not (is_equal and is_short)
         print(
-            f"run {run}: killed after {wait_s:4.1f} s at step {reached}, taken up at {resumed}, "
-            f"{repeated_s:.1f} s repeated; vectors {'equal' if is_equal else 'DIFFER'}",
+            f"run {run}: killed at step {sum(reached.values())} of {total}, {len(ended)} words stored; "
+            f"{lost} steps, {repeated_s:.1f} s repeated; vectors {'equal' if is_equal else 'DIFFER'}",
             flush=True,
         )
-    print("FAILED" if failures else f"PASSED: {runs} kills, all vectors equal")
-    return 1 if failures else 0
+    if not between:
+        print("no kill came between two words")
+    is_good = between and not failures
+    print(
+        f"PASSED: {runs} kills, {between} between two words, all vectors equal"
+        if is_good
+        else "FAILED"
+    )
+    return 0 if is_good else 1
 
 
 NETWORKS = {"mini": bundled, "sd15": sd15}

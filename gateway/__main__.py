@@ -88,7 +88,7 @@ async def build(settings: Settings) -> Server:
         inversion=inverting,
         generator=generating,
     )
-    worker = Worker(jobs, pipeline, slots=settings.slots)
+    worker = Worker(jobs, pipeline, words, slots=settings.slots)
     server = Server("gateway", settings.address, drain=worker.drain)
     servicer = CollageServicer(
         blobs=blobs,

@@ -22,7 +22,9 @@ from collage.v1 import (
     generator_service_pb2_grpc,
     inversion_service_pb2,
     inversion_service_pb2_grpc,
+    job_pb2,
 )
+from gateway.jobs import job_id_of
 from gateway.planner import Models, Planned, Planner, parse_redo
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStoreUnavailable
@@ -45,7 +47,12 @@ from services.common.telemetry import log
 
 # No picture takes an hour; a stream that lasts longer hangs.
 GENERATE_TIMEOUT_S = 3600.0
-LEARN_TIMEOUT_S = 3600.0
+# Words may wait and learn for as long as they tell of it. A call bounds what a lost one can hold; it is made again, and
+# goes on from the checkpoint.
+LEARN_TIMEOUT_S = 24 * 3600.0
+# Longest silence within a call that learns. A training step of a large model on a CPU takes minutes, and so does
+# reading such a model.
+LEARN_SILENCE_S = 600.0
 # How long a stage that is down or full is tried again before the job is given back to the queue.
 PATIENCE_S = 120.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 3.0
@@ -82,13 +89,22 @@ class Pipeline:
         self._inversion = inversion
         self._generator = generator
 
-    async def check(self, request: collage_service_pb2.CreateJobRequest) -> Planned | Collage:
-        """Everything that can be found wrong before the job is queued: the plan, or the collage to learn from."""
+    async def check(self, job: job_pb2.AcceptedJob) -> Planned | Collage:
+        """Everything that can be found wrong before the job is queued: the plan, or the collage to learn from.
+
+        Args:
+            job: the request as it came, or as it was accepted. Words that it holds are not looked up again.
+        """
+        request, taken = job.request, {word.name: word for word in job.words}
         seed = seed_of(request.request_id)
         work = request.WhichOneof("work")
         if work == "generate":
             return await self._planner.plan(
-                request.generate.collage, request.generate.sampling, seed=seed, root="generate."
+                request.generate.collage,
+                request.generate.sampling,
+                seed=seed,
+                root="generate.",
+                taken=taken,
             )
         if work == "redo":
             return await self._planner.plan(
@@ -97,6 +113,7 @@ class Pipeline:
                 seed=seed,
                 root="redo.",
                 redo=parse_redo(request.redo),
+                taken=taken,
             )
         if work == "learn":
             await self._models.named(request.learn.model, "learn.model")
@@ -106,35 +123,36 @@ class Pipeline:
         raise InvalidRequest.of("work", "is empty; required: generate, redo or learn")
 
     async def run(
-        self, request: collage_service_pb2.CreateJobRequest, attempt: int, emit: Emit
+        self, job: job_pb2.AcceptedJob, attempt: int, emit: Emit
     ) -> collage_service_pb2.Done:
         """Does the work of a job and returns its terminal event's content.
 
         Raises:
             CollageError: what stopped it. Unavailable and Overloaded: worth another attempt later.
         """
+        request = job.request
         if request.WhichOneof("work") == "learn":
-            return await self._learn_only(request.learn, attempt, emit)
+            return await self._learn_only(request, attempt, emit)
         await emit(_stage("compose", attempt))
         done = collage_service_pb2.Done()
         # Neither needs the other (design section 4): the plate says where things are, a word how one looks.
         async with asyncio.TaskGroup() as group:
-            planning = group.create_task(self._plan(request, emit, done))
+            planning = group.create_task(self._plan(job, emit, done))
             learning = group.create_task(self._learn_asked(request, attempt, emit, done))
         planned, words = planning.result(), learning.result()
         await emit(_stage("generate", attempt))
         with _timed(done, "generate"):
-            await _patiently(lambda: self._generate(planned, {**planned.words, **words}, emit))
+            await _patiently(lambda: self._generate(planned, {**planned.vectors(), **words}, emit))
         return done
 
     async def _plan(
         self,
-        request: collage_service_pb2.CreateJobRequest,
+        job: job_pb2.AcceptedJob,
         emit: Emit,
         done: collage_service_pb2.Done,
     ) -> Planned:
         with _timed(done, "compose"):
-            planned: Planned | Collage = await _patiently(lambda: self.check(request))
+            planned: Planned | Collage = await _patiently(lambda: self.check(job))
         assert isinstance(planned, Planned), "a generation or a redo has a plan"
         await emit(
             collage_service_pb2.JobEvent(planned=collage_service_pb2.Planned(plan=planned.plan)),
@@ -163,44 +181,55 @@ class Pipeline:
         if not names:
             return {}
         await emit(_stage("learn", attempt))
+        patience = _Patience()
         with _timed(done, "learn"):
             words: dict[str, BlobRef] = await _patiently(
                 lambda: self._learn(
+                    job_id_of(request.request_id),
                     work.sampling.model,
                     collage,
                     names,
                     emit,
+                    patience,
                     root=root,
                     skips_failed=work.skip_failed_words,
-                )
+                ),
+                patience,
             )
         return words
 
     async def _learn_only(
-        self, work: collage_service_pb2.LearnWork, attempt: int, emit: Emit
+        self, request: collage_service_pb2.CreateJobRequest, attempt: int, emit: Emit
     ) -> collage_service_pb2.Done:
+        job, work = job_id_of(request.request_id), request.learn
         collage = wire.parse_collage(work.collage, "learn.collage")
         done = collage_service_pb2.Done()
         await emit(_stage("learn", attempt))
         with _timed(done, "learn"):
-            names = _learners(collage, work)
-            await _patiently(lambda: self._learn(work.model, collage, names, emit, root="learn"))
+            names, patience = _learners(collage, work), _Patience()
+            await _patiently(
+                lambda: self._learn(job, work.model, collage, names, emit, patience, root="learn"),
+                patience,
+            )
         return done
 
     async def _learn(
         self,
+        job: str,
         model: str,
         collage: Collage,
         names: set[str],
         emit: Emit,
+        patience: "_Patience",
         *,
         root: str,
         skips_failed: bool = False,
     ) -> dict[str, BlobRef]:
-        """Learns the named layers' words together, in one call.
+        """Learns the named layers' words together, in one call; each of its messages renews the patience.
 
         Raises:
             CollageError: of the first layer that gets no word, unless such layers are to be skipped.
+            Unavailable: the call fell silent, or used up its limit while it got on; made again, it goes on.
         """
         words: dict[str, BlobRef] = {}
         indices = [i for i, layer in enumerate(collage.layers) if layer.name in names]
@@ -208,6 +237,7 @@ class Pipeline:
             inversion_service_pb2.LearnWordsRequest(
                 model=(await self._models.named(model, "model")).name,
                 subjects=[_subject(collage.layers[index]) for index in indices],
+                job=job,
             ),
             timeout=LEARN_TIMEOUT_S,
             metadata=outgoing(),
@@ -229,7 +259,11 @@ class Pipeline:
             await emit(collage_service_pb2.JobEvent(warning=warning), key=f"word-failed-{layer}")
 
         try:
-            async for answer in _answers(call):
+            async for answer in _answers(call, silence_s=LEARN_SILENCE_S):
+                patience.renew()
+                # Told while the call waits for its turn.
+                if not answer.HasField("progress"):
+                    continue
                 layer = answer.progress.layer
                 if answer.HasField("error"):
                     error = _in_request(_error_of(answer.error), fields)
@@ -237,9 +271,13 @@ class Pipeline:
                         raise error
                     await go_without(layer, error)
                     continue
-                await emit(collage_service_pb2.JobEvent(word=answer.progress))
+                # A word is told once, by whichever attempt.
+                key = f"word-{layer}" if answer.HasField("word") else None
+                await emit(collage_service_pb2.JobEvent(word=answer.progress), key=key)
                 if answer.HasField("word"):
                     words[layer] = wire.parse_blob(answer.word.vectors, "word.vectors")
+        except DeadlinePassed as error:
+            raise Unavailable(str(error), reason="LEARNING_GOES_ON") from error
         except (InvalidRequest, MissingBlobs, NotSupported, Internal) as error:
             told = _in_request(error, fields)
             if not skips_failed:
@@ -367,10 +405,23 @@ def _generate_request(
     return request
 
 
-async def _answers(call: Any) -> AsyncIterator[Any]:
-    """A stream's messages; its error as one of ours; its end when the reader goes away."""
+async def _answers(call: Any, *, silence_s: float | None = None) -> AsyncIterator[Any]:
+    """A stream's messages; its error as one of ours; its end when the reader goes away.
+
+    Raises:
+        Unavailable: no message came for `silence_s`.
+    """
+    answers = aiter(call)
     try:
-        async for answer in call:
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    answer = await anext(answers)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                told = f"a part of the system tells nothing for {silence_s:g} s"
+                raise Unavailable(told, reason="SILENT") from error
             yield answer
     except grpc.RpcError as error:
         raise from_rpc(error) from error
@@ -410,23 +461,41 @@ async def _latest(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
         await asyncio.gather(collector, return_exceptions=True)
 
 
-async def _patiently(attempt: Callable[[], Awaitable[Any]]) -> Any:
-    """Tries again while a part is down, full or silent, with growing pauses, until PATIENCE_S has passed."""
-    end = time.monotonic() + PATIENCE_S
-    pause = FIRST_PAUSE_S
+class _Patience:
+    """How long a stage that is down, full or silent is tried again, and after what pause: PATIENCE_S in all."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """The stage gets on: what befalls it now is another matter."""
+        self.end_s = time.monotonic() + PATIENCE_S
+        self.pause_s = FIRST_PAUSE_S
+
+    def take(self, least_s: float) -> float | None:
+        """The next pause, at least so long; None where patience is at its end."""
+        wait_s = max(self.pause_s, least_s)
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+        return wait_s if time.monotonic() + wait_s <= self.end_s else None
+
+
+async def _patiently(
+    attempt: Callable[[], Awaitable[Any]], patience: _Patience | None = None
+) -> Any:
+    """Tries again while a part is down, full or silent, with growing pauses, until patience is at its end."""
+    patience = patience or _Patience()
     while True:
         began = time.monotonic()
         try:
             return await attempt()
         # A job has no deadline of its own: one that passed bounded a call to a part that waits for storage.
         except (Unavailable, Overloaded, DeadlinePassed, BlobStoreUnavailable) as error:
-            wait = max(pause, getattr(error, "retry_after_s", 0.0))
-            if time.monotonic() + wait > end:
+            wait_s = patience.take(getattr(error, "retry_after_s", 0.0))
+            if wait_s is None:
                 # A part that fell silent may speak again: the job is given back. One that worked for the whole of a
                 # call's long limit would do so again.
                 if isinstance(error, DeadlinePassed) and time.monotonic() - began < PATIENCE_S:
                     raise Unavailable(str(error), reason="SILENT") from error
                 raise
-            log.info("stage tried again", message=str(error), wait_s=wait)
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            log.info("stage tried again", message=str(error), wait_s=wait_s)
+            await asyncio.sleep(wait_s)

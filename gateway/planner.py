@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import grpc
@@ -25,7 +26,7 @@ from collage.v1 import (
 from gateway.words import Words
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStore, put_blob
-from services.common.collage import Collage, Picture, Redo, Sampling
+from services.common.collage import Collage, Layer, Picture, Redo, Sampling
 from services.common.errors import (
     InvalidRequest,
     MissingBlobs,
@@ -53,8 +54,8 @@ Answer = TypeVar("Answer")
 class Planned:
     """A checked request: every picture stored, every setting resolved, the plate composed.
 
-    `plan` is what the caller sees; its layers carry the resolved dials and the spans of `bound`. `words` are the
-    vectors of the stored words that layers name, by layer name.
+    `plan` is what the caller sees; its layers carry the resolved dials and the spans of `bound`. `words` are the stored
+    words that layers name, hidden ones too, by word name.
     """
 
     collage: Collage
@@ -63,7 +64,14 @@ class Planned:
     plate: BlobRef
     plan: collage_service_pb2.Plan
     redo: Redo | None
-    words: Mapping[str, BlobRef]
+    words: Mapping[str, collage_service_pb2.Word]
+
+    def vectors(self) -> dict[str, BlobRef]:
+        """The vectors of each visible layer that names a stored word, by layer name."""
+        return {
+            layer.name: wire.parse_blob(self.words[name].vectors, "word.vectors")
+            for layer, name in _named_words(self.collage)
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +167,7 @@ class Planner:
         seed: int,
         root: str = "",
         redo: RedoFields | None = None,
+        taken: Mapping[str, collage_service_pb2.Word] = MappingProxyType({}),
     ) -> Planned:
         """The whole plan of a request.
 
@@ -168,6 +177,7 @@ class Planner:
             seed: taken when the request names none.
             root: where both stand in the request, for field paths: "", "generate." or "redo.".
             redo: for a redo.
+            taken: words, by name, that the request's job took when it was accepted; others are looked up.
 
         Raises:
             InvalidRequest: any wrong field, with its path.
@@ -177,14 +187,14 @@ class Planner:
         settings = wire.parse_sampling(sampling, model, fallback_seed=seed, field=f"{root}sampling")
         parsed = wire.parse_collage(collage, f"{root}collage")
         _check_against(model, parsed, root)
-        used = await self._words_of(parsed, model, root)
+        words = await self._words_of(parsed, model, root, taken)
         if redo is not None:
             _check_redo(redo, parsed)
         bound = bind(parsed.prompt, parsed.layers, field=f"{root}collage.prompt")
         stored, stored_redo = await self._store_pictures(parsed, redo, root)
         composed, estimate = await asyncio.gather(
             self._compose(stored, stored_redo, model.latent_factor, root),
-            self._estimate(stored, bound, settings, _word_tokens(stored, used), root),
+            self._estimate(stored, bound, settings, _word_tokens(stored, words), root),
         )
         _check_tokens(estimate, root)
         return Planned(
@@ -194,9 +204,7 @@ class Planner:
             plate=wire.parse_blob(composed.plate, "plate", limit_bytes=wire.MAX_PLATE_BYTES),
             plan=_render_plan(stored, settings, bound, composed, estimate),
             redo=stored_redo,
-            words={
-                name: wire.parse_blob(word.vectors, "word.vectors") for name, word in used.items()
-            },
+            words=words,
         )
 
     async def store(self, collage: Collage, *, root: str) -> Collage:
@@ -209,9 +217,13 @@ class Planner:
         return stored
 
     async def _words_of(
-        self, collage: Collage, model: collage_service_pb2.Model, root: str
+        self,
+        collage: Collage,
+        model: collage_service_pb2.Model,
+        root: str,
+        taken: Mapping[str, collage_service_pb2.Word],
     ) -> dict[str, collage_service_pb2.Word]:
-        """The stored word of each visible layer that names one, by layer name.
+        """The stored words that layers name, by word name: those taken already, else looked up.
 
         Raises:
             InvalidRequest: a word that is not stored, or was learned for another model; of hidden layers too.
@@ -221,18 +233,15 @@ class Planner:
             for index, layer in enumerate(collage.layers)
             if layer.appearance is not None and layer.appearance.word is not None
         }
-        found = dict(
-            zip(
-                asked_for,
-                await asyncio.gather(*(self._words.find(name) for name in asked_for.values())),
-                strict=True,
-            )
-        )
+        missing = sorted(set(asked_for.values()) - taken.keys())
+        looked_up = await asyncio.gather(*map(self._words.find, missing))
+        found = {**taken, **dict(zip(missing, looked_up, strict=True))}
         unknown, foreign = [], []
-        for index, word in found.items():
+        for index, name in asked_for.items():
             field = f"{root}collage.layers[{index}].appearance.word"
+            word = found[name]
             if word is None:
-                told = f"is {quote(asked_for[index])}; no word of that name is stored"
+                told = f"is {quote(name)}; no word of that name is stored"
                 unknown.append(Violation(field=field, description=told))
             elif word.model_digest != model.digest:
                 told = (
@@ -244,11 +253,7 @@ class Planner:
             raise InvalidRequest(unknown, reason="UNKNOWN_WORD")
         if foreign:
             raise InvalidRequest(foreign, reason="WORD_OF_ANOTHER_MODEL")
-        return {
-            collage.layers[index].name: word
-            for index, word in found.items()
-            if word is not None and collage.layers[index].visible
-        }
+        return {name: word for name in asked_for.values() if (word := found[name]) is not None}
 
     async def _store_pictures(
         self, collage: Collage, redo: RedoFields | None, root: str
@@ -413,14 +418,21 @@ def _check_against(model: collage_service_pb2.Model, collage: Collage, root: str
         raise InvalidRequest(violations)
 
 
-def _word_tokens(collage: Collage, used: Mapping[str, collage_service_pb2.Word]) -> int:
+def _named_words(collage: Collage) -> Iterator[tuple[Layer, str]]:
+    """Each visible layer that names a stored word, and that name."""
+    for layer in collage.layers:
+        if layer.visible and layer.appearance is not None and layer.appearance.word is not None:
+            yield layer, layer.appearance.word
+
+
+def _word_tokens(collage: Collage, words: Mapping[str, collage_service_pb2.Word]) -> int:
     """Tokens that learned words add to the prompt: one for each vector."""
     learned = sum(
         layer.appearance.vectors
         for layer in collage.layers
         if layer.visible and layer.appearance is not None and layer.appearance.word is None
     )
-    return learned + sum(word.vector_count for word in used.values())
+    return learned + sum(words[name].vector_count for _, name in _named_words(collage))
 
 
 def _check_redo(redo: RedoFields, collage: Collage) -> None:

@@ -18,6 +18,7 @@ from collage.v1 import (
     collage_service_pb2_grpc,
     inversion_service_pb2,
     inversion_service_pb2_grpc,
+    job_pb2,
 )
 from gateway.jobs import (
     Event,
@@ -310,13 +311,15 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
 
     async def _submit(self, request: collage_service_pb2.CreateJobRequest) -> JobRecord:
         """Plans the request and queues it, its pictures stored and referred to."""
-        queued = collage_service_pb2.CreateJobRequest()
-        queued.CopyFrom(request)
-        queued.request_id = _request_id(request.request_id)
-        _refer(queued, await self._pipeline.check(queued))
-        body = queued.SerializeToString(deterministic=True)
+        accepted = job_pb2.AcceptedJob(request=request)
+        accepted.request.request_id = _request_id(request.request_id)
+        if request.request_id and _names_words(request):
+            accepted.words.extend(await self._words_taken(accepted.request.request_id))
+        checked = await self._pipeline.check(accepted)
+        _refer(accepted, checked)
+        body = accepted.SerializeToString(deterministic=True)
         try:
-            return await self._jobs.submit(queued.request_id, body)
+            return await self._jobs.submit(accepted.request.request_id, body)
         except RequestReused:
             raise InvalidRequest.of(
                 "request_id",
@@ -330,6 +333,19 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
             raise Overloaded(str(error), retry_after_s=error.retry_after_s) from error
         except JobsUnavailable as error:
             raise _storage_down() from error
+
+    async def _words_taken(self, request_id: str) -> Sequence[collage_service_pb2.Word]:
+        """The words that the job of this request took, if there is one.
+
+        A request sent again is the same request, whatever became of the names in it since.
+        """
+        try:
+            record = await self._jobs.get(job_id_of(request_id))
+        except JobMissing:
+            return ()
+        except JobsUnavailable as error:
+            raise _storage_down() from error
+        return job_pb2.AcceptedJob.FromString(record.body).words
 
     def _cancel_later(self, job_id: str) -> None:
         """Cancels a job whose caller is gone, and outlives the caller's stream."""
@@ -446,8 +462,19 @@ async def _receive(
     return header, received
 
 
-def _refer(request: collage_service_pb2.CreateJobRequest, checked: Planned | Collage) -> None:
-    """Replaces every picture in a request by its reference, so that equal requests have equal bodies."""
+def _names_words(request: collage_service_pb2.CreateJobRequest) -> bool:
+    work = request.WhichOneof("work")
+    return work is not None and any(
+        layer.appearance.word for layer in getattr(request, work).collage.layers
+    )
+
+
+def _refer(job: job_pb2.AcceptedJob, checked: Planned | Collage) -> None:
+    """Has the job refer to every picture, so that equal requests have equal bodies, and hold every word that is named.
+
+    So it has the word whatever becomes of the name.
+    """
+    request = job.request
     message = getattr(request, str(request.WhichOneof("work"))).collage
     collage = checked if isinstance(checked, Collage) else checked.collage
     for part, layer in zip(message.layers, collage.layers, strict=True):
@@ -457,8 +484,11 @@ def _refer(request: collage_service_pb2.CreateJobRequest, checked: Planned | Col
                 structure.image.CopyFrom(wire.render_picture(value.image))
     if isinstance(collage.background, BlobRef):
         message.background.image.CopyFrom(wire.render_picture(collage.background))
-    if isinstance(checked, Planned) and checked.redo is not None:
-        request.redo.parent.CopyFrom(wire.render_picture(checked.redo.parent))
+    del job.words[:]
+    if isinstance(checked, Planned):
+        job.words.extend(checked.words[name] for name in sorted(checked.words))
+        if checked.redo is not None:
+            request.redo.parent.CopyFrom(wire.render_picture(checked.redo.parent))
 
 
 def _request_id(text: str) -> str:

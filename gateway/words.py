@@ -1,15 +1,17 @@
-"""Learned words as a resource: found, listed, forgotten.
+"""Learned words as a resource: found, listed, forgotten; and the remains of learnings that ended early, swept.
 
 Main type: `Words`. What a word is made of stands in `services.common.words`; how one is learned or taken in is the
 inversion service's. This module knows no vectors.
 """
+
+import math
 
 from collage.v1 import collage_service_pb2
 from services.common import words
 from services.common.blobs import BlobStore
 from services.common.errors import NotFound, quote
 
-# Keys looked at in one listing: a word has two or three.
+# Keys looked at in one listing: a word has two.
 LISTED_KEYS = 300
 
 
@@ -44,6 +46,24 @@ class Words:
         digest = words.digest_in((await self.get(name)).name)
         assert digest is not None, "a stored word has a name"
         await words.delete(self._blobs, digest)
+
+    async def learning_jobs(self) -> set[str]:
+        """The jobs that have checkpoints."""
+        found: set[str] = set()
+        after = ""
+        while True:
+            keys = await self._blobs.list(words.LEARNING, after=after, limit=LISTED_KEYS)
+            found.update(job for key in keys if (job := words.job_in_checkpoint_key(key)))
+            if len(keys) < LISTED_KEYS:
+                return found
+            after = keys[-1]
+
+    async def forget_learning(self, job: str, *, before: float = math.inf) -> None:
+        """Removes the checkpoints of a job, those that were last written before that time (unix seconds)."""
+        for key in await self._blobs.list(f"{words.LEARNING}{job}/"):
+            stat = await self._blobs.stat(key)
+            if stat is not None and stat.modified_at < before:
+                await self._blobs.delete(key)
 
     async def page(self, size: int, token: str) -> tuple[list[collage_service_pb2.Word], str]:
         """Up to `size` words by name, from behind the word whose digest `token` is; and the next page's token.

@@ -10,9 +10,19 @@ import uuid
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from collage.v1 import collage_service_pb2
-from gateway.jobs import Claim, ClaimLost, JobRecord, Jobs, JobState, JobsUnavailable
+from collage.v1 import collage_service_pb2, job_pb2
+from gateway.jobs import (
+    Claim,
+    ClaimLost,
+    JobMissing,
+    JobRecord,
+    Jobs,
+    JobState,
+    JobsUnavailable,
+)
 from gateway.pipeline import Pipeline
+from gateway.words import Words
+from services.common.blobs import BlobStoreUnavailable
 from services.common.errors import Cancelled, CollageError, Internal, Overloaded, Unavailable
 from services.common.rpc import told_error
 from services.common.telemetry import log, request_id
@@ -22,6 +32,10 @@ CLAIM_WAIT_S = 5.0
 # Pause after the queue's storage did not answer.
 STORAGE_PAUSE_S = 1.0
 COUNT_EVERY_S = 30.0
+SWEEP_EVERY_S = 600.0
+# When a checkpoint is given up whose job is not in this queue: another queue over the same storage may have it, and
+# writes it every few seconds while it learns.
+ABANDONED_S = 24 * 3600.0
 
 JOBS = Gauge("collage_jobs", "Jobs by state", ["state"])
 QUEUE_WAIT_S = Histogram("collage_queue_wait_seconds", "From creation to the first claim")
@@ -31,13 +45,14 @@ ENDED = Counter("collage_jobs_ended_total", "Jobs this gateway brought to an end
 class Worker:
     """Runs up to `slots` jobs at a time until it is drained."""
 
-    def __init__(self, jobs: Jobs, pipeline: Pipeline, *, slots: int) -> None:
+    def __init__(self, jobs: Jobs, pipeline: Pipeline, words: Words, *, slots: int) -> None:
         self._jobs = jobs
         self._pipeline = pipeline
+        self._words = words
         self._name = f"worker-{uuid.uuid4().hex[:8]}"
         self._draining = asyncio.Event()
         self._slots = [asyncio.create_task(self._slot()) for _ in range(slots)]
-        self._counter = asyncio.create_task(self._count())
+        self._housework = [asyncio.create_task(work()) for work in (self._count, self._sweep)]
 
     async def drain(self) -> None:
         """Claims nothing more and returns when the jobs at work have ended."""
@@ -47,7 +62,7 @@ class Worker:
     async def stop(self) -> None:
         """Gives back what is still at work and returns."""
         self._draining.set()
-        tasks = [*self._slots, self._counter]
+        tasks = [*self._slots, *self._housework]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,13 +137,13 @@ class Worker:
         """Runs the pipeline; the state to end in, None to give the job back."""
         if claim.job.cancel_requested:
             return JobState.CANCELLED, cancelled_event()
-        request = collage_service_pb2.CreateJobRequest.FromString(claim.job.body)
+        job = job_pb2.AcceptedJob.FromString(claim.job.body)
 
         async def emit(event: collage_service_pb2.JobEvent, *, key: str | None = None) -> None:
             await self._jobs.append(claim, event.SerializeToString(), key=key)
 
         try:
-            done = await self._pipeline.run(request, claim.attempt, emit)
+            done = await self._pipeline.run(job, claim.attempt, emit)
             return JobState.DONE, collage_service_pb2.JobEvent(done=done)
         except Exception as raised:
             # Work done side by side fails as a group.
@@ -152,6 +167,12 @@ class Worker:
         await self._jobs.finish(claim, state, event.SerializeToString())
         ENDED.labels(state.value).inc()
         log.info("job ended", job=claim.job.id, state=state.value, attempt=claim.attempt)
+        # A job that is done has used up its checkpoints.
+        if state is not JobState.DONE:
+            try:
+                await self._words.forget_learning(claim.job.id)
+            except BlobStoreUnavailable as error:
+                log.warning("checkpoints left to the sweep", job=claim.job.id, message=str(error))
 
     async def _keep(self, claim: Claim) -> None:
         """Extends the lease for as long as it runs; ends only by raising."""
@@ -172,6 +193,25 @@ class Worker:
                 # A number that is late is no reason to stop counting for good.
                 log.warning("jobs not counted", message=str(error))
             await asyncio.sleep(COUNT_EVERY_S)
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                await sweep(self._jobs, self._words)
+            except Exception as error:
+                # What is left now is found the next time.
+                log.warning("checkpoints not swept", message=str(error))
+            await asyncio.sleep(SWEEP_EVERY_S)
+
+
+async def sweep(jobs: Jobs, words: Words) -> None:
+    """Removes the checkpoints that no job will go on from."""
+    for job in await words.learning_jobs():
+        try:
+            if (await jobs.get(job)).state.is_final:
+                await words.forget_learning(job)
+        except (JobMissing, ValueError):
+            await words.forget_learning(job, before=time.time() - ABANDONED_S)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -61,7 +61,11 @@ class System:
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, *, kinds: Sequence[str] = (), detectors: dict | None = None
+    folder: Path,
+    *,
+    kinds: Sequence[str] = (),
+    detectors: dict | None = None,
+    word_steps: int = 4,
 ) -> AsyncIterator[System]:
     """Starts everything on the toy model with ControlNets and detectors of these kinds, the data in `folder`."""
     # Several threads stall on a machine that has other work.
@@ -71,7 +75,7 @@ async def running(
     served = str(model)
     if detectors is not None:
         served = networks.models_file(folder, detectors, [{"name": "toy", "source": served}])
-    server = await embedded.start(folder / "data", model=served, threads=1, word_steps=4)
+    server = await embedded.start(folder / "data", model=served, threads=1, word_steps=word_steps)
     try:
         async with connect(server.address) as channel:
             yield System(channel=channel, stub=collage_service_pb2_grpc.CollageServiceStub(channel))

@@ -757,9 +757,36 @@ async def test_a_silent_upload_does_not_keep_its_place(system, monkeypatch):
         assert refusal.code == "DEADLINE_EXCEEDED"
 
 
+def faint(alpha: int, *, side: int = 20, box: int = 100) -> np.ndarray:
+    """A square of that alpha and a dot in the corner, so that both are seen in a box of that many pixels."""
+    pixels_HW4 = np.full((box, box, 4), 200, np.uint8)
+    pixels_HW4[..., 3] = 0
+    pixels_HW4[:side, :side, 3] = alpha
+    pixels_HW4[-1, -1, 3] = 1
+    return pixels_HW4
+
+
 @pytest.mark.parametrize("work", ["generate", "learn"])
-async def test_a_job_fails_where_nothing_can_be_learned_and_names_the_layer(system, work):
-    nothing = png(np.zeros((20, 20, 4), np.uint8))
+@pytest.mark.parametrize(
+    ("pixels", "reason", "said"),
+    [
+        (np.zeros((20, 20, 4), np.uint8), "INVALID_PICTURE", "transparent everywhere"),
+        (
+            faint(10),
+            "TOO_LITTLE_VISIBLE",
+            "shows 15.7 pixels, weighed by their alpha; required: 16",
+        ),
+        (
+            faint(120),
+            "TOO_LITTLE_VISIBLE",
+            "shows 1.88% of the 100 x 100 pixels around it, weighed by their alpha; required: 2%",
+        ),
+    ],
+)
+async def test_a_job_fails_where_nothing_can_be_learned_and_names_the_layer(
+    system, work, pixels, reason, said
+):
+    nothing = png(pixels)
     scene = collage(
         layers=[layer("a"), layer("b", image={"data": nothing}, appearance={"learn": True})]
     )
@@ -774,8 +801,9 @@ async def test_a_job_fails_where_nothing_can_be_learned_and_names_the_layer(syst
             details=events[-1].failed.details,
         )
     )
-    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_PICTURE")
+    assert (refusal.code, refusal.reason) == (INVALID, reason)
     assert refusal.fields == (f"{work}.collage.layers[1].image",)
+    assert said in events[-1].failed.message
     assert "generate" not in [event.stage_started.stage for event in events]
 
 

@@ -95,6 +95,7 @@ async def test_bytes_come_back(store: BlobStore, folder: str, size: int) -> None
     stat = await store.stat(key)
     assert stat is not None
     assert (stat.size_bytes, stat.media_type) == (size, PNG)
+    assert abs(stat.modified_at - time.time()) < 60
     if size:
         with pytest.raises(BlobTooLarge) as refused:
             await store.get(key, limit_bytes=size - 1)

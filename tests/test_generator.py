@@ -215,7 +215,7 @@ async def test_a_word_of_another_model_or_without_end_is_refused(served):
     with pytest.raises(InvalidRequest, match=r"layers\[1\]\.word: .* 1 x 48; .* vectors x 32"):
         await answers(stub, request)
     request.layers[1].word.CopyFrom(await word_of(blobs, torch.zeros(2**16, 32)))
-    with pytest.raises(InvalidRequest, match="the limit is 1048576") as told:
+    with pytest.raises(InvalidRequest, match="allowed: at most 1048576") as told:
         await answers(stub, request)
     assert told.value.metadata["field"] == "layers[1].word"
 

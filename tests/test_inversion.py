@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import math
+import threading
 import time
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from services.common.errors import DeadlinePassed, Overloaded, Unavailable
 from services.inversion.catalog import Catalog
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer, learn, seeds_in
-from services.inversion.networks import ONE, load
+from services.inversion.networks import ONE, Networks, load
 from services.inversion.subject import InvalidSubject, Subject, decode
 from services.inversion.word import InvalidWord, from_file, to_file
 from tests import toy
@@ -123,24 +124,38 @@ def test_a_subject_that_gets_no_better_stops_and_the_others_go_on(networks):
     assert first.step < second.step
 
 
-def test_only_the_object_is_learned(networks):
-    """The gradient of what lies outside the alpha is zero: a loss over nothing else is all there is."""
+def test_only_the_object_is_learned(networks, monkeypatch):
+    """Neither what is predicted outside the alpha nor how large the object is counts in the loss."""
     trainer = Trainer(networks, [subject()], RECIPE)
     while not trainer.progress()[0].loss < math.inf:
         trainer.advance()
     (pupil,) = trainer._pupils
     draws = trainer._draw(pupil, "step", 0, 2)
-    loss = trainer._losses([pupil], [draws])
-    outside = (draws.alpha_B1hw == 0).expand_as(draws.latents_BChw)
+    target_BChw = networks.target(draws.latents_BChw, draws.noise_BChw, draws.timesteps_B)
+    outside = (draws.alpha_B1hw == 0).expand_as(target_BChw)
     assert outside.any()
-    target = networks.target(draws.latents_BChw, draws.noise_BChw, draws.timesteps_B)
-    text = networks.encode_text([draws.prompt], [pupil.vectors]).repeated(2)
-    noisy = networks.noised(draws.latents_BChw, draws.noise_BChw, draws.timesteps_B)
-    error = (networks.predict(noisy, draws.timesteps_B, text) - target).square()
-    error[outside] = math.nan
-    area = draws.alpha_B1hw.sum(dim=(2, 3))
-    by_row = (error.nan_to_num() * draws.alpha_B1hw).sum(dim=(2, 3)).mean(dim=1) / area[:, 0]
-    torch.testing.assert_close(loss[0], by_row.mean())
+    assert not outside.all()
+
+    def loss(predicted_BChw, alpha_B1hw=draws.alpha_B1hw):
+        monkeypatch.setattr(Networks, "predict", lambda *_: predicted_BChw)
+        (found,) = trainer._losses([pupil], [replace(draws, alpha_B1hw=alpha_B1hw)])
+        return found
+
+    predicted_BChw = torch.randn(target_BChw.shape).requires_grad_()
+    (gradient_BChw,) = torch.autograd.grad(loss(predicted_BChw), predicted_BChw)
+    assert not gradient_BChw[outside].any()
+    assert (gradient_BChw[~outside] != 0).all()
+    # An error of 3 everywhere is a loss of 9, of the whole object, of half its alpha, or of one cell of it.
+    off_BChw = target_BChw + 3
+    one_B1hw = draws.alpha_B1hw * (draws.alpha_B1hw == draws.alpha_B1hw.amax((2, 3), keepdim=True))
+    for alpha_B1hw in (draws.alpha_B1hw, draws.alpha_B1hw / 2, one_B1hw):
+        assert float(loss(off_BChw, alpha_B1hw)) == pytest.approx(9, rel=1e-4)
+    # Twice the alpha is twice the weight.
+    error_B1hw = torch.rand(draws.alpha_B1hw.shape)
+    weighed_B = (error_B1hw * draws.alpha_B1hw).sum((1, 2, 3)) / draws.alpha_B1hw.sum((1, 2, 3))
+    assert float(loss(target_BChw + error_B1hw.sqrt())) == pytest.approx(
+        float(weighed_B.mean()), 1e-4
+    )
 
 
 def test_noise_and_targets_are_those_of_diffusers(networks, predicts_v):
@@ -305,6 +320,15 @@ async def engine(tmp_path, **options):
         await made.close()
 
 
+@contextlib.asynccontextmanager
+async def held(made):
+    """The engine's device, once it is free."""
+    async with made.turn() as wait:
+        async for _ in wait:
+            pass
+        yield
+
+
 async def first_of(made, **options):
     """Begins to learn; the open stream and its first item."""
     card = made.catalog.find("")
@@ -314,20 +338,39 @@ async def first_of(made, **options):
     return events, await anext(events)
 
 
-async def test_a_batch_that_nobody_reads_ends_within_a_unit(tmp_path):
+async def test_a_batch_that_nobody_reads_ends_within_a_unit(tmp_path, monkeypatch):
+    units, advance = [], Trainer.advance
+    reached, going = threading.Event(), threading.Event()
+
+    def gated(trainer) -> None:
+        units.append(trainer)
+        if len(units) == 5:
+            reached.set()
+            going.wait()
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", gated)
     async with engine(tmp_path) as made:
-        async with made.turn():
+        async with held(made):
+            events, _ = await first_of(made)
+            await asyncio.to_thread(reached.wait)
+            closing = asyncio.create_task(events.aclose())
+            await asyncio.wait((closing,), timeout=0.1)
+            # The device is not free before the unit under way has ended.
+            assert not closing.done()
+            going.set()
+            await closing
+            # The trainer that ran has begun no other.
+            assert len(units) == 5
+        # Another one can.
+        async with held(made):
             events, _ = await first_of(made)
             await events.aclose()
-        # The device is free: another batch begins at once.
-        async with asyncio.timeout(10), made.turn():
-            events, item = await first_of(made)
-            assert item.progress[0].step < 10
-            await events.aclose()
+        assert units[-1] is not units[0]
 
 
 async def test_the_queue_is_bounded_and_says_when_to_come_back(tmp_path):
-    async with engine(tmp_path, max_waiting=1) as made, made.turn():
+    async with engine(tmp_path, max_waiting=1) as made, held(made):
         waiting = asyncio.create_task(_turn(made))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
@@ -344,12 +387,44 @@ async def test_the_queue_is_bounded_and_says_when_to_come_back(tmp_path):
 
 
 async def _turn(made) -> None:
-    async with made.turn():
+    async with held(made):
         pass
 
 
+async def test_who_waits_hears_of_the_batch_at_work_only_while_it_gets_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.inversion.engine.WAIT_TOLD_S", 0.05)
+    going, advance = threading.Event(), Trainer.advance
+    going.set()
+
+    def gated(trainer) -> None:
+        going.wait()
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", gated)
+    async with engine(tmp_path) as made:
+        async with held(made):
+            events, _ = await first_of(made)
+            async with made.turn() as wait, asyncio.timeout(30):
+                for _ in range(3):
+                    await anext(wait)
+                going.clear()
+                hearing = asyncio.ensure_future(anext(wait))
+                # The unit that was under way may still be told.
+                await asyncio.wait((hearing,), timeout=0.5)
+                if hearing.done():
+                    hearing = asyncio.ensure_future(anext(wait))
+                    await asyncio.wait((hearing,), timeout=0.5)
+                assert not hearing.done()
+                hearing.cancel()
+                await asyncio.gather(hearing, return_exceptions=True)
+            going.set()
+            await events.aclose()
+        # Its place in the line was given up.
+        await _turn(made)
+
+
 async def test_a_deadline_ends_the_work(tmp_path):
-    async with engine(tmp_path) as made, made.turn():
+    async with engine(tmp_path) as made, held(made):
         events, _ = await first_of(made, deadline_s=time.monotonic() + 0.5)
         with pytest.raises(DeadlinePassed):
             async for _ in events:
@@ -358,7 +433,7 @@ async def test_a_deadline_ends_the_work(tmp_path):
 
 async def test_a_drain_hands_out_a_state_to_go_on_from(tmp_path):
     async with engine(tmp_path) as made:
-        async with made.turn():
+        async with held(made):
             events, _ = await first_of(made)
             draining = asyncio.create_task(made.drain())
             states = []
@@ -372,7 +447,7 @@ async def test_a_drain_hands_out_a_state_to_go_on_from(tmp_path):
 
 
 async def test_a_state_of_something_else_is_left_aside(tmp_path):
-    async with engine(tmp_path, recipe=RECIPE) as made, made.turn():
+    async with engine(tmp_path, recipe=RECIPE) as made, held(made):
         events, _ = await first_of(made, state=b"\x00" * 64)
         last = [item async for item in events][-1]
         assert last.progress[0].is_done

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import os
+import threading
+import time
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -16,9 +22,19 @@ from safetensors.numpy import load, save
 import services.inversion.__main__ as service
 from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
+from gateway.jobs import JobState, QueuePolicy
+from gateway.jobs_sqlite import SqliteJobs
+from gateway.pipeline import Pipeline
+from gateway.words import Words
+from gateway.worker import sweep
+from services.common import wire
 from services.common.blobs import FolderBlobStore, put_blob
-from services.common.errors import InvalidRequest, from_status
+from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
+from services.common.words import checkpoint_key
+from services.inversion.catalog import Catalog
+from services.inversion.engine import Engine
+from services.inversion.learn import Recipe, Trainer
 from tests import toy
 from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
@@ -127,7 +143,7 @@ async def test_an_imported_word_is_kept_until_it_is_deleted(system):
     [
         (b"PK\x03\x04 and more", "pickled"),
         (save({"x": np.zeros((1, WIDTH + 1), np.float32)}), f"takes {WIDTH}"),
-        (save({"x": np.zeros((5000, WIDTH * 10), np.float32)}), "the limit is"),
+        (save({"x": np.zeros((5000, WIDTH * 10), np.float32)}), "allowed: at most"),
     ],
 )
 async def test_what_cannot_be_a_word_of_this_model_is_refused(system, data, told):
@@ -197,6 +213,53 @@ async def test_a_word_of_another_model_is_refused_by_its_field(system, monkeypat
     assert error.metadata["field"] == "collage.layers[0].appearance.word"
 
 
+async def test_a_job_keeps_the_word_it_was_accepted_with(system, monkeypatch):
+    """A word deleted behind a queued job failed it with UNKNOWN_WORD when it was taken up."""
+    data = save({"x": np.full((2, WIDTH), 0.25, np.float32)})
+    word = await imported(system, data)
+    request = pb.CreateJobRequest(
+        request_id=str(uuid.uuid4()),
+        generate={
+            "collage": collage(
+                layers=[
+                    layer("a", appearance={"word": word.name}),
+                    layer("b", seed=1, visible=False, appearance={"word": word.name}),
+                ]
+            ),
+            "sampling": {"steps": 2, "seed": 77},
+        },
+    )
+    gate, run = asyncio.Event(), Pipeline.run
+
+    async def gated(*args):
+        await gate.wait()
+        return await run(*args)
+
+    monkeypatch.setattr(Pipeline, "run", gated)
+    job = (await system.stub.CreateJob(request, timeout=LIMIT_S)).job
+    await system.stub.DeleteWord(pb.DeleteWordRequest(name=word.name), timeout=LIMIT_S)
+    # The same request again is the same job; a new one is refused by its field.
+    assert (await system.stub.CreateJob(request, timeout=LIMIT_S)).job.name == job.name
+    other = pb.CreateJobRequest(generate=request.generate)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await system.stub.CreateJob(other, timeout=LIMIT_S)
+    error = from_status(rpc_status.from_call(caught.value))
+    fields = [f"generate.collage.layers[{index}].appearance.word" for index in (0, 1)]
+    assert (error.reason, [each.field for each in error.violations]) == ("UNKNOWN_WORD", fields)
+    gate.set()
+    events = await system.watch(job.name)
+    assert events[-1].WhichOneof("kind") == "done", events[-1]
+    # It was drawn with the word.
+    await imported(system, data)
+    request.ClearField("request_id")
+    again = await system.stub.CreateJob(request, timeout=LIMIT_S)
+    pictures = [
+        [event.image.blob.sha256 for event in each if event.HasField("image")]
+        for each in (events, await system.watch(again.job.name))
+    ]
+    assert pictures[0] == pictures[1]
+
+
 async def test_pictures_of_one_digest_are_one_word(system):
     """What is learned is named by the picture's bytes, wherever it stands and however large."""
     one = collage(layers=[layer("a", x=3, opacity=0.5)])
@@ -224,15 +287,177 @@ async def test_a_layer_is_drawn_with_its_word_learned_now_or_before(system):
 
 
 @contextlib.asynccontextmanager
-async def inversion(folder: Path):
+async def slowly(folder: Path, monkeypatch, *, steps: int):
+    """A system whose words take so many steps, with a checkpoint and an event after each."""
+
+    def make(*args, **options) -> Engine:
+        return Engine(*args, **{**options, "checkpoint_s": 0.0, "progress_s": 0.0})
+
+    monkeypatch.setattr(service, "Engine", make)
+    async with running(folder, word_steps=steps) as system:
+        yield system
+
+
+async def test_learning_that_outlasts_its_call_goes_on(tmp_path, monkeypatch):
+    """A call's limit, an hour, was the learning's: the job failed with DEADLINE_EXCEEDED."""
+    monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
+    begun, learn, advance = [], Engine.learn, Trainer.advance
+    ends = [3, 6]
+
+    def counted(engine, *args, state, **options):
+        begun.append(state)
+        return learn(engine, *args, state=state, **options)
+
+    def limited(trainer) -> None:
+        if ends and trainer.steps_done == ends[0]:
+            del ends[0]
+            # The call lasted longer than a part that is down is waited for.
+            time.sleep(0.6)
+            raise DeadlinePassed("the deadline passed")
+        advance(trainer)
+
+    monkeypatch.setattr(Engine, "learn", counted)
+    monkeypatch.setattr(Trainer, "advance", limited)
+    async with slowly(tmp_path, monkeypatch, steps=8) as system:
+        scene = collage(layers=[layer("a", appearance={"learn": True})])
+        events = await learned(system, scene)
+        assert events[-1].WhichOneof("kind") == "done", events[-1]
+        assert [state is not None for state in begun] == [False, True, True]
+        # Nothing is learned again.
+        steps = [event.word.step for event in events if event.HasField("word")]
+        assert steps == sorted(steps)
+        assert steps[-1] == 8
+
+
+async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("gateway.pipeline.LEARN_SILENCE_S", 1.5)
+    monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
+    wakes, advance = threading.Event(), Trainer.advance
+    wakes.set()
+
+    def hanging(trainer) -> None:
+        while trainer.steps_done == 3 and not wakes.is_set():
+            time.sleep(0.05)
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", hanging)
+    async with slowly(tmp_path, monkeypatch, steps=6) as system:
+        scene = collage(
+            layers=[
+                layer(name, seed=seed, appearance={"learn": True}) for seed, name in enumerate("ab")
+            ]
+        )
+        await learned(system, scene, "a")
+        wakes.clear()
+        made = await system.stub.CreateJob(pb.CreateJobRequest(learn={"collage": scene}))
+        attempts = 0
+        try:
+            async with asyncio.timeout(20):
+                while attempts < 2:
+                    await asyncio.sleep(0.1)
+                    answer = await system.stub.GetJob(pb.GetJobRequest(name=made.job.name))
+                    attempts = answer.job.attempts
+        finally:
+            wakes.set()
+        events = await system.watch(made.job.name)
+        assert events[-1].WhichOneof("kind") == "done", events[-1]
+        # A word that was stored is told by the first attempt, and not again.
+        told = [event.word.layer for event in events if event.word.word]
+        assert sorted(told) == ["a", "b"]
+
+
+async def test_a_job_that_waits_to_learn_is_told_of_no_words_but_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.inversion.engine.WAIT_TOLD_S", 0.02)
+    async with slowly(tmp_path, monkeypatch, steps=8) as system:
+        one, other = await asyncio.gather(
+            *(
+                learned(system, collage(layers=[layer(name, seed=seed)]), name)
+                for seed, name in enumerate("ab")
+            )
+        )
+        for name, events in (("a", one), ("b", other)):
+            assert events[-1].WhichOneof("kind") == "done"
+            assert {event.word.layer for event in events if event.HasField("word")} == {name}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.checkpoint*"))
+
+
+async def test_a_cancelled_learning_leaves_no_checkpoint(tmp_path, monkeypatch):
+    going, advance = threading.Event(), Trainer.advance
+
+    def gated(trainer) -> None:
+        if trainer.steps_done == 3:
+            going.wait()
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", gated)
+    async with slowly(tmp_path, monkeypatch, steps=6) as system:
+        scene = collage(layers=[layer("a", appearance={"learn": True})])
+        made = await system.stub.CreateJob(pb.CreateJobRequest(learn={"collage": scene}))
+        call = system.stub.WatchJob(pb.WatchJobRequest(name=made.job.name), timeout=LIMIT_S)
+        # What is told of a step is told behind its checkpoint: none is being written.
+        while (await call.read()).event.word.step < 3:
+            pass
+        assert checkpoints(tmp_path)
+        await system.stub.CancelJob(pb.CancelJobRequest(name=made.job.name), timeout=LIMIT_S)
+        await system.watch(made.job.name)
+        going.set()
+        end_s = time.monotonic() + LIMIT_S
+        # A file tells nobody that it is gone.
+        while checkpoints(tmp_path) and time.monotonic() < end_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert not checkpoints(tmp_path)
+
+
+async def test_the_sweep_takes_what_no_job_goes_on_from(tmp_path):
+    policy = QueuePolicy(exhausted=lambda job: b"")
+    jobs = await SqliteJobs.open(tmp_path / "jobs.sqlite", policy)
+    blobs = FolderBlobStore(tmp_path / "blobs")
+    try:
+        # The oldest is ended, the next is at work, the last waits.
+        ended, running_, waiting = [
+            (await jobs.submit(str(uuid.uuid4()), b"")).id for _ in range(3)
+        ]
+        for _ in range(2):
+            claim = await jobs.claim("worker", wait_s=5)
+            if claim.job.id == ended:
+                await jobs.finish(claim, JobState.FAILED, b"")
+        for job in (ended, running_, waiting, "job-of-another-queue", "job-long-gone"):
+            key = checkpoint_key(job, "ab" * 32)
+            await blobs.put(key, b"state", media_type="application/octet-stream")
+        for job in (running_, waiting, "job-long-gone"):
+            (file,) = (each for each in checkpoints(tmp_path) if job in each.parts)
+            os.utime(file, (0, 0))
+        await sweep(jobs, Words(blobs))
+        left = {each.parent.name for each in checkpoints(tmp_path)}
+        assert left == {running_, waiting, "job-of-another-queue"}
+    finally:
+        await jobs.close()
+        await blobs.close()
+
+
+async def test_learning_belongs_to_a_job(tmp_path):
+    request = await subjects(tmp_path)
+    async with inversion(tmp_path) as stub:
+        for job in ("", "a/b", "-a", "a" * 65):
+            request.job = job
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.LearnWords(request, timeout=LIMIT_S).read()
+            error = from_status(rpc_status.from_call(caught.value))
+            assert [each.field for each in error.violations] == ["job"]
+
+
+@contextlib.asynccontextmanager
+async def inversion(folder: Path, **changes):
     """An inversion service of its own that keeps a checkpoint after every step."""
     settings = service.Settings(
         address="127.0.0.1:0",
         blobs=f"folder:{folder / 'blobs'}",
         models=f"toy={toy.mini(folder / 'toy')}",
         threads=1,
-        word_steps=8,
-        checkpoint_s=0.0,
+        **{"word_steps": 8, "checkpoint_s": 0.0, **changes},
     )
     server = await service.build(settings)
     await server.start()
@@ -243,10 +468,12 @@ async def inversion(folder: Path):
         await server.stop()
 
 
-async def subjects(folder: Path) -> inversion_service_pb2.LearnWordsRequest:
+async def subjects(
+    folder: Path, texts=("sushi", "cake")
+) -> inversion_service_pb2.LearnWordsRequest:
     blobs = FolderBlobStore(folder / "blobs")
-    request = inversion_service_pb2.LearnWordsRequest()
-    for seed, text in enumerate(("sushi", "cake")):
+    request = inversion_service_pb2.LearnWordsRequest(job="job")
+    for seed, text in enumerate(texts):
         ref = await put_blob(blobs, cutout(seed), media_type="image/png")
         image = {"sha256": ref.sha256, "size_bytes": ref.size_bytes}
         request.subjects.add(layer=text, image=image, text=text, vectors=1 + seed)
@@ -254,7 +481,20 @@ async def subjects(folder: Path) -> inversion_service_pb2.LearnWordsRequest:
     return request
 
 
-async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_path):
+@pytest.mark.parametrize("apart", [False, True])
+async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(
+    tmp_path, monkeypatch, apart
+):
+    advance = Trainer.advance
+
+    def ending(trainer) -> None:
+        advance(trainer)
+        if trainer.steps_done == 2:
+            trainer._pupils[0].is_done = True
+
+    if apart:
+        # One word of the batch is stored before the cut, the other is not.
+        monkeypatch.setattr(Trainer, "advance", ending)
     found = []
     for name in ("undisturbed", "cut"):
         folder = tmp_path / name
@@ -269,10 +509,79 @@ async def test_what_was_cut_off_is_taken_up_and_ends_with_the_same_vectors(tmp_p
             answers = [each async for each in stub.LearnWords(request, timeout=LIMIT_S)]
         if name == "cut":
             # At most the step under way was lost.
-            assert answers[0].progress.step >= 3
+            first = next(each for each in answers if each.progress.layer == "cake")
+            assert first.progress.step >= 3
         found.append(
             {a.progress.layer: a.word.vectors.sha256 for a in answers if a.HasField("word")}
         )
-        assert not list((folder / "blobs").rglob("*.checkpoint*"))
+        assert not checkpoints(folder)
     assert len(found[0]) == 2
     assert found[0] == found[1]
+
+
+async def test_a_layer_that_is_done_is_not_told_of_again(tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def ending(trainer) -> None:
+        advance(trainer)
+        if trainer.steps_done == 2:
+            trainer._pupils[0].is_done = True
+
+    monkeypatch.setattr(Trainer, "advance", ending)
+    request = await subjects(tmp_path)
+    async with inversion(tmp_path, word_steps=5) as stub:
+        answers = [each async for each in stub.LearnWords(request, timeout=LIMIT_S)]
+    first, second = (
+        [each for each in answers if each.progress.layer == name] for name in ("sushi", "cake")
+    )
+    assert [each.HasField("word") for each in first] == [False] * (len(first) - 1) + [True]
+    assert first[-1].progress.step == 2
+    assert second[-1].progress.step == 5
+    assert answers.index(first[-1]) < len(answers) - 3
+
+
+async def test_layers_beyond_the_bound_are_learned_after_the_others(tmp_path, monkeypatch):
+    """A call of 32 layers was one batch, whatever the model."""
+    sizes, learn = [], Engine.learn
+
+    def counted(engine, card, subjects, **options):
+        sizes.append(len(subjects))
+        return learn(engine, card, subjects, **options)
+
+    monkeypatch.setattr(Engine, "learn", counted)
+
+    async def learned_by(folder, *calls, joint_rows) -> dict[str, str]:
+        """The digests of the vectors, by layer, of some calls one after another."""
+        sizes.clear()
+        found = {}
+        request = await subjects(folder, ("sushi", "cake", "lemon"))
+        async with inversion(folder, word_steps=2, joint_rows=joint_rows) as stub:
+            for call in calls:
+                part = inversion_service_pb2.LearnWordsRequest(job="job")
+                part.subjects.extend(request.subjects[index] for index in call)
+                async for answer in stub.LearnWords(part, timeout=LIMIT_S):
+                    if answer.HasField("word"):
+                        found[answer.progress.layer] = answer.word.vectors.sha256
+        assert not checkpoints(folder)
+        return found
+
+    # Four rows a word.
+    bounded = await learned_by(tmp_path / "bounded", (0, 1, 2), joint_rows=11)
+    assert sizes == [2, 1]
+    assert len(bounded) == 3
+    # They are the batches, to the last bit, that two calls would have been.
+    assert bounded == await learned_by(tmp_path / "apart", (0, 1), (2,), joint_rows=0)
+    assert sizes == [2, 1]
+    # What is stored makes a batch smaller, and moves no layer into another.
+    await learned_by(tmp_path / "stored", (0,), (0, 1, 2), joint_rows=11)
+    assert sizes == [1, 1, 1]
+
+
+async def test_the_bundled_models_words_are_one_batch_and_a_large_models_are_not():
+    catalog = Catalog.read("")
+    engine = Engine(catalog, recipe=Recipe(), threads=1)
+    card = catalog.find("")
+    assert engine.together(card) == wire.MAX_LAYERS
+    large = replace(card, facts=replace(card.known, native_side=512, size_multiple=64))
+    assert engine.together(large) == 2
+    assert engine.together(replace(large, facts=replace(card.known, native_side=1024))) == 1

@@ -95,11 +95,15 @@ class BlobRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobStat:
-    """What a store knows of a blob without reading it. `etag` changes whenever the bytes do."""
+    """What a store knows of a blob without reading it. `etag` changes whenever the bytes do.
+
+    modified_at: unix seconds of the last write, by the store's clock.
+    """
 
     size_bytes: int
     etag: str
     media_type: str
+    modified_at: float
 
 
 class BlobStore(Protocol):
@@ -367,9 +371,12 @@ class FolderBlobStore:
         with file:
             try:
                 head = json.loads(file.readline(1000))
-                size_bytes = os.fstat(file.fileno()).st_size - file.tell()
+                status = os.fstat(file.fileno())
                 stat = BlobStat(
-                    size_bytes=size_bytes, etag=head["sha256"], media_type=head["media_type"]
+                    size_bytes=status.st_size - file.tell(),
+                    etag=head["sha256"],
+                    media_type=head["media_type"],
+                    modified_at=status.st_mtime,
                 )
             except (ValueError, KeyError, TypeError):
                 raise BlobCorrupt(key) from None

@@ -267,7 +267,12 @@ class S3BlobStore:
             found = await self._request(lambda: self._client.stat_object(self._bucket, key), key)
         except BlobMissing:
             return None
-        stat = BlobStat(size_bytes=found.size, etag=found.etag, media_type=found.content_type)
+        stat = BlobStat(
+            size_bytes=found.size,
+            etag=found.etag,
+            media_type=found.content_type,
+            modified_at=found.last_modified.timestamp(),
+        )
         return stat, found.metadata.get(_WRITER_HEADER)
 
     async def _request(self, work: Callable[[], _T], key: str = "") -> _T:

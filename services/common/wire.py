@@ -1,7 +1,8 @@
 """Messages to values and back: the only module that knows both `collage.v1` and `services.common.collage`.
 
 `parse_*` checks every field and tells all that is wrong at once, with full paths; what it returns can exist. `render_*`
-writes values for the internal services. Sizes are capped here, before a byte of a picture is decoded.
+writes values for the internal services. Sizes are capped here, before a byte of a picture is decoded; `read_blob`
+reads what a field refers to.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2
-from services.common.blobs import BlobRef
+from services.common.blobs import BlobMissing, BlobRef, BlobStore, BlobTooLarge
 from services.common.collage import (
     DEFAULT_BACKGROUND,
     Adapter,
@@ -23,7 +24,7 @@ from services.common.collage import (
     Structure,
     Transform,
 )
-from services.common.errors import InvalidRequest, Violation, quote
+from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
 
 MAX_LAYERS = 32
 MIN_SIDE, MAX_SIDE = 16, 2048
@@ -284,6 +285,23 @@ def _parse_picture(check: Checker, message: blob_pb2.Image, path: str) -> Pictur
     else:
         check.refuse(path, "is empty; required: data or a blob")
     return b""
+
+
+async def read_blob(store: BlobStore, ref: BlobRef, field: str, *, limit_bytes: int) -> bytes:
+    """The bytes that a field refers to.
+
+    Raises:
+        MissingBlobs: they are not stored.
+        InvalidRequest: there are more than `limit_bytes`.
+    """
+    try:
+        return await store.get(ref.key, limit_bytes=limit_bytes)
+    except BlobMissing as error:
+        raise MissingBlobs({field: ref.sha256}) from error
+    except BlobTooLarge as error:
+        raise InvalidRequest.of(
+            field, f"has {error.size_bytes} bytes; allowed: at most {limit_bytes}"
+        ) from error
 
 
 def _parse_blob(

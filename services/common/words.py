@@ -2,7 +2,10 @@
 
 A word is `words/<digest>.safetensors`, the vectors as diffusers' `load_textual_inversion` reads them, and
 `words/<digest>.json`, its card: the JSON form of the `Word` message. The card is written last and removed first, so a
-word with a card is whole. The digest is over what the word was learned or imported from. This module knows no vectors.
+word with a card is whole. The digest is over what the word was learned or imported from.
+
+What is learned so far of a batch of words is `learning/<job>/<digest>.checkpoint`, of one job and no other: who ends
+the job may remove it. This module knows no vectors.
 """
 
 import re
@@ -18,6 +21,10 @@ MEDIA_TYPE = "application/vnd.safetensors"
 # A card holds a text of at most 300 characters and little else.
 MAX_CARD_BYTES = 16 * 1024
 _CARD_SUFFIX = ".json"
+LEARNING = "learning/"
+_CHECKPOINT = re.compile(
+    r"learning/([A-Za-z0-9_][A-Za-z0-9_-]{0,63})/[0-9a-f]{64}\.checkpoint", re.ASCII
+)
 _NAME = re.compile(r"words/([0-9a-f]{64})", re.ASCII)
 
 
@@ -47,9 +54,22 @@ def vectors_key(digest: str) -> str:
     return f"{PREFIX}{digest}.safetensors"
 
 
-def checkpoint_key(digest: str) -> str:
-    """Where the unfinished learning of a batch of words is kept; the digest is over theirs."""
-    return f"{PREFIX}{digest}.checkpoint"
+def checkpoint_key(job: str, digest: str) -> str:
+    """Where a job's unfinished learning of a batch of words is kept; the digest is over theirs.
+
+    Raises:
+        ValueError: the job is not 1 to 64 letters, digits, `_` and `-`, the first no `-`.
+    """
+    key = f"{LEARNING}{job}/{digest}.checkpoint"
+    if job_in_checkpoint_key(key) is None:
+        raise ValueError(f"job is {job!r}")
+    return key
+
+
+def job_in_checkpoint_key(key: str) -> str | None:
+    """The job whose checkpoint lies there; None for any other key."""
+    found = _CHECKPOINT.fullmatch(key)
+    return found[1] if found else None
 
 
 async def read(blobs: BlobStore, digest: str) -> collage_service_pb2.Word | None:

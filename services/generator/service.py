@@ -24,14 +24,12 @@ from services.common import wire
 from services.common.blobs import (
     BlobCorrupt,
     BlobMissing,
-    BlobRef,
     BlobStore,
-    BlobTooLarge,
     blob_key,
     put_blob,
 )
 from services.common.collage import Extent, Sampling, Structure
-from services.common.errors import InvalidRequest, MissingBlobs, quote
+from services.common.errors import InvalidRequest, quote
 from services.common.plate import Plate
 from services.common.telemetry import log
 from services.generator.catalog import ModelCard
@@ -186,7 +184,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     ) -> Plate:
         limit = wire.MAX_PLATE_BYTES
         ref = wire.parse_blob(request.plate, "plate", limit_bytes=limit)
-        data = await self._read(ref, "plate", limit)
+        data = await wire.read_blob(self._blobs, ref, "plate", limit_bytes=limit)
         try:
             plate = await asyncio.to_thread(Plate.from_bytes, data)
         except (SafetensorError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
@@ -207,7 +205,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         if not request.HasField("parent"):
             return None
         ref = wire.parse_blob(request.parent, "parent")
-        data = await self._read(ref, "parent", MAX_PARENT_BYTES)
+        data = await wire.read_blob(self._blobs, ref, "parent", limit_bytes=MAX_PARENT_BYTES)
         return await asyncio.to_thread(_decode_parent, data, _extent(plate))
 
     async def _read_words(
@@ -220,21 +218,14 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 words.append(None)
                 continue
             field = f"layers[{index}].word"
-            data = await self._read(wire.parse_blob(layer.word, field), field, MAX_WORD_BYTES)
+            ref = wire.parse_blob(layer.word, field)
+            data = await wire.read_blob(self._blobs, ref, field, limit_bytes=MAX_WORD_BYTES)
             try:
                 word = Word.from_bytes(data, card.facts.text_widths)
             except InvalidWord as error:
                 raise InvalidRequest.of(field, str(error)) from error
             words.append(word.weighted(layer.word_weight))
         return words
-
-    async def _read(self, ref: BlobRef, field: str, limit_bytes: int) -> bytes:
-        try:
-            return await self._blobs.get(ref.key, limit_bytes=limit_bytes)
-        except BlobMissing as error:
-            raise MissingBlobs({field: ref.sha256}) from error
-        except BlobTooLarge as error:
-            raise InvalidRequest.of(field, str(error)) from error
 
     async def _store(
         self, event: ImageMade, card: ModelCard, parent_HWC: NDArray[np.uint8] | None

@@ -27,6 +27,9 @@ class Settings:
     threads: int = 0
     # Training steps of a word at most. Part of what names a word: another number learns every word anew.
     word_steps: int = Recipe().steps
+    # Rows trained together at most, four a word; the words of a call beyond that are learned after them. 0: as many as
+    # make 1.2 million pixels. Another number gives words that differ in their last bits.
+    joint_rows: int = 0
     # Calls that may wait for their turn.
     max_waiting: int = DEFAULT_MAX_WAITING
     # Seconds between two checkpoints: what a crash may cost.
@@ -43,6 +46,7 @@ async def build(settings: Settings) -> Server:
         await asyncio.to_thread(Catalog.read, settings.models),
         recipe=replace(Recipe(), steps=settings.word_steps),
         threads=settings.threads or len(os.sched_getaffinity(0)),
+        joint_rows=settings.joint_rows,
         max_waiting=settings.max_waiting,
         checkpoint_s=settings.checkpoint_s,
     )

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from prometheus_client import Counter, Gauge, Histogram
@@ -30,6 +31,11 @@ FIRST_GUESS_S = 30.0
 # Bounds of the delay told to a caller who finds the queue full.
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 DEFAULT_MAX_WAITING = 32
+# Pixels of all rows of one training step where the operator sets no number of rows: 8 rows of Stable Diffusion 1.5 at
+# 384 x 384, or every row of 32 layers of the bundled model at 96 x 96.
+JOINT_PIXELS = 8 * 384 * 384
+# Seconds between two signs of life to a batch that waits.
+WAIT_TOLD_S = 10.0
 
 WAITING = Gauge("collage_inversion_waiting", "Batches that wait for their turn")
 STEP_SECONDS = Histogram("collage_inversion_step_seconds", "One training step", ["model"])
@@ -55,6 +61,7 @@ class Engine:
         catalog: the models.
         recipe: how words are learned.
         threads: CPU threads of one operation; fixed, because sums split over another number round differently.
+        joint_rows: rows that are trained together, at most, though a subject is never split; 0 for JOINT_PIXELS.
         max_waiting: batches that may wait for their turn.
         checkpoint_s: seconds between two checkpoints.
         progress_s: seconds between two reports where nothing ended.
@@ -66,6 +73,7 @@ class Engine:
         *,
         recipe: Recipe,
         threads: int,
+        joint_rows: int = 0,
         max_waiting: int = DEFAULT_MAX_WAITING,
         checkpoint_s: float = 3.0,
         progress_s: float = 0.5,
@@ -73,6 +81,7 @@ class Engine:
         self.catalog = catalog
         self.recipe = recipe
         self._threads = threads
+        self._joint_rows = joint_rows
         self._max_waiting = max_waiting
         self._checkpoint_s = checkpoint_s
         self._progress_s = progress_s
@@ -80,15 +89,20 @@ class Engine:
         self._turn = asyncio.Semaphore(1)
         self._draining = threading.Event()
         self._last_s = FIRST_GUESS_S
+        # Of all batches, since the start.
+        self._units = 0
         self._device = ThreadPoolExecutor(1, thread_name_prefix="learn", initializer=self._set_up)
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Holds the device for one batch, after those that came before.
+    async def turn(self) -> AsyncIterator[AsyncIterator[None]]:
+        """A place in the line for the device, after those that came before.
+
+        Yields the wait: the device is held from its end on. It has an item now and then for as long as the batch at
+        work gets on, so that who waits behind one that hangs hears nothing, either.
 
         Raises:
             Overloaded: too many wait already.
-            Unavailable: the engine is draining.
+            Unavailable: the engine is draining; from the wait, too.
         """
         self._refuse_when_draining()
         if self._admitted > self._max_waiting:
@@ -99,13 +113,33 @@ class Engine:
             )
         self._admitted += 1
         WAITING.set(max(0, self._admitted - 1))
+        acquiring = asyncio.create_task(self._turn.acquire())
         try:
-            async with self._turn:
-                self._refuse_when_draining()
-                yield
+            yield self._wait(acquiring)
         finally:
+            acquiring.cancel()
+            await _finished(acquiring)
+            if not acquiring.cancelled():
+                self._turn.release()
             self._admitted -= 1
             WAITING.set(max(0, self._admitted - 1))
+
+    async def _wait(self, acquiring: "asyncio.Task[Literal[True]]") -> AsyncIterator[None]:
+        seen = self._units
+        while not (await asyncio.wait((acquiring,), timeout=WAIT_TOLD_S))[0]:
+            if self._units != seen:
+                seen = self._units
+                yield
+        self._refuse_when_draining()
+
+    def together(self, card: ModelCard) -> int:
+        """How many subjects are learned in one batch, at most.
+
+        It follows from model, recipe and setting alone, not from the memory that is free: a word's last bits depend on
+        who shares its batch.
+        """
+        rows = self._joint_rows or JOINT_PIXELS // Trainer.side(card.known, self.recipe) ** 2
+        return max(1, rows // self.recipe.rows)
 
     async def networks(self, card: ModelCard) -> Networks:
         """The model in memory."""
@@ -233,6 +267,7 @@ class Engine:
                 raise DeadlinePassed("the deadline passed before the words were learned")
             before = trainer.steps_done
             trainer.advance()
+            self._units += 1
             if trainer.steps_done > before:
                 if networks.device.type == "cuda":
                     # So that the time is true and a cancel is not overtaken by queued work.
@@ -241,8 +276,8 @@ class Engine:
         BATCHES.labels("CANCELLED").inc()
 
 
-async def _finished(working: "asyncio.Future[None]") -> None:
-    """Waits for the thread even when the waiting task is cancelled once more."""
+async def _finished(working: "asyncio.Future[Any]") -> None:
+    """Waits for it even when the waiting task is cancelled once more."""
     while not working.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((working,))
@@ -253,7 +288,7 @@ def _told(error: Exception) -> CollageError:
     # On the CPU torch raises a plain RuntimeError with the words of its allocator.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
         return Internal(
-            "the words do not fit the memory together; learn fewer layers at a time",
+            "the words do not fit the memory together; the operator can lower COLLAGE_JOINT_ROWS",
             reason="OUT_OF_MEMORY",
         )
     log.error("learning failed", exc_info=error)

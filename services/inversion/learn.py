@@ -27,7 +27,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn import functional
 
-from services.inversion.networks import Networks, Prompt
+from services.inversion.networks import ModelFacts, Networks, Prompt
 from services.inversion.subject import Subject
 
 # What stands around the word and its layer's text, before and after. The first one is what held-out draws use.
@@ -147,15 +147,18 @@ class Trainer:
         assert subjects, "a trainer has something to learn"
         self._networks = networks
         self._recipe = recipe
-        multiple = networks.facts.size_multiple
-        self._side = max(
-            multiple, round(networks.facts.native_side * recipe.canvas / multiple) * multiple
-        )
+        self._side = self.side(networks.facts, recipe)
         spread = networks.spread()
         self._rates = {name: recipe.rate * spread[name] for name in spread}
         self._pupils = [self._pupil(subject) for subject in subjects]
         if state is not None:
             self._load(state)
+
+    @staticmethod
+    def side(facts: ModelFacts, recipe: Recipe) -> int:
+        """Of the training canvas, pixels."""
+        multiple = facts.size_multiple
+        return max(multiple, round(facts.native_side * recipe.canvas / multiple) * multiple)
 
     @staticmethod
     def fits(networks: Networks, subject: Subject) -> bool:

@@ -17,8 +17,8 @@ from prometheus_client import Counter
 
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from services.common import wire, words
-from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, BlobTooLarge
-from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs
+from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore
+from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs, quote
 from services.common.telemetry import log
 from services.inversion.catalog import ModelCard
 from services.inversion.engine import Engine, Learned
@@ -28,10 +28,14 @@ from services.inversion.word import MAX_FILE_BYTES, InvalidWord, from_file, to_f
 
 # Part of every word's digest: raise it when the same inputs give another word.
 VERSION = 1
-# Longest a call may take when its caller names no deadline.
-MAX_CALL_S = 3600.0
+# Longest a call may take; the gateway makes it again.
+MAX_CALL_S = 24 * 3600.0
 # Pictures decoded at a time: each may take 64 MiB until it is cropped.
 MAX_READING = 2
+# What of a cut-out must be seen, its pixels weighed by their alpha: so many, and so great a part of the box they fill.
+# At less, hardly a latent cell of a training canvas is the object's: the word would be of its grounds.
+MIN_VISIBLE_PIXELS = 16.0
+MIN_VISIBLE_PART = 0.02
 # A batch of 32 words of 8 vectors, four tensors each.
 MAX_STATE_BYTES = 64 * 1024 * 1024
 
@@ -74,7 +78,9 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                 missing.append(one)
         if not missing:
             return
-        async with self._engine.turn():
+        async with self._engine.turn() as wait:
+            async for _ in wait:
+                yield inversion_service_pb2.LearnWordsResponse()
             # While this call waited, another may have learned the same.
             left = []
             for one in missing:
@@ -82,9 +88,21 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                     yield _found(one, stored)
                 else:
                     left.append(one)
-            async with contextlib.aclosing(self._learn(card, every, left, deadline_s)) as answers:
-                async for answer in answers:
-                    yield answer
+            # Several batches where one would be too large. Which, follows from the whole call: not from what is stored.
+            digests = list(dict.fromkeys(one.digest for one in every))
+            size = self._engine.together(card)
+            for first in range(0, len(digests), size):
+                batch = set(digests[first : first + size])
+                answers = self._learn(
+                    request.job,
+                    card,
+                    [one for one in every if one.digest in batch],
+                    [one for one in left if one.digest in batch],
+                    deadline_s,
+                )
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        yield answer
 
     async def AdoptWord(
         self, request: inversion_service_pb2.AdoptWordRequest, context: Any
@@ -97,7 +115,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             check.refuse("text", "is empty; required: the words of the object it stands before")
         check.done()
         ref = wire.parse_blob(request.vectors, "vectors")
-        data = await self._read(ref, "vectors", MAX_FILE_BYTES)
+        data = await wire.read_blob(self._blobs, ref, "vectors", limit_bytes=MAX_FILE_BYTES)
         try:
             vectors = await asyncio.to_thread(from_file, data, card.widths)
         except InvalidWord as error:
@@ -124,6 +142,13 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         if not 1 <= len(request.subjects) <= wire.MAX_LAYERS:
             check.refuse(
                 "subjects", f"has {len(request.subjects)}; allowed: from 1 to {wire.MAX_LAYERS}"
+            )
+        try:
+            words.checkpoint_key(request.job, "0" * 64)
+        except ValueError:
+            check.refuse(
+                "job",
+                f"is {quote(request.job)}; allowed: 1 to 64 letters, digits, '_' and '-', the first no '-'",
             )
         layers = [subject.layer for subject in request.subjects]
         found = []
@@ -154,13 +179,18 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         return found
 
     async def _learn(
-        self, card: ModelCard, every: Sequence[Wanted], left: Sequence[Wanted], deadline_s: float
+        self,
+        job: str,
+        card: ModelCard,
+        every: Sequence[Wanted],
+        left: Sequence[Wanted],
+        deadline_s: float,
     ) -> AsyncGenerator[inversion_service_pb2.LearnWordsResponse, None]:
-        """Learns what is left of a call, in one batch; `every` names the batch."""
+        """Learns what is left of a batch; `every` names it, with what is stored already."""
         if not left:
             return
         key = words.checkpoint_key(
-            hashlib.sha256(" ".join(one.digest for one in every).encode()).hexdigest()
+            job, hashlib.sha256(" ".join(one.digest for one in every).encode()).hexdigest()
         )
         # Equal layers are one subject.
         by_digest: dict[str, list[Wanted]] = {}
@@ -194,14 +224,19 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         events = self._engine.learn(
             card, [subjects[digest] for digest in batch], state=state, deadline_s=deadline_s
         )
+        ended: set[str] = set()
         async with contextlib.aclosing(events):
             async for event in events:
                 if event.state is not None:
                     await self._blobs.put(key, event.state, media_type=words.MEDIA_TYPE)
                 stored = await self._keep(card, batch, by_digest, event)
                 for digest, progress in zip(batch, event.progress, strict=True):
+                    if digest in ended:
+                        continue
                     for one in by_digest.get(digest, ()):
                         yield self._render(one, progress, stored.get(digest))
+                    if progress.is_done:
+                        ended.add(digest)
         await self._blobs.delete(key)
 
     async def _keep(
@@ -255,7 +290,9 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             MissingBlobs: the picture is not stored.
         """
         async with self._reading:
-            data = await self._read(one.image, f"{one.field}.image", MAX_ENCODED_BYTES)
+            data = await wire.read_blob(
+                self._blobs, one.image, f"{one.field}.image", limit_bytes=MAX_ENCODED_BYTES
+            )
 
             def make() -> Subject:
                 return Subject.of(decode(data), one.text, vectors=one.vectors)
@@ -266,6 +303,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                 raise InvalidRequest.of(
                     f"{one.field}.image", str(error), reason="INVALID_PICTURE"
                 ) from error
+        _check_visible(subject, f"{one.field}.image")
         if not Trainer.fits(await self._engine.networks(card), subject):
             raise InvalidRequest.of(
                 f"{one.field}.text",
@@ -280,13 +318,24 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         except (BlobMissing, BlobCorrupt):
             return None
 
-    async def _read(self, ref: BlobRef, field: str, limit_bytes: int) -> bytes:
-        try:
-            return await self._blobs.get(ref.key, limit_bytes=limit_bytes)
-        except BlobMissing as error:
-            raise MissingBlobs({field: ref.sha256}) from error
-        except BlobTooLarge as error:
-            raise InvalidRequest.of(field, str(error)) from error
+
+def _check_visible(subject: Subject, field: str) -> None:
+    """Refuses a cut-out of which too little is seen."""
+    alpha_HW = subject.pixels_HW4[..., 3]
+    pixels = float(alpha_HW.sum(dtype=int)) / 255
+    height, width = alpha_HW.shape
+    if pixels < MIN_VISIBLE_PIXELS:
+        told = (
+            f"shows {pixels:.3g} pixels, weighed by their alpha; required: {MIN_VISIBLE_PIXELS:g}"
+        )
+    elif pixels < MIN_VISIBLE_PART * alpha_HW.size:
+        told = (
+            f"shows {pixels / alpha_HW.size:.2%} of the {width} x {height} pixels around it, weighed "
+            f"by their alpha; required: {MIN_VISIBLE_PART:.0%}"
+        )
+    else:
+        return
+    raise InvalidRequest.of(field, f"{told}, for a word to learn from", reason="TOO_LITTLE_VISIBLE")
 
 
 def _card(card: ModelCard, text: str, vectors: int) -> collage_service_pb2.Word:

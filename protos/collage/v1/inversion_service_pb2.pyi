@@ -9,12 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LearnWordsRequest(_message.Message):
-    __slots__ = ("model", "subjects")
+    __slots__ = ("model", "subjects", "job")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SUBJECTS_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
     model: str
     subjects: _containers.RepeatedCompositeFieldContainer[Subject]
-    def __init__(self, model: _Optional[str] = ..., subjects: _Optional[_Iterable[_Union[Subject, _Mapping]]] = ...) -> None: ...
+    job: str
+    def __init__(self, model: _Optional[str] = ..., subjects: _Optional[_Iterable[_Union[Subject, _Mapping]]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class Subject(_message.Message):
     __slots__ = ("layer", "image", "text", "vectors")

@@ -53,7 +53,8 @@ class InversionServiceServicer:
 
     def LearnWords(self, request, context):
         """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
-        training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+        training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
+        message comes at least every few steps, whoever's they are: silence means that the service hangs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class InversionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InversionServiceAsyncStub: ...
     LearnWords: _grpc.UnaryStreamMultiCallable[_inversion_service_pb2.LearnWordsRequest, _inversion_service_pb2.LearnWordsResponse]
     """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
-    training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+    training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
+    message comes at least every few steps, whoever's they are: silence means that the service hangs.
     """
     AdoptWord: _grpc.UnaryUnaryMultiCallable[_inversion_service_pb2.AdoptWordRequest, _inversion_service_pb2.AdoptWordResponse]
     """Takes in a word learned elsewhere, if its vectors fit the model."""
@@ -47,7 +48,8 @@ class InversionServiceAsyncStub(InversionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     LearnWords: _aio.UnaryStreamMultiCallable[_inversion_service_pb2.LearnWordsRequest, _inversion_service_pb2.LearnWordsResponse]  # type: ignore[assignment]
     """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
-    training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+    training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
+    message comes at least every few steps, whoever's they are: silence means that the service hangs.
     """
     AdoptWord: _aio.UnaryUnaryMultiCallable[_inversion_service_pb2.AdoptWordRequest, _inversion_service_pb2.AdoptWordResponse]  # type: ignore[assignment]
     """Takes in a word learned elsewhere, if its vectors fit the model."""
@@ -62,7 +64,8 @@ class InversionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inversion_service_pb2.LearnWordsResponse], _abc.AsyncIterator[_inversion_service_pb2.LearnWordsResponse]]:
         """Learns all layers of a call together; streams progress, then each word. Ending the call ends the work within one
-        training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint.
+        training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
+        message comes at least every few steps, whoever's they are: silence means that the service hangs.
         """
 
     @_abc_1.abstractmethod
