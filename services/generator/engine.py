@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from services.common.collage import Extent, Sampling
-from services.common.errors import DeadlinePassed
+from services.common.errors import DeadlinePassed, DeviceLost
 from services.common.plate import Plate
 from services.generator.catalog import Catalog, ModelCard
 from services.generator.conditioning import LayerControl
@@ -41,8 +41,6 @@ PNG_THREADS = 2
 WARM_UP_STEPS = 6
 # Longest wait for a warm-up: a large model read from slow storage, then run on a CPU.
 WARM_UP_LIMIT_S = 900.0
-# Longest wait for admitted jobs on the way out; a server usually gives up sooner.
-DRAIN_LIMIT_S = 300.0
 
 
 class Engine:
@@ -70,7 +68,7 @@ class Engine:
 
         Raises:
             Overloaded: the queue is full, or too long for the job's deadline.
-            Unavailable: the engine is draining.
+            Unavailable: the engine is draining; DeviceLost: its device's thread has died.
             DeadlinePassed: the job's deadline passed first.
             InvalidRequest: a prompt is too long.
             Internal: the work failed; reason OUT_OF_MEMORY where it did not fit the device.
@@ -108,7 +106,18 @@ class Engine:
 
     async def drain(self) -> None:
         """Admits nothing more and returns when what was admitted is finished."""
-        await asyncio.to_thread(self._runner.drain, limit_s=DRAIN_LIMIT_S)
+        self._runner.drain()
+        with contextlib.suppress(DeviceLost):
+            await self.working()
+
+    async def working(self) -> None:
+        """Returns when a drain is over.
+
+        Raises:
+            DeviceLost: the device's thread has died, and nothing will be drawn here any more.
+        """
+        # Shielded: the end is everybody's, and whoever stops waiting for it must not cancel it.
+        await asyncio.shield(asyncio.wrap_future(self._runner.end))
 
     async def _encode(self, job: Job, item: Item) -> Event:
         encode = asyncio.get_running_loop().run_in_executor
