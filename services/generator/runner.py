@@ -229,6 +229,10 @@ class Runner:
             entry.run = Run.begin(
                 stages, plate=job.plate, conditioning=conditioning, sampling=job.sampling
             )
+        if kinds := entry.run.control_kinds:
+            # Before the first step, whose time is what all that follow are estimated by.
+            with self._stage(entry, stages, "load_controlnets"):
+                stages.load_controlnets(kinds)
 
     def _stages_of(self, name: str) -> Stages:
         if name in self._stages:

@@ -97,6 +97,13 @@ class Run:
         return self.steps_done == self.steps_total
 
     @property
+    def control_kinds(self) -> tuple[str, ...]:
+        """The ControlNets that its steps ask for."""
+        if self.steps_total == 0 or self._structure is None:
+            return ()
+        return self._structure.kinds(self.steps_total)
+
+    @property
     def latents_NChw(self) -> torch.Tensor:
         """The state the pictures are in, in the sampler's scaling; the latents to decode once done."""
         return self._x_NChw
