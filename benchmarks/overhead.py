@@ -49,7 +49,7 @@ def sd15() -> LoadedModel:
     """Stable Diffusion 1.5's U-Net with random weights, the rest a toy."""
     with tempfile.TemporaryDirectory() as folder:
         toy.sd1(Path(folder), text_width=768)
-        model = load(folder, dtype=torch.float32, device=torch.device("cpu"))
+        model = load(Path(folder), dtype=torch.float32, device=torch.device("cpu"))
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
     native = replace(model.facts.native, width=512, height=512)
     return replace(model, unet=unet, facts=replace(model.facts, native=native))
