@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import DeadlinePassed, DeviceLost
@@ -56,6 +57,7 @@ class Engine:
         memory_bytes: float = math.inf,
     ) -> None:
         self.catalog = catalog
+        self._threads = threads
         self._runner = Runner(
             catalog, load=load, scheduler=scheduler, threads=threads, memory_bytes=memory_bytes
         )
@@ -103,6 +105,12 @@ class Engine:
             model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
         )
         return self._runner.seconds(shape, rows=card.unet_rows(sampling), steps=sampling.steps)
+
+    def arithmetic(self, card: ModelCard) -> str:
+        """Names what decides a picture's last bits beside the request and the networks: equal here, equal bytes."""
+        if card.device.type == "cuda":
+            return f"{card.dtype} on {torch.cuda.get_device_name(card.device)}"
+        return f"{card.dtype} on {torch.backends.cpu.get_cpu_capability()} with {self._threads} threads"
 
     async def drain(self) -> None:
         """Admits nothing more and returns when what was admitted is finished."""
