@@ -49,7 +49,7 @@ def sd15() -> LoadedModel:
     """Stable Diffusion 1.5's U-Net with random weights, the rest a toy."""
     with tempfile.TemporaryDirectory() as folder:
         toy.sd1(Path(folder), text_width=768)
-        model = load(folder, dtype=torch.float32, device=torch.device("cpu"))
+        model = load(Path(folder), dtype=torch.float32, device=torch.device("cpu"))
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
     native = replace(model.facts.native, width=512, height=512)
     return replace(model, unet=unet, facts=replace(model.facts, native=native))
@@ -204,8 +204,9 @@ def compare(
     return is_within
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def run(doc: str | None, measure: Callable[..., bool], argv: Sequence[str] | None = None) -> int:
+    """The command line of a benchmark that measures model by model; its exit code."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     parser.add_argument("--model", choices=("mini", "sd15"), action="append")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=10)
@@ -218,6 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = {"mini": mini, "sd15": sd15}[name]()
         is_within &= measure(name, model, rounds=arguments.rounds, steps=arguments.steps)
     return 0 if is_within else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(__doc__, measure, argv)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,17 @@ take turns. The ControlNet is an untrained one of the U-Net's shape: what it dra
 figures as in `benchmarks.overhead`. Exit code 1 when the median ratio is above 1.10. Nothing else may run meanwhile.
 """
 
-import argparse
-import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
 from PIL import Image
 
-from benchmarks.overhead import WORDS, compare, controlled, mini, plain, sd15
+from benchmarks.overhead import WORDS, compare, controlled, plain, run
 from services.generator.models import LoadedModel, load_controlnet
 from services.generator.stages import TorchStages
 
@@ -44,12 +41,20 @@ def add_controlnet(model: LoadedModel, folder: Path) -> LoadedModel:
 
 def measure(name: str, model: LoadedModel, *, rounds: int, steps: int) -> bool:
     """Prints a model's figures; whether they are within the bars."""
+    with tempfile.TemporaryDirectory() as folder:
+        ways = _ways(add_controlnet(model, Path(folder)), steps)
+        return compare(name, ways, BARS, rounds=rounds)
+
+
+def _ways(model: LoadedModel, steps: int) -> dict[int, Callable[[], object]]:
+    """By layers what is timed, 0 being stock."""
     native = model.facts.native
     shape = (native.height, native.width, 3)
     rng = np.random.default_rng(0)
     picture, control = rng.integers(0, 256, (2, *shape), dtype=np.uint8)
     network = load_controlnet(model.controlnets[KIND], dtype=model.dtype, device=model.device)
-    ways = {
+    stages = TorchStages(model)
+    return {
         0: plain(
             model,
             picture,
@@ -60,30 +65,14 @@ def measure(name: str, model: LoadedModel, *, rounds: int, steps: int) -> bool:
             control_image=Image.fromarray(control),
             controlnet_conditioning_scale=1.0,
         )
-    }
-    stages = TorchStages(model)
-    ways |= {
+    } | {
         layers: controlled(stages, picture, layers, steps, control={KIND: control})
         for layers in BARS
     }
-    return compare(name, ways, BARS, rounds=rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=("mini", "sd15"), action="append")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    print(f"{arguments.rounds} rounds, {arguments.steps} steps, {arguments.threads} threads")
-    is_within = True
-    for name in arguments.model or ("mini", "sd15"):
-        with tempfile.TemporaryDirectory() as folder:
-            model = add_controlnet({"mini": mini, "sd15": sd15}[name](), Path(folder))
-            is_within &= measure(name, model, rounds=arguments.rounds, steps=arguments.steps)
-    return 0 if is_within else 1
+    return run(__doc__, measure, argv)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _SAMPLING_OPTIONS = {
 
 
 async def serve(args: argparse.Namespace) -> None:
-    """Runs all services in this process until it is told to stop."""
+    """Runs all services in this process until it is told to stop, or one of them has failed."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -43,10 +43,17 @@ async def serve(args: argparse.Namespace) -> None:
     try:
         print(f"collage service on {server.address}, data in {args.data}; Ctrl-C stops it")
         sys.stdout.flush()
-        await ended.wait()
+        ends = [asyncio.create_task(ended.wait()), asyncio.create_task(server.failed())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in ends:
+            task.cancel()
         _note("stopping")
     finally:
         await server.stop()
+    if not ended.is_set():
+        raise CollageError(
+            "a service has failed; its log is above", code=grpc.StatusCode.UNAVAILABLE
+        )
 
 
 async def generate(args: argparse.Namespace) -> None:

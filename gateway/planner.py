@@ -202,7 +202,7 @@ class Planner:
             sampling=settings,
             bound=bound,
             plate=wire.parse_blob(composed.plate, "plate", limit_bytes=wire.MAX_PLATE_BYTES),
-            plan=_render_plan(stored, settings, bound, composed, estimate),
+            plan=_render_plan(stored, settings, bound, composed, estimate, model.max_steps),
             redo=stored_redo,
             words=words,
         )
@@ -477,6 +477,7 @@ def _render_plan(
     bound: BoundPrompt,
     composed: compositor_service_pb2.ComposeResponse,
     estimate: generator_service_pb2.EstimateResponse,
+    max_steps: int,
 ) -> collage_service_pb2.Plan:
     """The plan as callers see it. Its warnings name fields from the collage on, whatever request that came in."""
     plan = collage_service_pb2.Plan(
@@ -512,6 +513,7 @@ def _render_plan(
             )
         )
     plan.warnings.extend(_coarse_dials(plan.layers, sampling.steps))
+    plan.warnings.extend(_idle_structure(collage, composed, sampling.steps, max_steps))
     return plan
 
 
@@ -536,6 +538,33 @@ def _coarse_dials(
             message=f"is {layer.noise:.2g}: with {steps} steps the dial has only the levels {levels}; "
             f"the next below counts, so {effect}; set one of them, or take more steps",
         )
+
+
+def _idle_structure(
+    collage: Collage, composed: compositor_service_pb2.ComposeResponse, steps: int, max_steps: int
+) -> Iterator[collage_pb2.Warning]:
+    """A warning for each window of a layer in sight that no whole step lies in.
+
+    Windows are fractions of the steps that a picture takes, which are fewer than `steps` where no dial is at 1.
+    """
+
+    def taken(of: int) -> int:
+        return math.floor(of * composed.largest_noise)
+
+    for index, (layer, plan) in enumerate(zip(collage.layers, composed.layers, strict=True)):
+        for number, part in enumerate(layer.structure):
+            is_wanted = plan.visible_fraction > 0 and part.scale > 0 and taken(steps) > 0
+            if not is_wanted or part.acts_within(taken(steps)):
+                continue
+            more = range(steps + 1, max_steps + 1)
+            enough = next((each for each in more if part.acts_within(taken(each))), None)
+            cure = f"or take {enough} steps" if enough else f"up to {max_steps} steps none does"
+            yield collage_pb2.Warning(
+                reason="STRUCTURE_NEVER_ACTS",
+                field=f"collage.layers[{index}].structure[{number}]",
+                message=f"never acts: with {steps} steps the picture takes {taken(steps)}, and none of these "
+                f"lies wholly from {part.start:g} to {part.end:g} of them; widen the window, {cure}",
+            )
 
 
 def parse_redo(message: Any) -> RedoFields:

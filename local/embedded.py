@@ -4,6 +4,7 @@ Main type: `Embedded`. Each service is wired by its own `build`, exactly as its 
 queue (SQLite) differ from production, and those are settings.
 """
 
+import asyncio
 from pathlib import Path
 
 import gateway.__main__ as gateway
@@ -25,6 +26,15 @@ class Embedded:
     def __init__(self, servers: list[Server]) -> None:
         self._servers = servers
         self.address = servers[-1].address
+
+    async def failed(self) -> None:
+        """Returns when a service has lost what it cannot work without."""
+        watching = [asyncio.create_task(server.failed()) for server in self._servers]
+        try:
+            await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in watching:
+                task.cancel()
 
     async def stop(self) -> None:
         """Drains the gateway first, then what it calls."""

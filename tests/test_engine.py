@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -12,12 +13,21 @@ import torch
 from PIL import Image
 
 from services.common.collage import Extent
-from services.common.errors import DeadlinePassed, Internal, InvalidRequest, Overloaded, Unavailable
+from services.common.errors import (
+    DeadlinePassed,
+    DeviceLost,
+    Internal,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from services.common.telemetry import start_logging
+from services.generator import runner
 from services.generator.catalog import Catalog
 from services.generator.engine import Engine
 from services.generator.job import ImageMade, PreviewMade, QueuedAt, StepDone
 from services.generator.models import load
+from services.generator.noise import Hold
 from services.generator.scheduler import Scheduler
 from services.generator.stages import Text, TorchStages
 from tests import plates, toy
@@ -38,6 +48,7 @@ class WatchedStages:
         self.facts, self.device = inner.facts, inner.device
         self.encode_image, self.decode_image = inner.encode_image, inner.decode_image
         self.rows = []
+        self.is_lost = False
         self._error = error or RuntimeError("the device is on fire")
         self._cursed_TD = None
         if cursed is not None:
@@ -56,6 +67,7 @@ class WatchedStages:
         if self._cursed_TD is not None and any(
             torch.equal(text_TD, self._cursed_TD) for text_TD in text.hidden_BTD
         ):
+            self.is_lost = True
             raise self._error
         return self.inner.predict(x_BChw, timestep_B, text, control, structure)
 
@@ -246,6 +258,54 @@ async def test_a_failing_job_leaves_its_neighbour_intact(catalog, torch_stages):
         assert images(await collect(engine, good)), "the engine goes on"
 
 
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "ddim", "dpmpp_2m", "unipc", "lcm"])
+async def test_a_joint_step_that_fails_leaves_no_trace(catalog, torch_stages, monkeypatch, sampler):
+    jobs = [plates.job(seed=seed, sampler=sampler, steps=8) for seed in (1, 2)]
+    async with running(catalog, torch_stages) as engine:
+        undisturbed = [digests(await collect(engine, job)) for job in jobs]
+    stages = WatchedStages(torch_stages)
+    predict, apply = stages.predict, Hold.apply
+    applied = []
+
+    def begin_step(*args):
+        applied.clear()
+        return predict(*args)
+
+    def breaks_second(hold, *args):
+        """Fails at the end of the step of a joint step's second run; the first one has finished its own."""
+        applied.append(hold)
+        if len(applied) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return apply(hold, *args)
+
+    stages.predict = begin_step
+    monkeypatch.setattr(Hold, "apply", breaks_second)
+    async with running(catalog, stages, max_rows=4) as engine:
+        events = await asyncio.gather(*(collect(engine, job) for job in jobs))
+    assert 4 in stages.rows, "the two never shared a step"
+    assert [digests(each) for each in events] == undisturbed
+
+
+async def test_what_a_failed_joint_step_held_is_free_before_each_job_tries_alone(
+    catalog, torch_stages
+):
+    stages = WatchedStages(torch_stages)
+    predict, held = stages.predict, []
+
+    def too_large(x_BChw, *args):
+        if len(x_BChw) == 4:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert not any(each() is not None for each in held)
+        return predict(x_BChw, *args)
+
+    stages.predict = too_large
+    async with running(catalog, stages, max_rows=4) as engine:
+        await asyncio.gather(*(collect(engine, plates.job(steps=8)) for _ in range(2)))
+    assert held, "the two never shared a step"
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -343,3 +403,74 @@ async def test_a_slow_reader_holds_nobody_up_and_keeps_every_step(catalog, torch
     assert steps == [*range(1, 19)]
     assert sum(isinstance(event, PreviewMade) for event in events) == 16
     assert len(images(events)) == 4
+
+
+class BrokenScheduler(Scheduler):
+    """Fails at a turn, as a bug outside any job's own work would, once it is told to."""
+
+    def __init__(self, **limits):
+        super().__init__(**limits)
+        self.error = None
+
+    def turn(self, *, now_s):
+        if self.error is not None:
+            raise self.error
+        return super().turn(now_s=now_s)
+
+    def remove(self, ticket_id):
+        if self.error is not None:
+            raise self.error
+        super().remove(ticket_id)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), SystemExit(3)])
+async def test_a_dead_thread_fails_everybody_at_once_and_says_so(catalog, torch_stages, error):
+    scheduler = BrokenScheduler()
+    engine = Engine(catalog, load=lambda _: torch_stages, scheduler=scheduler, threads=1)
+    working = asyncio.create_task(engine.working())
+    at_work = await start(engine, plates.job(steps=ENDLESS))
+    waiting = asyncio.create_task(collect(engine, plates.job()))
+    await asyncio.sleep(0)
+    assert not working.done()
+    scheduler.error = error
+    async with asyncio.timeout(WAIT_S):
+        for task in (at_work, waiting):
+            with pytest.raises(Unavailable) as told:
+                await task
+            assert told.value.reason == "DEVICE_LOST"
+        with pytest.raises(DeviceLost):
+            await working
+        with pytest.raises(Unavailable) as told:
+            await collect(engine, plates.job())
+        assert told.value.reason == "DEVICE_LOST"
+        await engine.drain()
+
+
+async def test_an_error_that_stays_with_the_device_is_no_jobs_own(
+    catalog, torch_stages, monkeypatch
+):
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    stages = WatchedStages(torch_stages, cursed="lemon", error=error)
+    lost = []
+
+    def synchronize(device):
+        # As the driver does: once there was such an error, everything answers with it.
+        if stages.is_lost:
+            lost.append(device)
+            raise error
+
+    monkeypatch.setattr(runner, "_synchronize", synchronize)
+    engine = Engine(catalog, load=lambda _: stages, scheduler=Scheduler(), threads=1)
+    async with asyncio.timeout(WAIT_S):
+        jobs = [plates.job(prompt="lemon"), plates.job()]
+        told = await asyncio.gather(*(collect(engine, job) for job in jobs), return_exceptions=True)
+        assert [(type(each), each.reason) for each in told] == [(DeviceLost, "DEVICE_LOST")] * 2
+        with pytest.raises(DeviceLost):
+            await engine.working()
+    assert lost == [catalog.cards[0].device]
+
+
+async def test_a_drained_engine_has_not_failed(catalog, torch_stages):
+    async with running(catalog, torch_stages) as engine:
+        await collect(engine, plates.job())
+    await asyncio.wait_for(engine.working(), WAIT_S)

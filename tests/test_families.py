@@ -167,7 +167,7 @@ def test_an_autoencoder_that_overflows_in_half_stays_single(copy, upcast):
 
 
 def test_sdxl_is_named_and_sized_by_its_folder(folder):
-    card = ModelCard.read(ModelSource(name="xl", source=str(folder)))
+    card = ModelCard.read(ModelSource(name="xl", source=folder))
     assert card.family == "sdxl"
     assert (card.facts.size_multiple, card.min_side, card.max_side) == (32, 32, 256)
     assert card.tokens_limit == toy.WINDOW

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -29,8 +30,11 @@ from services.common.errors import (
 )
 from services.common.rpc import connect
 from services.common.telemetry import start_logging
-from services.generator.__main__ import Settings, build
+from services.generator.__main__ import Settings, build, load_stages
+from services.generator.catalog import Catalog
+from services.generator.engine import Engine
 from services.generator.png import encode_png
+from services.generator.scheduler import Scheduler
 from tests import plates, toy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -44,10 +48,10 @@ def folder(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def serving(folder, data):
+async def serving(folder, data, *, threads=1):
     """A serving generator: its server, a stub, and its blobs."""
     settings = Settings(
-        address="127.0.0.1:0", blobs=f"folder:{data}", models=f"mini={folder}", threads=1
+        address="127.0.0.1:0", blobs=f"folder:{data}", models=f"mini={folder}", threads=threads
     )
     server = await build(settings)
     await asyncio.wait_for(server.start(), WAIT_S)
@@ -359,3 +363,26 @@ async def test_stopping_lets_an_admitted_call_finish(folder, tmp_path):
         answered += [answer async for answer in call]
         assert len(images(answered)) == 1
         await asyncio.wait_for(stopping, WAIT_S)
+
+
+async def test_pictures_that_other_arithmetic_drew_are_not_answered(folder, tmp_path):
+    async def drawn(threads):
+        """Whether a generator with so many threads draws the request; it keeps what it drew."""
+        async with serving(folder, tmp_path, threads=threads) as (_, stub, blobs):
+            before = unet_calls()
+            assert images(await answers(stub, await request_for(blobs, seed=3)))
+            return unet_calls() > before
+
+    # Sums split over another number of threads round differently.
+    assert [await drawn(threads) for threads in (1, 2, 1)] == [True, True, False]
+
+
+async def test_a_device_of_another_kind_is_other_arithmetic(folder, monkeypatch):
+    (card,) = Catalog.read(f"mini={folder}").cards
+    engine = Engine(Catalog({"mini": card}), load=load_stages, scheduler=Scheduler(), threads=1)
+    kinds = {engine.arithmetic(replace(card, dtype=torch.bfloat16)), engine.arithmetic(card)}
+    for name in ("NVIDIA H100", "NVIDIA A100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        kinds.add(engine.arithmetic(replace(card, device=torch.device("cuda", 0))))
+    assert len(kinds) == 4
+    await engine.drain()

@@ -18,7 +18,14 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
-from services.common.errors import DeadlinePassed, Overloaded, Unavailable
+from services.common.errors import (
+    DeadlinePassed,
+    DeviceLost,
+    Internal,
+    Overloaded,
+    Unavailable,
+)
+from services.inversion import engine as inversion_engine
 from services.inversion.catalog import Catalog
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer, learn, seeds_in
@@ -452,3 +459,33 @@ async def test_a_state_of_something_else_is_left_aside(tmp_path):
         last = [item async for item in events][-1]
         assert last.progress[0].is_done
         assert set(last.vectors) == {0}
+
+
+async def test_an_error_that_stays_with_the_device_ends_the_service(tmp_path, monkeypatch):
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def fail(*_):
+        raise error
+
+    async with engine(tmp_path) as made:
+        working = asyncio.create_task(made.working())
+        monkeypatch.setattr(Trainer, "advance", fail)
+        async with made.turn():
+            events, _ = await first_of(made)
+            with pytest.raises(Internal):
+                await anext(events)
+        assert not working.done(), "the device still answers"
+
+        async with made.turn():
+            waiting = asyncio.create_task(_turn(made))
+            # As the driver does: once there was such an error, everything answers with it.
+            monkeypatch.setattr(inversion_engine, "_synchronize", fail)
+            events, _ = await first_of(made)
+            with pytest.raises(DeviceLost):
+                await anext(events)
+        with pytest.raises(DeviceLost):
+            await asyncio.wait_for(working, 10)
+        with pytest.raises(DeviceLost):
+            await waiting
+        with pytest.raises(DeviceLost):
+            await _turn(made)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from services.common.collage import Extent
-from services.common.registry import NotAModel, digest
+from services.common.registry import NotAModel, digest, locate
 from services.generator import models
 from tests import toy
 
@@ -75,7 +75,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load(tmp_path)
     for name in (tmp_path / "none", "none", "a/b/c", "not a name/at all"):
         with pytest.raises(NotAModel, match="no such folder"):
-            load(name)
+            locate(name)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

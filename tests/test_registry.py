@@ -14,6 +14,7 @@ from services.common.registry import (
     Limits,
     NotAModel,
     digest,
+    locate,
     locate_adapter,
     read_sources,
     weights,
@@ -49,18 +50,46 @@ models:
 """,
     )
     # Folders are found from where the file is, whatever the process' own folder; others are hub ids.
-    assert one.source == str(tmp_path / "sd15")
+    assert one.source == tmp_path / "sd15"
     assert one.controlnets == {
-        "depth": str(tmp_path / "sd15/controlnet-depth"),
-        "canny": str(tmp_path / "control/canny"),
+        "depth": tmp_path / "sd15/controlnet-depth",
+        "canny": tmp_path / "control/canny",
         "pose": "owner/pose@v2",
     }
-    assert one.adapters == {"ink": str(tmp_path / "ink.safetensors")}
+    assert one.adapters == {"ink": tmp_path / "ink.safetensors"}
     assert (one.dtype, one.device) == ("float16", "cuda:1")
     assert one.limits == Limits(max_side=1024, max_images=4, max_steps=60)
     assert one.defaults == Defaults(sampler="ddim", steps=20, guidance_scale=5.0)
     assert (other.name, other.source, other.dtype) == ("2.1", "owner/name@main", "")
     assert other.limits == Limits() and other.defaults == Defaults()
+
+
+def test_a_source_means_what_it_means_where_it_is_written(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    (here / "owner/name").mkdir(parents=True)
+    (here / "owner/ink").mkdir()
+    (here / "owner/ink/ink.safetensors").touch()
+    asked = []
+
+    def fetch(name, **_):
+        asked.append(name)
+        raise ValueError("not here")
+
+    monkeypatch.setattr("services.common.registry.snapshot_download", fetch)
+    monkeypatch.chdir(here)
+    # A path of the working folder is no folder for a file that lies elsewhere: there it is a hub id, and stays one.
+    (far,) = read(tmp_path, "models: [{name: a, source: owner/name, adapters: {ink: owner/ink}}]")
+    (near,) = read_sources("a=owner/name")
+    monkeypatch.chdir(tmp_path)
+    (gone,) = read_sources("a=owner/name")
+    assert locate(near.source).samefile(here / "owner/name")
+    monkeypatch.chdir(here)
+    for source in (far.source, gone.source):
+        with pytest.raises(NotAModel, match="no such folder, and the hub says: not here"):
+            locate(source)
+    with pytest.raises(NotAModel, match="no such folder, and the hub says: not here"):
+        locate_adapter(far.adapters["ink"])
+    assert asked == ["owner/name", "owner/name", "owner/ink"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collage.v1 import (
     inversion_service_pb2,
     inversion_service_pb2_grpc,
 )
+from local.embedded import Embedded
 from services.common import errors, rpc, telemetry
 from services.common.blobs import BlobMissing, BlobStoreUnavailable
 
@@ -167,4 +168,61 @@ async def test_health_waits_for_the_probe():
         gate.set()
         await starting
         assert (await check(request, timeout=5)).status == health_pb2.HealthCheckResponse.SERVING
+    await server.stop(drain_s=0)
+
+
+def test_a_server_whose_part_fails_says_not_serving_and_ends_with_an_error():
+    statuses = []
+
+    async def main() -> None:
+        server = rpc.Server("test", "127.0.0.1:0")
+        server.add(SERVICE)
+        fails = asyncio.Event()
+
+        async def part() -> None:
+            await fails.wait()
+            raise errors.DeviceLost("the device is gone")
+
+        server.depends_on(part)
+        running = asyncio.create_task(server.run())
+        async with rpc.connect(server.address) as channel:
+            request = health_pb2.HealthCheckRequest(service=SERVICE)
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                request, timeout=10, wait_for_ready=True
+            )
+            while (status := (await watch.read()).status) != health_pb2.HealthCheckResponse.SERVING:
+                assert not running.done()
+            fails.set()
+            statuses.extend([status, (await watch.read()).status])
+            watch.cancel()
+            async with asyncio.timeout(10):
+                await running
+
+    with pytest.raises(SystemExit) as ended:
+        asyncio.run(main())
+    assert ended.value.code == 1
+    assert statuses == [
+        health_pb2.HealthCheckResponse.SERVING,
+        health_pb2.HealthCheckResponse.NOT_SERVING,
+    ]
+
+
+async def test_a_part_that_fails_while_the_server_starts_leaves_it_not_serving():
+    server = rpc.Server("test", "127.0.0.1:0")
+    server.add(SERVICE)
+
+    async def part() -> None:
+        raise errors.DeviceLost("the device is gone")
+
+    server.depends_on(part)
+    server.before_serving(server.failed)
+    await server.start()
+    async with rpc.connect(server.address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for name in ("", SERVICE):
+            answer = await check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    # Of several in one process, the one that failed ends the wait for all.
+    other = rpc.Server("other", "127.0.0.1:0")
+    await asyncio.wait_for(Embedded([other, server]).failed(), 5)
     await server.stop(drain_s=0)

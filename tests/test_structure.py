@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import uuid
@@ -21,10 +22,14 @@ from services.common.settings import InvalidSetting
 from services.compositor import service
 from services.compositor.compose import compose
 from services.compositor.structure import ControlPicture, canny
+from services.generator.__main__ import load_stages
 from services.generator.catalog import Catalog
 from services.generator.conditioning import prepare
-from services.generator.models import load
+from services.generator.engine import Engine
+from services.generator.models import load, load_controlnet
+from services.generator.runner import STAGE_SECONDS
 from services.generator.sampler import Run, step
+from services.generator.scheduler import Scheduler
 from services.generator.stages import TorchStages
 from services.generator.structure import StructureControl
 from tests import plates, toy
@@ -597,3 +602,76 @@ async def test_what_is_wrong_with_structure_is_told_by_field(system):
     error = await refused(system, scene([], [{"kind": "depth", "image": unknown}]))
     assert isinstance(error, MissingBlobs)
     assert error.missing == {f"{path}[0].image": "0" * 64}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_window_without_a_whole_step_is_warned_of(system):
+    # The freest layer's noise is 0.5: of 8 steps the picture takes 4, of 10 it takes 5.
+    short = {"kind": "canny", "start": 0.2, "end": 0.4}
+    drawing = {"data": system_tools.png(np.full((4, 4, 3), 200, np.uint8))}
+    empty = {"kind": "depth", "start": 0.2, "end": 0.2, "image": drawing}
+    layers = [
+        system_tools.layer("a", noise=0.5, structure=[{"kind": "canny"}]),
+        system_tools.layer("b", x=22.5, noise=0.3, structure=[empty, short]),
+        system_tools.layer("c", visible=False, structure=[short]),
+        system_tools.layer("d", x=40.0, noise=0.3, structure=[{**short, "scale": 0.0}]),
+    ]
+    asked = system_tools.collage(layers=layers)
+
+    async def warned(steps):
+        request = pb.PlanCollageRequest(collage=asked, sampling={"steps": steps})
+        plan = (await system.stub.PlanCollage(request, timeout=WAIT_S)).plan
+        return {
+            warning.field: warning.message
+            for warning in plan.warnings
+            if warning.reason == "STRUCTURE_NEVER_ACTS"
+        }
+
+    assert await warned(8) == {
+        "collage.layers[1].structure[0]": "never acts: with 8 steps the picture takes 4, and none of these "
+        "lies wholly from 0.2 to 0.2 of them; widen the window, up to 1000 steps none does",
+        "collage.layers[1].structure[1]": "never acts: with 8 steps the picture takes 4, and none of these "
+        "lies wholly from 0.2 to 0.4 of them; widen the window, or take 10 steps",
+    }
+    assert set(await warned(10)) == {"collage.layers[1].structure[0]"}
+    request = pb.GenerateImagesRequest(collage=asked, sampling={"steps": 8, "seed": 1})
+    told = {e.warning.field for e in await system.generate(request) if e.HasField("warning")}
+    assert set(await warned(8)) <= told
+
+
+def test_a_window_acts_where_a_whole_step_lies_in_it():
+    ends = [n / 20 for n in range(21)] + [1 / 3, 2 / 3, 0.1 + 0.2]
+    for start, end in itertools.product(ends, ends):
+        part = Structure(kind="canny", start=start, end=end)
+        for steps in (1, 2, 3, 7, 10, 30, 49):
+            looked = any(part.is_active(step, steps) for step in range(steps))
+            assert part.acts_within(steps) == looked, (start, end, steps)
+
+
+async def test_a_controlnet_is_loaded_before_the_first_step_and_timed_apart(folder, monkeypatch):
+    catalog, order, kinds = Catalog.read(f"mini={folder}"), [], []
+
+    def load_one(*args, **options):
+        order.append("load")
+        kinds.append(args[0].name)
+        return load_controlnet(*args, **options)
+
+    monkeypatch.setattr("services.generator.stages.load_controlnet", load_one)
+    made = load_stages(catalog.cards[0])
+    made._model.unet.register_forward_pre_hook(lambda *_: order.append("call"))
+    monkeypatch.setattr(
+        "services.generator.runner.step", lambda *args: (order.append("step"), step(*args))
+    )
+    timed = STAGE_SECONDS.labels("load_controlnets")._sum.get
+    before = timed()
+    engine = Engine(catalog, load=lambda _: made, scheduler=Scheduler(), threads=1)
+    job = plates.job(made_of=halves(), steps=2)
+    never = Structure(kind="depth", start=0.1, end=0.2)
+    layers = [replace(control, structures=(*FULL, never)) for control in job.layers]
+    async for _ in engine.generate(replace(job, layers=tuple(layers))):
+        pass
+    await engine.drain()
+    assert order == ["load", "step", "call", "step", "call"]
+    # One that no step asks for stays on disk.
+    assert kinds == ["controlnet-canny"]
+    assert timed() > before

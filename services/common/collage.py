@@ -59,6 +59,17 @@ class Structure:
     end: float = 1.0
     image: Picture | None = None
 
+    def is_active(self, step: int, steps: int) -> bool:
+        """Whether it acts in step `step` of `steps`, as diffusers' control_guidance_start and _end have it."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+    def acts_within(self, steps: int) -> bool:
+        """Whether it acts in any of so many steps."""
+        # The first step not before the start is the likeliest one; the product may be off by a last bit.
+        first = int(self.start * steps)
+        near = range(max(0, first - 1), min(steps, first + 2))
+        return any(self.is_active(step, steps) for step in near)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appearance:

@@ -11,6 +11,8 @@
     ├── Cancelled             CANCELLED
     └── Internal              INTERNAL              a bug; the log has more under the request id
 
+`DeviceLost` is the Unavailable that a process ends with.
+
 Every error knows its google.rpc details (ErrorInfo always). `to_status` writes them, `from_status` reads them back
 unchanged, so an error raised in one service reaches the client through two others whole. This module knows no server.
 """
@@ -191,6 +193,12 @@ class Unavailable(CollageError):
 
     code = code_pb2.UNAVAILABLE
     reason = "UNAVAILABLE"
+
+
+class DeviceLost(Unavailable):
+    """What does a service's work has failed for good: its process ends and is started again."""
+
+    reason = "DEVICE_LOST"
 
 
 class DeadlinePassed(CollageError):

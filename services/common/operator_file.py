@@ -36,6 +36,15 @@ def read_file(file: Path) -> "Place":
     return Place(file, "", content)
 
 
+def resolve(source: str, folder: Path) -> Path | str:
+    """What an operator means by a source: the folder or file of that name, seen from `folder`; else a hub id, the text.
+
+    Asked once, where the text is read: seen from another folder, the same text may mean something else.
+    """
+    local = (folder / Path(source).expanduser()).absolute()
+    return local if local.exists() else source
+
+
 class Place:
     """A value of a YAML file and the path to it; None for one that is not there."""
 
@@ -122,14 +131,13 @@ class Place:
             raise self.wrong("required: a file")
         return self._file.parent / Path(self._value).expanduser()
 
-    def source(self) -> str:
-        """A folder or file, relative to the YAML file; or a hub id, where there is no such folder."""
+    def source(self) -> Path | str:
+        """A folder or file, relative to the YAML file; or a hub id, where there is no such one. See `resolve`."""
         if not isinstance(self._value, str) or not self._value.strip():
             raise self.wrong("required: a folder, or a hub id OWNER/NAME or OWNER/NAME@REVISION")
-        local = self._file.parent / Path(self._value).expanduser()
-        return str(local) if local.exists() else self._value
+        return resolve(self._value, self._file.parent)
 
-    def sources(self) -> dict[str, str]:
+    def sources(self) -> dict[str, Path | str]:
         """Sources by name; none where nothing stands."""
         return {name: place.source() for name, place in self.named().items()}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from services.common.operator_file import Place, read_file
+from services.common.operator_file import Place, read_file, resolve
 from services.common.settings import InvalidSetting
 from services.common.wire import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 
@@ -87,15 +87,15 @@ class Defaults:
 class ModelSource:
     """One served model, as the operator names it.
 
-    source: a folder in diffusers format, or a hub id, see `locate`. controlnets: by control kind ("canny"), folders or
-    hub ids of ControlNets for it. adapters: by name, safetensors files, or folders or hub ids that hold one. dtype: one
-    of `DTYPES`, device: "cpu", "cuda" or "cuda:1"; either empty for the generator's choice.
+    source: a folder in diffusers format, or a hub id, a text, see `locate`. controlnets: by control kind ("canny"),
+    folders or hub ids of ControlNets for it. adapters: by name, safetensors files, or folders or hub ids that hold one.
+    dtype: one of `DTYPES`, device: "cpu", "cuda" or "cuda:1"; either empty for the generator's choice.
     """
 
     name: str
-    source: str
-    controlnets: Mapping[str, str] = field(default_factory=dict)
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    source: Path | str
+    controlnets: Mapping[str, Path | str] = field(default_factory=dict)
+    adapters: Mapping[str, Path | str] = field(default_factory=dict)
     dtype: str = ""
     device: str = ""
     limits: Limits = Limits()
@@ -180,8 +180,8 @@ def read_sources(models: str) -> tuple[ModelSource, ...]:
 
     Args:
         models: `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, or the path of a `.yaml` file, see
-            `read_models_file`; empty for the bundled model. A folder's subfolders `controlnet-KIND` are its
-            ControlNets.
+            `read_models_file`; empty for the bundled model. Relative folders are relative to the working one. A
+            folder's subfolders `controlnet-KIND` are its ControlNets.
 
     Raises:
         InvalidSetting: naming the entry that does not parse or stands twice.
@@ -190,9 +190,10 @@ def read_sources(models: str) -> tuple[ModelSource, ...]:
         return read_models_file(Path(models))
     sources: dict[str, ModelSource] = {}
     for entry in (models or f"mini={BUNDLED}").split(","):
-        name, _, source = (part.strip() for part in entry.partition("="))
-        if not name or not source or name in sources:
+        name, _, text = (part.strip() for part in entry.partition("="))
+        if not name or not text or name in sources:
             raise InvalidSetting(f"models: {entry!r} must be NAME=FOLDER, each name once")
+        source = resolve(text, Path())
         sources[name] = ModelSource(name=name, source=source, controlnets=_controlnets_in(source))
     return tuple(sources.values())
 
@@ -246,28 +247,32 @@ def _read_model(place: Place) -> ModelSource:
     )
 
 
-def _controlnets_in(source: str) -> dict[str, str]:
+def _controlnets_in(source: Path | str) -> dict[str, Path | str]:
     """The ControlNets that lie beside the parts of a local model, by kind."""
+    beside = source.glob("controlnet-*") if isinstance(source, Path) else ()
     return {
-        folder.name.removeprefix("controlnet-"): str(folder)
-        for folder in sorted(Path(source).glob("controlnet-*"))
+        folder.name.removeprefix("controlnet-"): folder
+        for folder in sorted(beside)
         if folder.is_dir()
     }
 
 
-def locate(source: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model, fetched from the hub if it is no local one.
+def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model, fetched from the hub where the source is a hub id.
 
     Args:
-        source: a folder, or a hub id `owner/name` or `owner/name@revision` (a branch, a tag or a commit).
+        source: a folder, or as a text a hub id `owner/name` or `owner/name@revision` (a branch, a tag or a commit). A
+            text is no folder, whatever lies in the working one.
         files: patterns of what is fetched.
 
     Raises:
         NotAModel: there is no such folder, and the hub does not know it either.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    name, _, revision = str(source).partition("@")
+    if isinstance(source, Path):
+        if not source.is_dir():
+            raise NotAModel(f"{source}: no such folder")
+        return source
+    name, _, revision = source.partition("@")
     parts = name.split("/")
     if len(parts) != 2 or not all(parts):
         raise NotAModel(f"{source}: no such folder, and not of the form owner/name")
@@ -284,7 +289,7 @@ def locate(source: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
         raise NotAModel(f"{source}: no such folder, and the hub says: {error}") from error
 
 
-def locate_adapter(source: str | Path) -> Path:
+def locate_adapter(source: Path | str) -> Path:
     """The safetensors file of an adapter.
 
     Args:
@@ -293,10 +298,10 @@ def locate_adapter(source: str | Path) -> Path:
     Raises:
         NotAModel: no such file or folder, or not one file in it.
     """
-    if Path(source).is_file():
-        if Path(source).suffix != ".safetensors":
+    if isinstance(source, Path) and source.is_file():
+        if source.suffix != ".safetensors":
             raise NotAModel(f"{source}: is not a .safetensors file")
-        return Path(source)
+        return source
     found = sorted(locate(source, ADAPTER_FILES).glob("*.safetensors"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"

@@ -44,6 +44,8 @@ from services.common.telemetry import log, request_id
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # Time a draining server gives admitted calls before it cuts them.
 DRAIN_S = 25.0
+# The same after a part that the server cannot work without has failed: only calls that do not need it can still end.
+FAILED_DRAIN_S = 2.0
 # How long health says NOT_SERVING before new calls are refused, so that balancers hear of it.
 LAME_DUCK_S = 0.2
 REQUEST_ID_KEY = "x-request-id"
@@ -307,6 +309,9 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._names: list[str] = []
         self._probes: list[Probe] = []
+        self._parts: list[Probe] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._failed = asyncio.Event()
         self._closers: list[Callable[[], Awaitable[None]]] = []
         host, _, _ = address.rpartition(":")
         try:
@@ -323,6 +328,13 @@ class Server:
         """Has health say SERVING only once `probe` has passed."""
         self._probes.append(probe)
 
+    def depends_on(self, part: Probe) -> None:
+        """Has the server give up when `part`, awaited from `start` on, raises: health says NOT_SERVING, `run` fails.
+
+        It returns where the part has ended in order.
+        """
+        self._parts.append(part)
+
     def on_stopped(self, close: Callable[[], Awaitable[None]]) -> None:
         """Has `close` awaited once the last call has ended; the latest first."""
         self._closers.append(close)
@@ -334,10 +346,15 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.grpc.start()
         log.info("listening", name=self.name, address=self.address)
+        self._watchers = [asyncio.create_task(self._watch(part)) for part in self._parts]
         for probe in self._probes:
             await probe()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", name=self.name, address=self.address)
+
+    async def failed(self) -> None:
+        """Returns when a part that the server depends on has failed."""
+        await self._failed.wait()
 
     async def stop(self, *, drain_s: float = DRAIN_S) -> None:
         """NOT_SERVING, then no new calls, then waits for admitted ones up to `drain_s` seconds."""
@@ -351,28 +368,52 @@ class Server:
             except TimeoutError:
                 log.warning("drain timed out", name=self.name, drain_s=drain_s)
         await self.grpc.stop(max(0.0, end - time.monotonic()))
+        for watcher in self._watchers:
+            watcher.cancel()
         for close in reversed(self._closers):
             await close()
         log.info("stopped", name=self.name)
 
     async def run(self) -> None:
-        """Starts, serves until SIGTERM or SIGINT, drains."""
+        """Starts, serves until SIGTERM or SIGINT, drains.
+
+        Raises:
+            SystemExit: with status 1 once a part that the server depends on has failed, so that whoever keeps the
+                process starts it again.
+        """
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
         starting = asyncio.create_task(self.start())
-        waiting = asyncio.create_task(stopped.wait())
-        await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        ends = [asyncio.create_task(stopped.wait()), asyncio.create_task(self.failed())]
+        await asyncio.wait((starting, *ends), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            await waiting
-        starting.cancel()
-        await self.stop()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in (starting, *ends):
+            task.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        has_failed = self._failed.is_set()
+        await self.stop(drain_s=FAILED_DRAIN_S if has_failed else DRAIN_S)
+        if has_failed:
+            raise SystemExit(1)
+
+    async def _watch(self, part: Probe) -> None:
+        try:
+            await part()
+        except Exception as error:
+            log.error("server failed", name=self.name, exc_info=error)
+            self._failed.set()
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *self._names):
-            await self._health.set(name, status)
+            # A start under way does not overrule it.
+            has_failed = self._failed.is_set()
+            await self._health.set(
+                name, health_pb2.HealthCheckResponse.NOT_SERVING if has_failed else status
+            )
 
 
 def connect(address: str) -> grpc.aio.Channel:

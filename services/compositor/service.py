@@ -185,7 +185,8 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
             return None
         refs = [answer.plate, answer.composite, *(layer.mask for layer in answer.layers)]
         stats = await asyncio.gather(*(self._blobs.stat(blob_key(ref.sha256)) for ref in refs))
-        return answer if all(stats) else None
+        # One from before there was `largest_noise` is made again, and is the same but for that.
+        return answer if answer.HasField("largest_noise") and all(stats) else None
 
     async def _fetch(self, pictures: Mapping[str, Picture]) -> dict[str, bytes]:
         """The encoded pictures; equal ones are one object.
@@ -243,6 +244,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
                 )
                 for notice in composition.notices
             ],
+            largest_noise=float(composition.plate.strength_hw.max()),
         )
 
 

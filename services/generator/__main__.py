@@ -83,6 +83,7 @@ async def build(settings: Settings) -> Server:
         server.grpc,
     )
     server.add("collage.v1.GeneratorService")
+    server.depends_on(engine.working)
     server.on_stopped(blobs.close)
     server.before_serving(blobs.ready)
     server.before_serving(engine.warm_up)

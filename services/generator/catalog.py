@@ -347,7 +347,7 @@ class Catalog:
         return self._cards[name]
 
 
-def _read_adapter(name: str, where: str, folder: Path) -> AdapterCard:
+def _read_adapter(name: str, where: Path | str, folder: Path) -> AdapterCard:
     """Finds an adapter and looks whether it fits the model in `folder`."""
     try:
         file = locate_adapter(where)

@@ -12,9 +12,10 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from services.common.collage import Extent, Sampling
-from services.common.errors import DeadlinePassed
+from services.common.errors import DeadlinePassed, DeviceLost
 from services.common.plate import Plate
 from services.generator.catalog import Catalog, ModelCard
 from services.generator.conditioning import LayerControl
@@ -41,8 +42,6 @@ PNG_THREADS = 2
 WARM_UP_STEPS = 6
 # Longest wait for a warm-up: a large model read from slow storage, then run on a CPU.
 WARM_UP_LIMIT_S = 900.0
-# Longest wait for admitted jobs on the way out; a server usually gives up sooner.
-DRAIN_LIMIT_S = 300.0
 
 
 class Engine:
@@ -58,6 +57,7 @@ class Engine:
         memory_bytes: float = math.inf,
     ) -> None:
         self.catalog = catalog
+        self._threads = threads
         self._runner = Runner(
             catalog, load=load, scheduler=scheduler, threads=threads, memory_bytes=memory_bytes
         )
@@ -70,7 +70,7 @@ class Engine:
 
         Raises:
             Overloaded: the queue is full, or too long for the job's deadline.
-            Unavailable: the engine is draining.
+            Unavailable: the engine is draining; DeviceLost: its device's thread has died.
             DeadlinePassed: the job's deadline passed first.
             InvalidRequest: a prompt is too long.
             Internal: the work failed; reason OUT_OF_MEMORY where it did not fit the device.
@@ -106,9 +106,26 @@ class Engine:
         )
         return self._runner.seconds(shape, rows=card.unet_rows(sampling), steps=sampling.steps)
 
+    def arithmetic(self, card: ModelCard) -> str:
+        """Names what decides a picture's last bits beside the request and the networks: equal here, equal bytes."""
+        if card.device.type == "cuda":
+            return f"{card.dtype} on {torch.cuda.get_device_name(card.device)}"
+        return f"{card.dtype} on {torch.backends.cpu.get_cpu_capability()} with {self._threads} threads"
+
     async def drain(self) -> None:
         """Admits nothing more and returns when what was admitted is finished."""
-        await asyncio.to_thread(self._runner.drain, limit_s=DRAIN_LIMIT_S)
+        self._runner.drain()
+        with contextlib.suppress(DeviceLost):
+            await self.working()
+
+    async def working(self) -> None:
+        """Returns when a drain is over.
+
+        Raises:
+            DeviceLost: the device's thread has died, and nothing will be drawn here any more.
+        """
+        # Shielded: the end is everybody's, and whoever stops waiting for it must not cancel it.
+        await asyncio.shield(asyncio.wrap_future(self._runner.end))
 
     async def _encode(self, job: Job, item: Item) -> Event:
         encode = asyncio.get_running_loop().run_in_executor

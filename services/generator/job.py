@@ -4,6 +4,7 @@ The mailbox carries events from the device's thread to the event loop of the cal
 """
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ class Mailbox:
                 if len(unread) >= MAX_UNREAD_PREVIEWS:
                     self._items.remove(unread[0])
             self._items.append(item)
-        if not self._loop.is_closed():
+        # A loop that is closed has no reader any more, and its end must not be the writer's.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def get(self) -> Item:

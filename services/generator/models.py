@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils.logging import disable_progress_bar
 
 from services.common.collage import Extent
-from services.common.registry import ModelError, NotAModel, locate
+from services.common.registry import ModelError, NotAModel
 from services.generator.noise import HoldingUniPC
 
 # The parts of a folder and the classes that may fill them, by their names in model_index.json.
@@ -245,14 +245,14 @@ class LoadedModel:
 
 
 def load(
-    model: str | Path,
+    folder: Path,
     *,
     dtype: torch.dtype,
     device: torch.device,
     controlnets: Mapping[str, Path] | None = None,
     adapters: Mapping[str, Path] | None = None,
 ) -> LoadedModel:
-    """Loads a model from a folder, or from the hub where no such folder exists and the name looks like owner/name.
+    """Loads a model from its folder.
 
     ControlNets and adapters are noted, by kind or name and where they lie, and not loaded yet.
 
@@ -260,7 +260,6 @@ def load(
         NotAModel: a part or a file is missing or unreadable.
         UnsupportedModel: another family than U-Net latent diffusion with a CLIP text encoder, or two as SDXL has them.
     """
-    folder = locate(model)
     facts = read_facts(folder)
     # Nobody watches a server's terminal.
     disable_progress_bar()
@@ -299,8 +298,8 @@ def load_controlnet(folder: Path, *, dtype: torch.dtype, device: torch.device) -
         NotAModel: a file is missing or unreadable.
     """
     disable_progress_bar()
-    # It is loaded in the midst of a step: weights made in inference mode need no gradient, which would change the last
-    # bits of what they give, see `load`.
+    # A step that was not told beforehand asks for it in its midst: weights made in inference mode need no gradient,
+    # which would change the last bits of what they give, see `load`.
     with torch.inference_mode(False):
         return _read(ControlNetModel, folder, None, torch_dtype=dtype).eval().to(device)
 

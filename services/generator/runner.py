@@ -11,7 +11,9 @@ import itertools
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +23,7 @@ from services.common.errors import (
     Cancelled,
     CollageError,
     DeadlinePassed,
+    DeviceLost,
     Internal,
     Overloaded,
     Unavailable,
@@ -80,6 +83,8 @@ class Runner:
             fits by itself, see `Catalog.check_memory`.
         threads: CPU threads of one operation. Fixed, because sums split over another number of threads round
             differently: with the same number a request gives the same bytes in every process.
+
+    `end` is done when the thread has ended: after a drain, or, with `DeviceLost`, because it died.
     """
 
     def __init__(
@@ -103,15 +108,16 @@ class Runner:
         # Guards scheduler and entries, and tells the thread of news.
         self._changed = threading.Condition()
         self._is_draining = False
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
-        self._thread.start()
+        self._has_ended = False
+        self.end: Future[None] = Future()
+        threading.Thread(target=self._live, name="device", daemon=True).start()
 
     def submit(self, job: Job, mailbox: Mailbox) -> int:
         """Queues a job and answers its id.
 
         Raises:
             Overloaded: the queue is full, or too long for the job's deadline.
-            Unavailable: the runner is draining.
+            Unavailable: the runner is draining; DeviceLost: it has died.
         """
         now_s = time.monotonic()
         sampling, released_hw = job.sampling, released_at(job.plate.strength_hw, job.sampling.steps)
@@ -129,7 +135,9 @@ class Runner:
             deadline_s=job.deadline_s,
         )
         with self._changed:
-            if self._is_draining or not self._thread.is_alive():
+            if self._has_ended:
+                raise _lost()
+            if self._is_draining:
                 raise Unavailable("the generator is shutting down", reason="DRAINING")
             try:
                 self._scheduler.admit(ticket, now_s=now_s)
@@ -152,33 +160,46 @@ class Runner:
         with self._changed:
             return self._scheduler.pace.seconds(shape, rows=rows, steps=steps)
 
-    def drain(self, *, limit_s: float) -> None:
-        """Admits nothing more, finishes what was admitted, ends the thread; waits for that at most `limit_s`."""
+    def drain(self) -> None:
+        """Admits nothing more; the thread finishes what was admitted and ends, see `end`."""
         with self._changed:
             self._is_draining = True
             self._changed.notify()
-        self._thread.join(limit_s)
 
     # Below: the device's thread.
+
+    def _live(self) -> None:
+        """Works until there is no more to do, or dies of what is no job's own failure; either way nobody waits on."""
+        death: BaseException | None = None
+        try:
+            self._work()
+        except BaseException as error:  # of the thread: there is nobody above to hear of it
+            log.error("device thread died", exc_info=error)
+            death = error
+        with self._changed:
+            # From here on none comes in. Not `_end`: what it keeps in order may be what is broken.
+            self._has_ended = True
+            left = list(self._entries.values())
+            self._entries.clear()
+        for entry in left:
+            JOBS.labels(DeviceLost.reason).inc()
+            entry.mailbox.post(Ended(error=_lost()))
+        if death is None:
+            self.end.set_result(None)
+        else:
+            self.end.set_exception(_lost())
 
     def _work(self) -> None:
         # Both are the process' or the thread's own settings, so they are made where they count.
         torch.set_num_threads(self._threads)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        try:
-            while (turn := self._next_turn()) is not None:
-                for ticket, reason in turn.dropped:
-                    self._end(self._entries[ticket.id], _dropped(reason))
-                for ticket in turn.joined:
-                    self._attempt(self._entries[ticket.id], self._begin)
-                self._advance([self._entries[t.id] for t in turn.batch if t.id in self._entries])
-        except Exception as error:
-            log.error("device thread died", exc_info=error)
-        finally:
-            # Reached with jobs left only through a bug: nobody shall wait for a dead thread.
-            for entry in list(self._entries.values()):
-                self._end(entry, Unavailable("the generator stopped", reason="STOPPED"))
+        while (turn := self._next_turn()) is not None:
+            for ticket, reason in turn.dropped:
+                self._end(self._entries[ticket.id], _dropped(reason))
+            for ticket in turn.joined:
+                self._attempt(self._entries[ticket.id], self._begin)
+            self._advance([self._entries[t.id] for t in turn.batch if t.id in self._entries])
 
     def _next_turn(self) -> Turn | None:
         with self._changed:
@@ -208,6 +229,10 @@ class Runner:
             entry.run = Run.begin(
                 stages, plate=job.plate, conditioning=conditioning, sampling=job.sampling
             )
+        if kinds := entry.run.control_kinds:
+            # Before the first step, whose time is what all that follow are estimated by.
+            with self._stage(entry, stages, "load_controlnets"):
+                stages.load_controlnets(kinds)
 
     def _stages_of(self, name: str) -> Stages:
         if name in self._stages:
@@ -261,35 +286,35 @@ class Runner:
     def _step(self, entries: Sequence[_Entry]) -> None:
         if not entries:
             return
-        runs = [_run(entry) for entry in entries]
-        done = [run.steps_done for run in runs]
-        stages = self._stages[entries[0].job.sampling.model]
-        start_s = time.monotonic()
+        sampling = entries[0].job.sampling
+        stages = self._stages[sampling.model]
         try:
             # All of a batch have the same ones; a job of others may have begun since their last step.
-            stages.use(entries[0].job.sampling.active_adapters)
-            step(stages, runs)
-            _synchronize(stages)
+            stages.use(sampling.active_adapters)
+            start_s = time.monotonic()
+            step(stages, [_run(entry) for entry in entries])
+            _synchronize(stages.device)
+            seconds = time.monotonic() - start_s
         except Exception as error:
-            if len(entries) == 1:
-                self._fail(entries[0], error)
-                return
-            # Whose fault it is cannot be told from here: each that did not get on tries alone, and only the
-            # culprit fails.
-            log.warning(
-                "joint step failed, each job tries alone", jobs=len(entries), error=str(error)
-            )
-            del error
-            _free_memory(stages)
-            for entry, before in zip(entries, done, strict=True):
-                if _run(entry).steps_done == before:
-                    self._step([entry])
+            failure = error
+        else:
+            STEP_SECONDS.labels(sampling.model).observe(seconds)
+            BATCH_ROWS.observe(sum(entry.ticket.rows for entry in entries))
+            with self._changed:
+                self._scheduler.stepped(tuple(entry.ticket for entry in entries), seconds=seconds)
             return
-        seconds = time.monotonic() - start_s
-        STEP_SECONDS.labels(entries[0].job.sampling.model).observe(seconds)
-        BATCH_ROWS.observe(sum(entry.ticket.rows for entry in entries))
-        with self._changed:
-            self._scheduler.stepped(tuple(entry.ticket for entry in entries), seconds=seconds)
+        # Outside the handler: while an exception is handled, all that the failed call held stays in memory.
+        if len(entries) == 1:
+            self._fail(entries[0], failure)
+            return
+        # Whose fault it is cannot be told from here: every run is as it was before, each job tries alone, and only the
+        # culprit fails.
+        log.warning(
+            "joint step failed, each job tries alone", jobs=len(entries), error=str(failure)
+        )
+        _recover(stages.device, failure)
+        for entry in entries:
+            self._step([entry])
 
     def _tell_step(self, entry: _Entry) -> None:
         run, every = _run(entry), entry.job.sampling.preview_every
@@ -312,15 +337,19 @@ class Runner:
         """Does one job's own work; what goes wrong is that job's alone."""
         try:
             entry.context.run(work, entry)
+            return
         except Exception as error:
-            self._fail(entry, error)
+            failure = error
+        # Outside the handler, as in `_step`.
+        self._fail(entry, failure)
 
     def _fail(self, entry: _Entry, error: Exception) -> None:
         told = _told(error, entry.job)
         if isinstance(told, Internal):
             entry.context.run(log.error, "job failed", reason=told.reason, exc_info=error)
-        if entry.run is not None:
-            _free_memory(self._stages[entry.job.sampling.model])
+        entry.run = None
+        if told is not error:
+            _recover(self._catalog.find(entry.job.sampling.model).device, error)
         self._end(entry, told)
 
     def _end(self, entry: _Entry, error: CollageError | None) -> None:
@@ -343,7 +372,7 @@ class Runner:
     def _stage(self, entry: _Entry, stages: Stages, name: str) -> Iterator[None]:
         start_s = time.monotonic()
         yield
-        _synchronize(stages)
+        _synchronize(stages.device)
         seconds = time.monotonic() - start_s
         STAGE_SECONDS.labels(name).observe(seconds)
         log.info("stage done", stage=name, seconds=round(seconds, 4))
@@ -352,6 +381,10 @@ class Runner:
 def _run(entry: _Entry) -> Run:
     assert entry.run is not None, "only a job that has begun is stepped"
     return entry.run
+
+
+def _lost() -> DeviceLost:
+    return DeviceLost("the generator has lost its device and starts again")
 
 
 def _dropped(reason: DropReason) -> CollageError:
@@ -375,13 +408,21 @@ def _told(error: Exception, job: Job) -> CollageError:
     return Internal("internal error; the generator's log has more under this request id")
 
 
-def _synchronize(stages: Stages) -> None:
+def _synchronize(device: torch.device) -> None:
     """Waits for the device, so that times are true and a cancel is not overtaken by queued work."""
-    if stages.device.type == "cuda":
-        torch.cuda.synchronize(stages.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _free_memory(stages: Stages) -> None:
-    """Hands unused blocks back, so that what failed for want of memory may fit in smaller pieces."""
-    if stages.device.type == "cuda":
+def _recover(device: torch.device, error: Exception) -> None:
+    """Makes the device ready for the next work after an error: what failed for want of memory may fit in pieces.
+
+    Raises:
+        Exception: the device is lost. An illegal access, say, stays with the process: all that it asks of the device
+            from then on fails, so the error is no job's own.
+    """
+    # The tensors of the failed call hang on its frames.
+    traceback.clear_frames(error.__traceback__)
+    _synchronize(device)
+    if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -6,7 +6,8 @@ Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,13 @@ class Run:
         return self.steps_done == self.steps_total
 
     @property
+    def control_kinds(self) -> tuple[str, ...]:
+        """The ControlNets that its steps ask for."""
+        if self.steps_total == 0 or self._structure is None:
+            return ()
+        return self._structure.kinds(self.steps_total)
+
+    @property
     def latents_NChw(self) -> torch.Tensor:
         """The state the pictures are in, in the sampler's scaling; the latents to decode once done."""
         return self._x_NChw
@@ -109,6 +117,20 @@ class Run:
     def _timestep(self) -> torch.Tensor:
         timestep: torch.Tensor = self._scheduler.timesteps[self._step]
         return timestep
+
+    def _undo(self) -> Callable[[], None]:
+        """What brings all that a step changes back to how it is now: the latents, the states of sampler and noise."""
+        run, scheduler = dict(vars(self)), _copied(vars(self._scheduler))
+        generators = self._step_options.get("generator", [])
+        drawn = [generator.get_state() for generator in generators]
+
+        def undo() -> None:
+            self.__dict__ = run
+            self._scheduler.__dict__ = scheduler
+            for generator, state in zip(generators, drawn, strict=True):
+                generator.set_state(state)
+
+        return undo
 
     def _advance(self, prompted: torch.Tensor, unprompted: torch.Tensor | None) -> None:
         """One step from the U-Net's predictions: guidance, the scheduler's step, the hold."""
@@ -185,8 +207,18 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
     """Takes runs of one model and one latent shape, none of them done, one step further with one U-Net call.
 
     Rows may differ in timestep, guidance and control. Controlled rows come last, as the seam wants it; a run alone is
-    laid out as diffusers does it, rows without the prompt before rows with.
+    laid out as diffusers does it, rows without the prompt before rows with. Where it raises, every run is as it was.
     """
+    undos = [run._undo() for run in runs]
+    try:
+        _step(stages, runs)
+    except BaseException:
+        for undo in undos:
+            undo()
+        raise
+
+
+def _step(stages: Stages, runs: Sequence[Run]) -> None:
     without_prompt = [
         (run, run._conditioning.negative) for run in runs if run._conditioning.negative is not None
     ]
@@ -233,6 +265,13 @@ def paste(
     share_HW1 = release_HW.astype(np.uint32)[..., None]
     blend_HWC = (kept_HWC * (255 - share_HW1) + drawn_HWC * share_HW1 + 127) // 255
     return blend_HWC.astype(np.uint8)
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's attributes; of lists too, which multistep samplers shift in place. Tensors are never changed."""
+    return {
+        name: list(value) if isinstance(value, list) else value for name, value in state.items()
+    }
 
 
 def _with_constant(z_NChw: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
         card.check_sampling(sampling)
         _check(request, card)
-        key = f"results/{_digest(request, sampling, card)}"
+        key = f"results/{_digest(request, sampling, card, self._engine.arithmetic(card))}"
         kept = await self._kept(key)
         if kept is not None:
             log.info("answered from storage", key=key)
@@ -288,9 +288,15 @@ def _check_structures(
 
 
 def _digest(
-    request: generator_service_pb2.GenerateRequest, sampling: Sampling, card: ModelCard
+    request: generator_service_pb2.GenerateRequest,
+    sampling: Sampling,
+    card: ModelCard,
+    arithmetic: str,
 ) -> str:
-    """Names all that the pictures depend on: the request and the networks, not their names, nor who watches."""
+    """Names all that the pictures depend on: the request, the networks and how their sums are rounded.
+
+    Not the networks' names, nor who watches.
+    """
     inputs = generator_service_pb2.GenerateRequest()
     inputs.CopyFrom(request)
     inputs.sampling.CopyFrom(wire.render_sampling(sampling))
@@ -303,7 +309,7 @@ def _digest(
         f"{card.adapters[adapter.name].digest}*{adapter.weight!r}"
         for adapter in sampling.active_adapters
     ]
-    networks = " ".join([str(VERSION), card.digest, str(card.dtype), *controlnets, *adapters, ""])
+    networks = " ".join([str(VERSION), card.digest, arithmetic, *controlnets, *adapters, ""])
     return hashlib.sha256(networks.encode() + message).hexdigest()
 
 

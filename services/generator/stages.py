@@ -95,6 +95,9 @@ class Stages(Protocol):
     def use(self, adapters: Sequence[Adapter]) -> None:
         """Turns on exactly these of the model's adapters for all that follows."""
 
+    def load_controlnets(self, kinds: Sequence[str]) -> None:
+        """Has the ControlNets of these kinds in memory, so that no step has to wait for one."""
+
     def encode_text(self, texts: Sequence[Text]) -> TextStates:
         """What the U-Net reads of texts, a row each."""
 
@@ -156,6 +159,11 @@ class TorchStages:
     def use(self, adapters: Sequence[Adapter]) -> None:
         """See `Stages`."""
         self._adapters.use(adapters)
+
+    def load_controlnets(self, kinds: Sequence[str]) -> None:
+        """See `Stages`."""
+        for kind in kinds:
+            self._controlnet(kind)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[Text]) -> TextStates:

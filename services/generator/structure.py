@@ -21,11 +21,6 @@ from numpy.typing import NDArray
 from services.common.collage import Structure
 
 
-def is_active(structure: Structure, step: int, steps: int) -> bool:
-    """Whether it acts in step `step` of `steps`, as diffusers' control_guidance_start and _end have it."""
-    return step / steps >= structure.start and (step + 1) / steps <= structure.end
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StructureControl:
     """What a job's layers ask of ControlNets.
@@ -71,11 +66,19 @@ class StructureControl:
         }
         return cls(pictures=pictures, asked=asked, visible_Lhw=visible_Lhw)
 
+    def kinds(self, steps: int) -> tuple[str, ...]:
+        """The kinds that act in any of the job's `steps`."""
+        return tuple(
+            kind
+            for kind in self.pictures
+            if any(part.acts_within(steps) for _, part in self.asked[kind])
+        )
+
     def maps(self, step: int, steps: int) -> dict[str, torch.Tensor]:
         """The scale map hw of every kind that acts in step `step` of the job's `steps`."""
         found = {}
         for kind in self.pictures:
-            active = [(i, part) for i, part in self.asked[kind] if is_active(part, step, steps)]
+            active = [(i, part) for i, part in self.asked[kind] if part.is_active(step, steps)]
             if not active:
                 continue
             key = kind, tuple(index for index, _ in active)

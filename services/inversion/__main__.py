@@ -55,6 +55,7 @@ async def build(settings: Settings) -> Server:
         InversionServicer(engine, blobs), server.grpc
     )
     server.add("collage.v1.InversionService")
+    server.depends_on(engine.working)
     server.on_stopped(blobs.close)
     server.on_stopped(engine.close)
     server.before_serving(blobs.ready)

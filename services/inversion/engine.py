@@ -19,7 +19,14 @@ import torch
 from prometheus_client import Counter, Gauge, Histogram
 from torch import Tensor
 
-from services.common.errors import CollageError, DeadlinePassed, Internal, Overloaded, Unavailable
+from services.common.errors import (
+    CollageError,
+    DeadlinePassed,
+    DeviceLost,
+    Internal,
+    Overloaded,
+    Unavailable,
+)
 from services.common.telemetry import log
 from services.inversion.catalog import Catalog, ModelCard
 from services.inversion.learn import Progress, Recipe, Trainer
@@ -88,6 +95,7 @@ class Engine:
         self._admitted = 0
         self._turn = asyncio.Semaphore(1)
         self._draining = threading.Event()
+        self._lost = asyncio.Event()
         self._last_s = FIRST_GUESS_S
         # Of all batches, since the start.
         self._units = 0
@@ -102,9 +110,9 @@ class Engine:
 
         Raises:
             Overloaded: too many wait already.
-            Unavailable: the engine is draining; from the wait, too.
+            Unavailable: the engine is draining; from the wait, too. DeviceLost: nothing can be learned here any more.
         """
-        self._refuse_when_draining()
+        self._refuse_at_the_end()
         if self._admitted > self._max_waiting:
             wait_s = self._last_s * self._admitted
             raise Overloaded(
@@ -130,7 +138,7 @@ class Engine:
             if self._units != seen:
                 seen = self._units
                 yield
-        self._refuse_when_draining()
+        self._refuse_at_the_end()
 
     def together(self, card: ModelCard) -> int:
         """How many subjects are learned in one batch, at most.
@@ -160,7 +168,7 @@ class Engine:
 
         Raises:
             DeadlinePassed: on the monotonic clock, the deadline passed first.
-            Unavailable: the engine drains; the last item held a state to go on from.
+            Unavailable: the engine drains; the last item held a state to go on from. DeviceLost: see `working`.
             Internal: the work failed.
         """
         loop, mailbox, stop = (
@@ -187,6 +195,8 @@ class Engine:
             BATCHES.labels("DONE").inc()
         except CollageError as error:
             BATCHES.labels(error.reason).inc()
+            if isinstance(error, DeviceLost):
+                self._lost.set()
             raise
         except Exception as error:
             BATCHES.labels("INTERNAL").inc()
@@ -202,9 +212,23 @@ class Engine:
         async with self._turn:
             pass
 
+    async def working(self) -> None:
+        """Never returns.
+
+        Raises:
+            DeviceLost: the device answers nothing any more.
+        """
+        await self._lost.wait()
+        raise _device_lost()
+
     async def close(self) -> None:
         """Lets go of the thread."""
         self._device.shutdown(wait=False, cancel_futures=True)
+
+    def _refuse_at_the_end(self) -> None:
+        if self._lost.is_set():
+            raise _device_lost()
+        self._refuse_when_draining()
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():
@@ -227,6 +251,29 @@ class Engine:
         post: Callable[[Learned], None],
     ) -> None:
         networks = self.catalog.networks(card)
+        try:
+            self._train(networks, card, subjects, state, deadline_s, stop, post)
+        except CollageError:
+            raise
+        except Exception as error:
+            try:
+                _synchronize(networks.device)
+            except Exception:
+                # An illegal access, say, stays with the process: all that it asks of the device from then on fails.
+                log.error("device lost", exc_info=error)
+                raise _device_lost() from error
+            raise
+
+    def _train(
+        self,
+        networks: Networks,
+        card: ModelCard,
+        subjects: Sequence[Subject],
+        state: bytes | None,
+        deadline_s: float,
+        stop: threading.Event,
+        post: Callable[[Learned], None],
+    ) -> None:
         try:
             trainer = Trainer(networks, subjects, self.recipe, state=state)
         except ValueError as error:
@@ -269,11 +316,19 @@ class Engine:
             trainer.advance()
             self._units += 1
             if trainer.steps_done > before:
-                if networks.device.type == "cuda":
-                    # So that the time is true and a cancel is not overtaken by queued work.
-                    torch.cuda.synchronize(networks.device)
+                _synchronize(networks.device)
                 STEP_SECONDS.labels(card.name).observe(time.monotonic() - now_s)
         BATCHES.labels("CANCELLED").inc()
+
+
+def _device_lost() -> DeviceLost:
+    return DeviceLost("the inversion service has lost its device and starts again")
+
+
+def _synchronize(device: torch.device) -> None:
+    """Waits for the device, so that times are true and a cancel is not overtaken by queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 async def _finished(working: "asyncio.Future[Any]") -> None:

@@ -31,16 +31,18 @@ class Redo(_message.Message):
     def __init__(self, parent: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[str]] = ..., feather: _Optional[float] = ..., restore_cutout: _Optional[bool] = ...) -> None: ...
 
 class ComposeResponse(_message.Message):
-    __slots__ = ("plate", "composite", "layers", "warnings")
+    __slots__ = ("plate", "composite", "layers", "warnings", "largest_noise")
     PLATE_FIELD_NUMBER: _ClassVar[int]
     COMPOSITE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_NOISE_FIELD_NUMBER: _ClassVar[int]
     plate: _blob_pb2.BlobRef
     composite: _blob_pb2.BlobRef
     layers: _containers.RepeatedCompositeFieldContainer[_collage_pb2.LayerPlan]
     warnings: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Warning]
-    def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ...) -> None: ...
+    largest_noise: float
+    def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ..., largest_noise: _Optional[float] = ...) -> None: ...
 
 class DescribeDetectorsRequest(_message.Message):
     __slots__ = ()
