@@ -100,6 +100,6 @@ async def forget_results(cluster):
 
 async def test_a_failed_start_says_why_and_leaves_nothing(tmp_path):
     cluster = Cluster(tmp_path / "data", models=f"none={tmp_path / 'none'}")
-    with pytest.raises(ProcessFailed, match=r"(?s)generator ended: .*models: none"):
+    with pytest.raises(ProcessFailed, match=r"(?s)(generator|inversion) ended: .*models: none"):
         await cluster.start()
     assert not any(is_alive(cluster.pid(name)) for name in cluster.names if cluster.pid(name))

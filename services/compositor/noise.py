@@ -66,8 +66,9 @@ def strength_map(
 
     `ground` everywhere, each strength painted through its mask, blurred with repeated edges, sampled at the cells'
     centres. Painting back to front through a_i and adding up v_i are one and the same. Places with one strength all
-    around have exactly that strength. A departure from the paper's code: the blur is a true Gaussian evaluated at the
-    centre of a cell, where that takes the pixel right of and below it.
+    around have exactly that strength. Two departures from the paper's code: the blur is a true Gaussian evaluated at
+    the centre of a cell, where that takes the pixel right of and below it; and it only ever holds back, so that no cell
+    is freer than what is painted there: a layer's dial is an upper bound up to its border.
 
     Args:
         painted: masks and strengths.
@@ -79,10 +80,12 @@ def strength_map(
     difference_HW = np.zeros((canvas.height, canvas.width), np.float64)
     for visible, strength in painted:
         visible.add_to(difference_HW, strength - ground)
+    painted_hw = ground + _cell_means(difference_HW, latent_factor)
     deviation = BLUR * min(canvas.width, canvas.height)
     down_hH = _blur_matrix(canvas.height, latent_factor, deviation)
     across_wW = _blur_matrix(canvas.width, latent_factor, deviation)
-    strength_hw = np.clip(ground + down_hH @ difference_HW @ across_wW.T, 0, 1)
+    blurred_hw = ground + down_hH @ difference_HW @ across_wW.T
+    strength_hw = np.clip(np.minimum(blurred_hw, painted_hw), 0, 1)
     return _snapped(strength_hw, {ground, *(strength for _, strength in painted)})
 
 
@@ -90,8 +93,13 @@ def cell_means(visible: Visible, *, canvas: Extent, latent_factor: int) -> NDArr
     """The visible mask averaged over each latent cell, hw."""
     mask_HW = np.zeros((canvas.height, canvas.width), np.float32)
     visible.add_to(mask_HW)
-    grid = (canvas.height // latent_factor, latent_factor, canvas.width // latent_factor, -1)
-    return np.asarray(mask_HW.reshape(grid).mean(axis=(1, 3)), np.float32)
+    return np.asarray(_cell_means(mask_HW, latent_factor), np.float32)
+
+
+def _cell_means(plane_HW: NDArray[np.floating], latent_factor: int) -> NDArray[np.floating]:
+    height, width = plane_HW.shape
+    grid = (height // latent_factor, latent_factor, width // latent_factor, latent_factor)
+    return np.asarray(plane_HW.reshape(grid).mean(axis=(1, 3)))
 
 
 def _blur_matrix(length: int, latent_factor: int, deviation: float) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ from services.compositor.pictures import (
 from services.compositor.structure import DETECTORS, Detector
 
 # Part of every digest of inputs: raise it when the same inputs give another composition.
-VERSION = 1
+VERSION = 2
 # Compositions worked out at once; each takes a core and, at worst, about 1.3 GiB, and what a detector's network takes.
 MAX_RUNNING = 2
 # Calls that may wait for their turn.
