@@ -229,7 +229,7 @@ def test_a_plates_digest_knows_kinds_and_pictures_but_neither_scales_nor_windows
 
     picture = {"blob": {"sha256": "1" * 64, "size_bytes": 9}}
     plain = digest([])
-    # As it was before there was structure: plates that are stored are found again.
+    # Frozen, so that plates that are stored are found again: another one needs another `VERSION`.
     assert plain == "60e97c0bae94dfe9ade07388cd789905859f73764a5dba5dab0321f8a02f98cc"
     canny = digest([{"kind": "canny"}])
     assert canny == digest([{"kind": "canny", "scale": 0.25, "start": 0.5, "end": 0.75}])
