@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test mini setup proto format lint types check cluster clean
+.PHONY: demo test slow mini setup proto format lint types check cluster clean
 
 demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
@@ -11,6 +11,10 @@ demo: setup
 
 test: setup check
 	$(PYTHON) -m pytest
+
+# Models of real sizes: 8 GB of disk, 20 GiB of memory, and on two CPU cores a quarter of an hour.
+slow: setup
+	$(PYTHON) -m pytest -m slow
 
 # Trains the bundled model anew into models/mini/.work/weights; `make mini MINI="--device cuda --minutes 25"`.
 MINI ?= --minutes 120

@@ -11,19 +11,25 @@ the same round. Exit code 1 when it is above 1.05 with 8 layers or above 1.10 wi
 """
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from services.common.collage import Sampling, Structure
@@ -38,6 +44,8 @@ from tests import toy
 BARS = {8: 1.05, 32: 1.10}
 WORDS = ("sushi", "cake", "rice", "lemon", "box", "table")
 GUIDANCE_SCALE = 5.0
+
+Way = TypeVar("Way", bound=Hashable)
 
 
 def mini() -> LoadedModel:
@@ -61,26 +69,40 @@ def plain(
     prompt: str,
     steps: int,
     *,
-    kind: type = StableDiffusionImg2ImgPipeline,
+    kind: type | None = None,
     parts: Mapping[str, object] | None = None,
     **options: object,
 ) -> Callable[[], object]:
     """Stock img2img on the model's own weights; its U-Net is a second shell around them.
 
-    `kind` is another pipeline class, which has `parts` of its own and is called with `options` as well.
+    `kind` is another pipeline class than img2img's, which has `parts` of its own; `options` are of its call.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet.config).eval()
     unet.load_state_dict(model.unet.state_dict(), assign=True)
-    pipeline = kind(
-        vae=model.vae,
-        text_encoder=model.text_encoders["text_encoder"],
+    if "text_encoder_2" in model.text_encoders:
+        usual: type = StableDiffusionXLImg2ImgPipeline
+        own = {
+            # Its dtype goes up and down within each call.
+            "vae": copy.deepcopy(model.vae),
+            "tokenizer_2": model.facts.tokenizers[1],
+            "force_zeros_for_empty_prompt": model.facts.is_empty_zero,
+            "add_watermarker": False,
+        }
+    else:
+        usual = StableDiffusionImg2ImgPipeline
+        own = {
+            "vae": model.vae,
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    pipeline = (kind or usual)(
+        **model.text_encoders,
         tokenizer=model.facts.tokenizers[0],
         unet=unet,
         scheduler=model.facts.scheduler("euler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **own,
         **(parts or {}),
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -102,9 +124,10 @@ def controlled(
     layers: int,
     steps: int,
     *,
+    images: int = 1,
     control: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[], object]:
-    """Our path with so many layers: equal tiles of the canvas, each with dials of its own.
+    """Our path with so many layers, a multiple of 4: equal tiles of the canvas, each with dials of its own.
 
     All use the kinds that there is a `control` picture of, at the scales of their dials.
     """
@@ -143,7 +166,7 @@ def controlled(
         sampler="euler",
         steps=steps,
         guidance_scale=GUIDANCE_SCALE,
-        images=1,
+        images=images,
         seed=0,
     )
 
@@ -180,16 +203,7 @@ def compare(
     name: str, ways: Mapping[int, Callable[[], object]], bars: Mapping[int, float], *, rounds: int
 ) -> bool:
     """Times the ways by turns, 0 being stock and the others layers; whether all are within their bars."""
-    times: dict[int, list[float]] = {layers: [] for layers in ways}
-    # The first round warms up.
-    for number in range(-1, rounds):
-        turn = number % len(ways)
-        order = list(ways)[turn:] + list(ways)[:turn]
-        for layers in order:
-            start = time.perf_counter()
-            ways[layers]()
-            if number >= 0:
-                times[layers].append(time.perf_counter() - start)
+    times = take_turns(ways, rounds=rounds)
     is_within = True
     print(f"{name}: plain {statistics.median(times[0]) * 1000:.1f} ms", flush=True)
     for layers, bar in bars.items():
@@ -202,6 +216,19 @@ def compare(
             flush=True,
         )
     return is_within
+
+
+def take_turns(ways: Mapping[Way, Callable[[], object]], *, rounds: int) -> dict[Way, list[float]]:
+    """Seconds of each way in each round, another one first each time; a round before them warms up."""
+    times: dict[Way, list[float]] = {way: [] for way in ways}
+    for number in range(-1, rounds):
+        turn = number % len(ways)
+        for way in [*ways][turn:] + [*ways][:turn]:
+            start = time.perf_counter()
+            ways[way]()
+            if number >= 0:
+                times[way].append(time.perf_counter() - start)
+    return times
 
 
 def run(doc: str | None, measure: Callable[..., bool], argv: Sequence[str] | None = None) -> int:

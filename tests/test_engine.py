@@ -47,7 +47,7 @@ class WatchedStages:
         self.inner = inner
         self.facts, self.device = inner.facts, inner.device
         self.encode_image, self.decode_image = inner.encode_image, inner.decode_image
-        self.rows = []
+        self.rows, self.grids = [], []
         self.is_lost = False
         self._error = error or RuntimeError("the device is on fire")
         self._cursed_TD = None
@@ -64,6 +64,7 @@ class WatchedStages:
 
     def predict(self, x_BChw, timestep_B, text, control, structure):
         self.rows.append(len(x_BChw))
+        self.grids.append(tuple(x_BChw.shape[2:]))
         if self._cursed_TD is not None and any(
             torch.equal(text_TD, self._cursed_TD) for text_TD in text.hidden_BTD
         ):
@@ -391,6 +392,20 @@ async def test_estimates_are_measured_and_scale(catalog, torch_stages):
         assert engine.seconds(card, large, plates.sampling(steps=10)) == pytest.approx(2 * once)
         alone = plates.sampling(steps=10, guidance_scale=1.0)
         assert engine.seconds(card, size, alone) == pytest.approx(once / 2)
+
+
+@pytest.mark.parametrize(("limits", "cells"), [("{}", (8, 8)), ("{max_side: 16}", (4, 4))])
+async def test_the_warm_up_is_no_larger_than_requests_may_be(
+    tmp_path, catalog, torch_stages, limits, cells
+):
+    """A limit below the model's own size is there for memory or time, which the warm-up would take all the same."""
+    file = tmp_path / "models.yaml"
+    source = catalog.cards[0].folder
+    file.write_text(f"models: [{{name: mini, source: {source}, limits: {limits}}}]")
+    stages = WatchedStages(torch_stages)
+    async with running(Catalog.read(str(file)), stages) as engine:
+        await engine.warm_up()
+    assert set(stages.grids) == {cells}
 
 
 async def test_a_slow_reader_holds_nobody_up_and_keeps_every_step(catalog, torch_stages):

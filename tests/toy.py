@@ -37,13 +37,13 @@ WINDOW = 77
 
 def sd1(folder: Path, *, text_width: int = 32) -> Path:
     """Stable Diffusion 1.x in small: canvas 64 px."""
-    scheduler = PNDMScheduler(**_SCHEDULE, skip_prk_steps=True)
+    scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True)
     return _save(folder, levels=4, vae_levels=4, text_width=text_width, scheduler=scheduler)
 
 
 def sd2(folder: Path) -> Path:
     """Stable Diffusion 2.x in small: canvas 64 px, v-prediction."""
-    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False, prediction_type="v_prediction")
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
     return _save(
         folder,
         levels=4,
@@ -57,7 +57,7 @@ def sd2(folder: Path) -> Path:
 
 def mini(folder: Path, *, width: int = 16, seed: int = 0) -> Path:
     """The bundled model in small: canvas 32 px, three levels, 4x autoencoder; `width` channels at full resolution."""
-    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False)
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
     return _save(
         folder,
         levels=3,
@@ -74,9 +74,9 @@ def sdxl(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizers = [
-            _tokenizer(folder),
+            save_tokenizer(folder),
             # The second pads with an exclamation mark.
-            _tokenizer(folder, "tokenizer_2", pad_token="!"),
+            save_tokenizer(folder, "tokenizer_2", pad_token="!"),
         ]
         pipeline = StableDiffusionXLPipeline(
             vae=_vae(levels=4, force_upcast=True, scaling_factor=0.13025),
@@ -121,7 +121,7 @@ def lcm(folder: Path) -> Path:
         levels=3,
         vae_levels=3,
         text_width=32,
-        scheduler=LCMScheduler(**_SCHEDULE),
+        scheduler=LCMScheduler(**SCHEDULE),
         time_cond_proj_dim=16,
     )
 
@@ -149,7 +149,7 @@ def controlnet(folder: Path, kind: str) -> Path:
 
 
 # The schedule that Stable Diffusion was trained with.
-_SCHEDULE = {
+SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -162,7 +162,7 @@ def _save(folder, *, levels, vae_levels, text_width, scheduler, seed=0, **unet_o
     with torch.random.fork_rng():
         # The networks take their first weights from the global generator and offer no other.
         torch.manual_seed(seed)
-        tokenizer = _tokenizer(folder)
+        tokenizer = save_tokenizer(folder)
         text_encoder = _text_encoder(tokenizer, text_width)
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -224,7 +224,7 @@ def _vae(*, levels, **options):
     )
 
 
-def _tokenizer(folder, part="tokenizer", **options):
+def save_tokenizer(folder, part="tokenizer", **options):
     """CLIP's byte-level BPE with 256 bytes, their word-final forms, and merges that make up `WORDS`."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable]

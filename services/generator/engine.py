@@ -91,7 +91,8 @@ class Engine:
     async def warm_up(self) -> None:
         """Loads the default model and draws one picture, so that the first request finds all in place.
 
-        It has the model's native size, the one most requests have: its steps give the first estimate of seconds.
+        It has the model's native size, the one most requests have, or the largest that the operator allows: its steps
+        give the first estimate of seconds.
         """
         job = _warm_up_job(self.catalog.cards[0], deadline_s=time.monotonic() + WARM_UP_LIMIT_S)
         async with contextlib.aclosing(self.generate(job)) as events:
@@ -155,15 +156,16 @@ async def _before(deadline_s: float, mailbox: Mailbox) -> Item:
 
 
 def _warm_up_job(card: ModelCard, *, deadline_s: float) -> Job:
-    """One grey picture of the model's native size, every part of the work in it."""
+    """One grey picture, every part of the work in it."""
     native, factor = card.facts.native, card.facts.latent_factor
-    grid = (native.height // factor, native.width // factor)
+    height, width = (min(side, card.max_side) for side in (native.height, native.width))
+    grid = (height // factor, width // factor)
     return Job(
         plate=Plate(
-            composite_HWC=np.full((native.height, native.width, 3), 128, np.uint8),
+            composite_HWC=np.full((height, width, 3), 128, np.uint8),
             visible_Lhw=np.ones((1, *grid), np.float32),
             strength_hw=np.ones(grid, np.float64),
-            release_HW=np.full((native.height, native.width), 255, np.uint8),
+            release_HW=np.full((height, width), 255, np.uint8),
         ),
         prompt="warm-up",
         negative_prompt="",
