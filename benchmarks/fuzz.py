@@ -39,6 +39,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safetensors.numpy import save
 
 from collage.v1 import (
     collage_service_pb2,
@@ -158,6 +159,9 @@ async def examples(target: Target) -> dict[str, list[Any]]:
     gateway = collage_service_pb2_grpc.CollageServiceStub(target.channels["gateway"])
     compositor = compositor_service_pb2_grpc.CompositorServiceStub(target.channels["compositor"])
     blob = (await gateway.PutBlob(upload(cutout()), timeout=RIGHT_S)).blob
+    # Of the toy's width.
+    vectors = save({"emb_params": np.zeros((2, 32), np.float32)})
+    word = (await gateway.PutBlob(upload(vectors), timeout=RIGHT_S)).blob
     scene = collage()
     full = collage(negative_prompt="rice", background={"color": {"red": 5}})
     full.layers[0].image.blob.CopyFrom(blob)
@@ -202,7 +206,7 @@ async def examples(target: Target) -> dict[str, list[Any]]:
         pb.ListWordsRequest(page_size=1),
         pb.GetWordRequest(name="words/x"),
         pb.DeleteWordRequest(name="words/x"),
-        pb.ImportWordRequest(text="cake", model="toy", vectors=blob),
+        pb.ImportWordRequest(text="cake", model="toy", vectors=word),
         pb.CheckBlobsRequest(sha256=[blob.sha256, "ab" * 32]),
         pb.GetBlobRequest(sha256=blob.sha256),
         *upload(cutout(3)),
@@ -222,6 +226,7 @@ async def examples(target: Target) -> dict[str, list[Any]]:
         inversion_service_pb2.LearnWordsRequest(
             model="toy", subjects=[{"layer": "a", "image": blob, "text": "cake"}], job="fuzz"
         ),
+        inversion_service_pb2.AdoptWordRequest(model="toy", text="cake", vectors=word),
     ]
     found = collections.defaultdict(list)
     for request in requests:
