@@ -130,7 +130,7 @@ async def test_a_model_of_real_size_draws_within_24_gib(folder, tmp_path, capsys
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (SIDE, SIDE))
         # Random weights draw noise; what overflowed anywhere would be one colour.
         assert np.asarray(picture).std() > 1
-    card = ModelCard.read(ModelSource(name=name, source=str(folder), device="cpu"))
+    card = ModelCard.read(ModelSource(name=name, source=folder, device="cpu"))
     native = card.facts.native
     working_gib = (
         card.memory_bytes(native, card.defaults(), value_bytes=VALUE_BYTES, has_structure=False)
