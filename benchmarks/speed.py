@@ -29,6 +29,7 @@ import torch
 from diffusers.utils.logging import set_verbosity_error
 
 from benchmarks.overhead import WORDS, controlled, plain, take_turns
+from services.common.operator_file import resolve
 from services.common.registry import BUNDLED, DTYPES, ModelSource
 from services.generator.catalog import ModelCard
 from services.generator.models import LoadedModel, load
@@ -44,9 +45,9 @@ IMAGES = (1, 4)
 def read(name: str, *, device: str, dtype: str, scratch: Path) -> LoadedModel:
     """The model of that name in memory; a random one is made in `scratch`."""
     if name in fullsize.MAKERS:
-        source = str(fullsize.MAKERS[name](scratch / name))
+        source: Path | str = fullsize.MAKERS[name](scratch / name)
     else:
-        source = str(BUNDLED) if name == "mini" else name
+        source = BUNDLED if name == "mini" else resolve(name, Path())
     card = ModelCard.read(ModelSource(name=name, source=source, device=device, dtype=dtype))
     return load(card.folder, dtype=card.dtype, device=card.device)
 
