@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -182,7 +182,9 @@ class Engine:
 
         def work() -> None:
             try:
-                self._work(card, subjects, state, deadline_s, stop, post)
+                networks = self.catalog.networks(card)
+                with _watched(networks.device):
+                    self._work(networks, card, subjects, state, deadline_s, stop, post)
             finally:
                 post(None)
 
@@ -243,29 +245,6 @@ class Engine:
 
     def _work(
         self,
-        card: ModelCard,
-        subjects: Sequence[Subject],
-        state: bytes | None,
-        deadline_s: float,
-        stop: threading.Event,
-        post: Callable[[Learned], None],
-    ) -> None:
-        networks = self.catalog.networks(card)
-        try:
-            self._train(networks, card, subjects, state, deadline_s, stop, post)
-        except CollageError:
-            raise
-        except Exception as error:
-            try:
-                _synchronize(networks.device)
-            except Exception:
-                # An illegal access, say, stays with the process: all that it asks of the device from then on fails.
-                log.error("device lost", exc_info=error)
-                raise _device_lost() from error
-            raise
-
-    def _train(
-        self,
         networks: Networks,
         card: ModelCard,
         subjects: Sequence[Subject],
@@ -323,6 +302,23 @@ class Engine:
 
 def _device_lost() -> DeviceLost:
     return DeviceLost("the inversion service has lost its device and starts again")
+
+
+@contextlib.contextmanager
+def _watched(device: torch.device) -> Iterator[None]:
+    """Tells failed work on the device from a device that is lost: DeviceLost."""
+    try:
+        yield
+    except CollageError:
+        raise
+    except Exception as error:
+        try:
+            _synchronize(device)
+        except Exception:
+            # An illegal access, say, stays with the process: all that it asks of the device from then on fails.
+            log.error("device lost", exc_info=error)
+            raise _device_lost() from error
+        raise
 
 
 def _synchronize(device: torch.device) -> None:
