@@ -1,6 +1,6 @@
 """Openly licensed emoji art: fetched by package name, rendered with alpha, cut out for examples.
 
-Four icon packages share the names of their pictures, so one concept comes in four artists' looks.
+Icon packages share the names of their pictures, so one concept comes in several artists' looks.
 """
 
 import argparse
@@ -22,12 +22,13 @@ SIDE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """One artist's icon set: its package, pinned, and the licence its pictures carry."""
+    """One artist's icon set: its package, pinned, the licence its pictures carry, and its word in captions."""
 
     name: str
     package: str
     version: str
     licence: str
+    word: str = ""
 
     @property
     def archive(self) -> str:
@@ -35,11 +36,60 @@ class Look:
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
+# The looks that examples and benchmarks show, each with every concept.
 LOOKS = (
-    Look(name="noto", package="@iconify-json/noto", version="1.2.9", licence="Apache-2.0"),
-    Look(name="fluent", package="@iconify-json/fluent-emoji", version="1.2.7", licence="MIT"),
-    Look(name="flat", package="@iconify-json/fluent-emoji-flat", version="1.2.6", licence="MIT"),
-    Look(name="twemoji", package="@iconify-json/twemoji", version="1.2.5", licence="CC-BY-4.0"),
+    Look(
+        name="noto",
+        package="@iconify-json/noto",
+        version="1.2.9",
+        licence="Apache-2.0",
+        word="soft",
+    ),
+    Look(
+        name="fluent",
+        package="@iconify-json/fluent-emoji",
+        version="1.2.7",
+        licence="MIT",
+        word="digital",
+    ),
+    Look(
+        name="flat",
+        package="@iconify-json/fluent-emoji-flat",
+        version="1.2.6",
+        licence="MIT",
+        word="flat",
+    ),
+    Look(
+        name="twemoji",
+        package="@iconify-json/twemoji",
+        version="1.2.5",
+        licence="CC-BY-4.0",
+        word="cartoon",
+    ),
+)
+# Seen in training only, so that what a look can be is more than four points; some lack a few concepts.
+MORE_LOOKS = (
+    Look(
+        name="noto-v1",
+        package="@iconify-json/noto-v1",
+        version="1.2.5",
+        licence="Apache-2.0",
+        word="old",
+    ),
+    Look(
+        name="emojitwo",
+        package="@iconify-json/emojione",
+        version="1.2.3",
+        licence="CC-BY-4.0",
+        word="cute",
+    ),
+    Look(
+        name="streamline",
+        package="@iconify-json/streamline-emojis",
+        version="1.2.4",
+        licence="CC-BY-4.0",
+        word="sketch",
+    ),
 )
 
 CONCEPTS = {
@@ -162,11 +212,16 @@ def names() -> list[str]:
 
 def _gallery() -> Path:
     """A small file of all that training needs of the art, made once; a machine without the packages can be given it."""
-    path = WORK / "art" / f"gallery-{len(names())}x{SIDE}.npz"
+    looks = (*LOOKS, *MORE_LOOKS)
+    path = WORK / "art" / f"gallery-{len(names())}x{len(looks)}x{SIDE}.npz"
     if not path.exists():
-        columns = [icons(look) for look in LOOKS]
+        columns = [icons(look) for look in looks]
         keys = [*CONCEPTS, *MORE_CONCEPTS]
-        rows = [[np.asarray(render(column[key])) for column in columns] for key in keys]
+        nothing = np.zeros((SIDE, SIDE, 4), np.uint8)
+        rows = [
+            [np.asarray(render(column[key])) if key in column else nothing for column in columns]
+            for key in keys
+        ]
         words = [name.replace("-", " ") for column in columns for name in column]
         partial = path.with_suffix(".part.npz")
         np.savez_compressed(partial, pictures=np.asarray(rows, dtype=np.uint8), words=words)
@@ -175,7 +230,10 @@ def _gallery() -> Path:
 
 
 def gallery() -> np.ndarray:
-    """Every concept in every look: uint8 [concept, look, SIDE, SIDE, RGBA] in the order of `names`."""
+    """Every concept in every look, LOOKS and then MORE_LOOKS: uint8 [concept, look, SIDE, SIDE, RGBA].
+
+    Concepts are in the order of `names`. Where a look lacks one its picture is transparent.
+    """
     pictures_NLHWC: np.ndarray = np.load(_gallery())["pictures"]
     return pictures_NLHWC
 

@@ -172,9 +172,10 @@ def draw(run: Run, pool: Pool, path: Path) -> None:
 def train(run: Run, minutes: float) -> None:
     """Train for so many minutes, or the rest of them, and export beside the model."""
     still = Controlled(run)
-    model = networks.controlnet(still.unet)
     if run.start and (run.start / NAME).exists():
         model = exported(ControlNetModel, run.start, NAME)
+    else:
+        model = networks.controlnet(still.unet)
     model.requires_grad_(True).train()
     model.to(run.device, memory_format=torch.channels_last)
     # What the U-Net has not taught yet learns faster: the edges' way in and the zeros' way out.

@@ -35,13 +35,14 @@ def references(composer: Composer, names: list[str]) -> tuple[np.ndarray, np.nda
             for side in (80, 91, 102):
                 for flip in (False, True):
                     middle = UNITS / 2
-                    item = Placement(concept=concept, x=middle, y=middle, side=side, flip=flip)
+                    item = Placement(
+                        concept=concept, look=look, x=middle, y=middle, side=side, flip=flip
+                    )
                     shown = Scene(
                         seed=len(scenes),
                         ground=GROUND,
                         is_land=False,
                         placements=[item],
-                        look=look,
                         shadow=(0.0, 0.07, 0.42),
                         caption=concept,
                     )
@@ -100,7 +101,7 @@ def main() -> None:
                 wrong.append(f"{name} seen as {named}")
     sheet.save(arguments.sheet)
     report: dict[str, object] = {"recognised": round(hits / (2 * len(names)), 3), "wrong": wrong}
-    held_out = [scene(seed, names) for seed in range(HELD_OUT, HELD_OUT + 64)]
+    held_out = [scene(seed, names, composer.palette) for seed in range(HELD_OUT, HELD_OUT + 64)]
     report["held_out_psnr"] = round(decibels(pipeline.vae, composer.paint(held_out)), 2)
     print(json.dumps(report))
 

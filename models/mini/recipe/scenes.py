@@ -1,4 +1,4 @@
-"""Pictures composed of the art: objects of one look on a ground, with soft cast shadows, and their captions.
+"""Pictures composed of the art: objects on a ground, with soft cast shadows, and their captions.
 
 Main types: `Scene`, what is to be seen, which follows from a seed alone; `Composer`, which paints scenes in batches on
 a device. Places and sizes are in 128ths of the canvas, so that scenes do not depend on the number of pixels.
@@ -6,7 +6,8 @@ a device. Places and sizes are in 128ths of the canvas, so that scenes do not de
 Suffixes: B scenes; M objects of all scenes; N renderings; H, W pixels; 3 = R, G, B; 4 = R, G, B times alpha, alpha.
 """
 
-from collections.abc import Sequence
+import colorsys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import art
@@ -44,11 +45,26 @@ SPRITE_SIDES = tuple(art.SIDE * share // 32 for share in (32, 24, 16, 12, 8, 6, 
 SHADOW_SIDE, SHADOW_REACH, SHADOW_BLUR = 48, 1.5, 0.06
 
 
+# A look has its word, and a colour its name: captions with both teach the text encoder and cross-attention that a word
+# can say what a thing looks like. Learned words live on that.
+LOOK_WORDS = tuple(look.word for look in (*art.LOOKS, *art.MORE_LOOKS))
+# Turns of the hue circle in which an object may be painted, sixths of it.
+TURNS = 6
+ONE_LOOK, LOOK_TOLD, COLOUR_TOLD, TURNED, TWINS = 0.4, 0.8, 0.2, 0.2, 0.2
+# Which colour words hold for each rendering, (concept, look), turn by turn. What is not in it does not exist.
+Palette = Mapping[tuple[str, int], Sequence[str]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One object of a scene: centre and side in units, rotation in degrees counter-clockwise."""
+    """One object of a scene: centre and side in units, rotation in degrees counter-clockwise.
+
+    look: index into `LOOK_WORDS`. turn: of its hues, in sixths of the circle.
+    """
 
     concept: str
+    look: int
+    turn: int = 0
     x: float
     y: float
     side: float
@@ -60,7 +76,7 @@ class Placement:
 class Scene:
     """What is composed.
 
-    seed: what is random about the ground follows from it. placements: back to front. look: index into `art.LOOKS`.
+    seed: what is random about the ground follows from it. placements: back to front.
     shadow: offset to the right and down as shares of the object's side, and strength in [0, 1]. is_land: whether the
     ground lies under a blue sky, to be seen from the side.
     """
@@ -69,7 +85,6 @@ class Scene:
     ground: str
     is_land: bool
     placements: list[Placement]
-    look: int
     shadow: tuple[float, float, float]
     caption: str
 
@@ -140,7 +155,10 @@ class Layers:
 
 
 class Composer:
-    """Paints scenes of `side` pixels in batches; all art and all grounds lie on its device."""
+    """Paints scenes of `side` pixels in batches; all art and all grounds lie on its device.
+
+    palette: the renderings there are, and what colour each has.
+    """
 
     def __init__(
         self, side: int, names: Sequence[str], gallery_NLHWC: np.ndarray, device: torch.device
@@ -155,6 +173,13 @@ class Composer:
         """
         self.side, self.device = side, device
         self._places = {name: index for index, name in enumerate(names)}
+        self.palette = {
+            (name, look): [colour(picture_HWC, turn) for turn in range(TURNS)]
+            for name, row_LHWC in zip(names, gallery_NLHWC, strict=False)
+            for look, picture_HWC in enumerate(row_LHWC)
+            if picture_HWC[..., 3].any()
+        }
+        self._turns_T33 = torch.stack([_turned(turn) for turn in range(TURNS)]).to(device)
         pictures_N4HW = torch.from_numpy(gallery_NLHWC[: len(names)]).flatten(0, 1)
         sprites_N4HW = pictures_N4HW.permute(0, 3, 1, 2)
         sides = [level for level in SPRITE_SIDES if level <= 1.5 * side]
@@ -181,18 +206,19 @@ class Composer:
         """Every object of the scenes, scene by scene, back to front."""
         rows = [
             (
-                *(index, slot, self._places[item.concept] * len(art.LOOKS) + scene.look),
+                *(index, slot, self._places[item.concept] * len(LOOK_WORDS) + item.look),
                 *(item.x, item.y, item.side, np.deg2rad(item.angle), 1 - 2 * item.flip),
                 *scene.shadow,
+                item.turn,
             )
             for index, scene in enumerate(scenes)
             for slot, item in enumerate(scene.placements)
         ]
-        table_CM = torch.tensor(rows, dtype=torch.float32).view(-1, 11).T
+        table_CM = torch.tensor(rows, dtype=torch.float32).view(-1, 12).T
         pixels_M = table_CM[5] * self.side / UNITS
         level_M = sum((pixels_M <= size).long() for size, _ in self._levels[1:])
         of_M, slot_M, which_M = table_CM[:3].long().to(self.device)
-        x, y, size, angle, mirror, right, down, strength = table_CM[3:].to(self.device)[
+        x, y, size, angle, mirror, right, down, strength = table_CM[3:11].to(self.device)[
             ..., None, None
         ]
         # From canvas to sprite, whose half side is 1.
@@ -211,6 +237,9 @@ class Composer:
             at = (level_M == number).nonzero()[:, 0].to(self.device)
             if len(at):
                 paint_M4HW[at] = _sampled(sprites_N4HW[which_M[at]], grid_MHW2[at])
+        turns_M33 = self._turns_T33[table_CM[11].long().to(self.device)]
+        colours_M3HW = torch.einsum("mij,mjhw->mihw", turns_M33, paint_M4HW[:, :3])
+        paint_M4HW[:, :3] = colours_M3HW.clamp(min=0).minimum(paint_M4HW[:, 3:])
         moved_MHW2 = grid(x_MHW - 2 * right, y_MHW - 2 * down) / SHADOW_REACH
         shade_M1HW = _sampled(self._shadows_N1hw[which_M], moved_MHW2) * strength[:, None]
         return Layers(of_M=of_M, slot_M=slot_M, paint_M4HW=paint_M4HW, shade_M1HW=shade_M1HW)
@@ -247,6 +276,38 @@ class Composer:
         return patch_3HW + float(rng.uniform(-8, 8)) / 255
 
 
+def _turned(turn: int) -> Tensor:
+    """The matrix [3, 3] that turns hues by so many sixths of the circle and keeps luma (as CSS' hue-rotate)."""
+    if turn == 0:
+        return torch.eye(3)
+    angle = 2 * np.pi * turn / TURNS
+    luma_3 = torch.tensor([0.213, 0.715, 0.072])
+    grey_33 = luma_3.expand(3, 3)
+    across_33 = torch.tensor(
+        [[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]]
+    )
+    return (
+        grey_33 + float(np.cos(angle)) * (torch.eye(3) - grey_33) + float(np.sin(angle)) * across_33
+    )
+
+
+def colour(picture_HW4: np.ndarray, turn: int) -> str:
+    """The word for most of a picture's colour, uint8 with straight alpha, its hues turned; vivid pixels count more."""
+    rgb_P3 = picture_HW4[::4, ::4, :3].reshape(-1, 3) / 255 @ _turned(turn).numpy().T
+    rgb_P3 = rgb_P3.clip(0, 1)
+    spread_P = rgb_P3.max(axis=1) - rgb_P3.min(axis=1)
+    weight_P = picture_HW4[::4, ::4, 3].ravel() * (0.1 + spread_P)
+    hue, saturation, value = colorsys.rgb_to_hsv(*(weight_P @ rgb_P3 / max(1e-9, weight_P.sum())))
+    if saturation < 0.18:
+        return "white" if value > 0.75 else "grey" if value > 0.3 else "black"
+    if 15 <= 360 * hue < 45:
+        return "orange" if value > 0.78 else "brown"
+    for name, end in (("red", 15), ("yellow", 68), ("green", 165), ("blue", 255), ("purple", 290)):
+        if 360 * hue < end:
+            return name
+    return "pink" if 360 * hue < 340 else "red"
+
+
 def _resized(x_NCHW: Tensor, side: int) -> Tensor:
     return functional.interpolate(x_NCHW, (side, side), mode="bilinear", antialias=True)
 
@@ -267,7 +328,7 @@ def _sampled(x_MCHW: Tensor, grid_MHW2: Tensor) -> Tensor:
 
 
 def _article(word: str) -> str:
-    if word == "cherries":
+    if word.endswith("cherries"):
         return word
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
@@ -315,7 +376,33 @@ def _pick(
     return [str(name) for name in drawn]
 
 
-def _landscape(seed: int, look: int, rng: np.random.Generator) -> Scene:
+class Dresser:
+    """Gives the objects of one scene their looks and hues; two scenes in five are of one look."""
+
+    def __init__(self, palette: Palette, rng: np.random.Generator) -> None:
+        self._palette, self._rng = palette, rng
+        self._look = int(rng.integers(len(art.LOOKS))) if rng.random() < ONE_LOOK else None
+
+    def dressed(self, concept: str, but: int | None = None) -> tuple[int, int]:
+        """A look that the concept comes in, not the one of `but`, and a turn."""
+        looks = [look for name, look in self._palette if name == concept and look != but]
+        look = self._look if self._look in looks else int(self._rng.choice(looks))
+        return look, int(self._rng.integers(TURNS)) if self._rng.random() < TURNED else 0
+
+    def told(self, item: Placement) -> str:
+        """What a caption calls the object."""
+        parts = [item.concept]
+        # An unusual colour is always told, so that without a word for it things have their own.
+        colour = self._palette[item.concept, item.look][item.turn]
+        is_unusual = colour != self._palette[item.concept, item.look][0]
+        if is_unusual or self._rng.random() < COLOUR_TOLD:
+            parts.insert(0, colour)
+        if self._rng.random() < LOOK_TOLD:
+            parts.insert(0, LOOK_WORDS[item.look])
+        return " ".join(parts)
+
+
+def _landscape(seed: int, dresser: Dresser, rng: np.random.Generator) -> Scene:
     land = str(rng.choice(list(LANDS)))
     airborne = list(rng.choice(AIRBORNE, rng.integers(0, 3), replace=False))
     standing = list(rng.choice(STANDING, rng.integers(1, 3), replace=False))
@@ -323,16 +410,22 @@ def _landscape(seed: int, look: int, rng: np.random.Generator) -> Scene:
     placements = []
     for index, word in enumerate(airborne):
         x = UNITS * ((0.25 + 0.5 * index) + rng.uniform(-0.08, 0.08))
-        side = rng.uniform(34, 48)
-        placements.append(Placement(concept=str(word), x=x, y=rng.uniform(20, 32), side=side))
+        side, y = rng.uniform(34, 48), rng.uniform(20, 32)
+        look, turn = dresser.dressed(str(word))
+        placements.append(Placement(concept=str(word), look=look, turn=turn, x=x, y=y, side=side))
     slots = rng.permutation([0.28, 0.72]) if len(standing) > 1 else [0.5]
     for word, slot in zip(standing, slots, strict=False):
         side = rng.uniform(74, 92) if word == "mountain" else rng.uniform(46, 62)
         foot = rng.uniform(86, 94) if word == "mountain" else rng.uniform(98, 114)
         x, flip = UNITS * (slot + rng.uniform(-0.06, 0.06)), bool(rng.random() < 0.5)
         y = foot - side / 2
-        placements.append(Placement(concept=str(word), x=float(x), y=y, side=side, flip=flip))
-    words = [item.concept for item in placements]
+        look, turn = dresser.dressed(str(word))
+        placements.append(
+            Placement(
+                concept=str(word), look=look, turn=turn, x=float(x), y=y, side=side, flip=flip
+            )
+        )
+    words = [dresser.told(item) for item in placements]
     where = rng.choice(["{on}", "on {land} under a blue sky", "in a landscape with {land}"])
     caption = _caption(words, str(where).format(on=land, land=LANDS[land]), rng)
     return Scene(
@@ -340,25 +433,27 @@ def _landscape(seed: int, look: int, rng: np.random.Generator) -> Scene:
         ground=land,
         is_land=True,
         placements=placements,
-        look=look,
         shadow=(0.0, 0.06, 0.3),
         caption=caption,
     )
 
 
-def scene(seed: int, names: Sequence[str]) -> Scene:
-    """One scene of the training mix, of the concepts of these names."""
+def scene(seed: int, names: Sequence[str], palette: Palette) -> Scene:
+    """One scene of the training mix, of the concepts of these names and the renderings of this palette."""
     rng = np.random.default_rng(seed)
-    look = int(rng.integers(len(art.LOOKS)))
+    dresser = Dresser(palette, rng)
     kind = rng.random()
     if kind > 0.88:
-        return _landscape(seed, look, rng)
+        return _landscape(seed, dresser, rng)
     low, high, count = 60, 104, 1
     if kind > 0.76:
         low, high, count = 36, 50, int(rng.integers(4, 8))
     elif kind > 0.46:
         low, high, count = 46, 66, int(rng.integers(2, 4))
-    words = _pick(names, OFTEN, count, rng)
+    concepts = _pick(names, OFTEN, count, rng)
+    dressed = [dresser.dressed(concept) for concept in concepts]
+    if count > 1 and rng.random() < TWINS:
+        concepts[1], dressed[1] = concepts[0], dresser.dressed(concepts[0], but=dressed[0][0])
     ground = _pick(list(GROUNDS), OFTEN_GROUNDS, 1, rng)[0]
     side = rng.uniform(low, high)
     # A small object stands farther from the middle than a large one can.
@@ -368,14 +463,16 @@ def scene(seed: int, names: Sequence[str]) -> Scene:
         spots = _spots(count, side, rng)
     placements = [
         Placement(
-            concept=word,
+            concept=concept,
+            look=look,
+            turn=turn,
             x=x,
             y=y,
             side=side * rng.uniform(0.92, 1.08),
             angle=float(rng.uniform(-10, 10)),
             flip=bool(rng.random() < 0.3),
         )
-        for word, (x, y) in zip(words, spots, strict=True)
+        for concept, (look, turn), (x, y) in zip(concepts, dressed, spots, strict=True)
     ]
     shadow = (float(rng.uniform(-0.06, 0.06)), float(rng.uniform(0.04, 0.1)), 0.42)
     if not GROUNDS[ground]:
@@ -385,7 +482,6 @@ def scene(seed: int, names: Sequence[str]) -> Scene:
         ground=ground,
         is_land=False,
         placements=placements,
-        look=look,
         shadow=shadow,
-        caption=_caption(words, ground, rng),
+        caption=_caption([dresser.told(item) for item in placements], ground, rng),
     )

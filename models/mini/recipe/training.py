@@ -64,7 +64,7 @@ class Run:
 
     def scenes(self, seeds: Sequence[int]) -> list[Scene]:
         """The scenes of these seeds."""
-        return [scene(seed, self.size.names) for seed in seeds]
+        return [scene(seed, self.size.names, self.composer.palette) for seed in seeds]
 
     def stop_on_signal(self) -> None:
         """From now on SIGTERM and SIGINT end the stage after its step, with a checkpoint."""

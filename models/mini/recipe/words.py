@@ -32,15 +32,15 @@ standing swimming flying topped filled covered surrounded
 """
 
 
-def _corpus(names: Sequence[str]) -> Iterator[str]:
+def _corpus(names: Sequence[str], palette: scenes.Palette) -> Iterator[str]:
     for seed in range(4000):
-        yield scenes.scene(seed, names).caption
+        yield scenes.scene(seed, names, palette).caption
     for _ in range(40):
         yield from COMMON.split()
     yield from art.icon_words()
 
 
-def write_vocabulary(folder: Path, names: Sequence[str]) -> None:
+def write_vocabulary(folder: Path, names: Sequence[str], palette: scenes.Palette) -> None:
     """Learn the merges and write CLIP's two files, vocab.json and merges.txt."""
     letters = list(bytes_to_unicode().values())
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -54,7 +54,7 @@ def write_vocabulary(folder: Path, names: Sequence[str]) -> None:
     trainer = BpeTrainer(
         vocab_size=2000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
-    learner.train_from_iterator(_corpus(names), trainer)
+    learner.train_from_iterator(_corpus(names, palette), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:MERGES]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters)]
     pieces += [first + second for first, second in merges]
@@ -73,7 +73,9 @@ def copy_vocabulary(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def make_tokenizer(folder: Path, names: Sequence[str], start: Path | None = None) -> CLIPTokenizer:
+def make_tokenizer(
+    folder: Path, names: Sequence[str], palette: scenes.Palette, start: Path | None = None
+) -> CLIPTokenizer:
     """The tokenizer over the two files in the folder: those there, those of an exported model, or learned now.
 
     A model's words are numbered by its tokenizer, so one that is there is never learned anew.
@@ -82,6 +84,6 @@ def make_tokenizer(folder: Path, names: Sequence[str], start: Path | None = None
         if start:
             copy_vocabulary(start / "tokenizer", folder)
         else:
-            write_vocabulary(folder, names)
+            write_vocabulary(folder, names, palette)
     files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
     return CLIPTokenizer(**files, model_max_length=77, pad_token=END)
