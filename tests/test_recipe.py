@@ -64,6 +64,18 @@ def composer(gallery) -> Composer:
     return Composer(128, NAMES, gallery, torch.device("cpu"))
 
 
+def on_sand(item: Placement) -> Scene:
+    """One object that casts no shadow."""
+    return Scene(
+        seed=5,
+        ground="on sand",
+        is_land=False,
+        placements=[item],
+        shadow=(0.0, 0.0, 0.0),
+        caption="an apple on sand",
+    )
+
+
 def test_a_scene_follows_from_its_seed_and_not_from_its_batch(composer):
     scenes = [scene(seed, NAMES, composer.palette) for seed in range(12)]
     pictures = composer.paint(scenes)
@@ -76,7 +88,7 @@ def test_objects_are_where_they_are_placed_in_looks_of_their_own(composer):
     scenes = [scene(seed, NAMES, composer.palette) for seed in range(60)]
     scenes = [each for each in scenes if not each.is_land]
     pictures = composer.paint(scenes)
-    seen = set()
+    seen = []
     for shown, picture_3HW in zip(scenes, pictures, strict=True):
         for item in shown.placements:
             assert item.concept in shown.caption
@@ -86,23 +98,14 @@ def test_objects_are_where_they_are_placed_in_looks_of_their_own(composer):
         middle = picture_3HW[:, int(top.y), int(top.x)].tolist()
         if top.turn == 0:
             assert middle == pytest.approx(colour(NAMES.index(top.concept), top.look), abs=2)
-            seen.add(top.look)
-    assert len(seen) == len(LOOK_WORDS)
+            seen.append(top.look)
+    assert len(seen) > 20 and set(seen) == set(range(len(LOOK_WORDS)))
 
 
 def test_turned_hues_are_other_colours_and_are_told(composer):
     disc = Placement(concept="apple", look=0, x=64, y=64, side=64)
-    plain = Scene(
-        seed=5,
-        ground="on sand",
-        is_land=False,
-        placements=[disc],
-        shadow=(0.0, 0.0, 0.0),
-        caption="",
-    )
     drawn = [
-        composer.paint([replace(plain, placements=[replace(disc, turn=turn)])])[0, :, 64, 64]
-        for turn in range(TURNS)
+        composer.paint([on_sand(replace(disc, turn=turn))])[0, :, 64, 64] for turn in range(TURNS)
     ]
     assert len({tuple(each.tolist()) for each in drawn}) == TURNS
     assert composer.palette["apple", 0][0] == "yellow" != composer.palette["apple", 0][3]
@@ -134,14 +137,7 @@ def test_captions_name_objects_in_any_order_and_the_ground(composer):
 
 def test_a_shadow_darkens_the_ground_where_it_is_cast(composer):
     item = Placement(concept="apple", look=1, x=50.3, y=60.8, side=48, angle=30, flip=True)
-    lit = Scene(
-        seed=5,
-        ground="on sand",
-        is_land=False,
-        placements=[item],
-        shadow=(0.0, 0.0, 0.0),
-        caption="an apple on sand",
-    )
+    lit = on_sand(item)
     dark = replace(lit, shadow=(0.1, 0.2, 0.42))
     difference_HW = (composer.paint([lit])[0].float() - composer.paint([dark])[0].float()).mean(0)
     assert difference_HW.min() >= 0

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 POOL = 20_000
 # Of the networks, and of the table of words. Its values are large (0.3) and a word that means nothing yet has a small
-# gradient: at the networks' rate no word for a look or a colour meant anything after 900 steps.
+# gradient: at the networks' rate no word for a look or a colour meant anything after 800 steps.
 LEARNING_RATE, WORD_RATE = 8e-4, 1e-2
 CAPTION_DROPOUT = 0.1
 AVERAGE = 0.998

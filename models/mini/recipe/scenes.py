@@ -173,13 +173,14 @@ class Composer:
         """
         self.side, self.device = side, device
         self._places = {name: index for index, name in enumerate(names)}
+        turns_T33 = torch.stack([_turned(turn) for turn in range(TURNS)])
         self.palette = {
-            (name, look): [colour(picture_HWC, turn) for turn in range(TURNS)]
+            (name, look): [colour(picture_HWC, turn_33) for turn_33 in turns_T33.numpy()]
             for name, row_LHWC in zip(names, gallery_NLHWC, strict=False)
             for look, picture_HWC in enumerate(row_LHWC)
             if picture_HWC[..., 3].any()
         }
-        self._turns_T33 = torch.stack([_turned(turn) for turn in range(TURNS)]).to(device)
+        self._turns_T33 = turns_T33.to(device)
         pictures_N4HW = torch.from_numpy(gallery_NLHWC[: len(names)]).flatten(0, 1)
         sprites_N4HW = pictures_N4HW.permute(0, 3, 1, 2)
         sides = [level for level in SPRITE_SIDES if level <= 1.5 * side]
@@ -291,9 +292,9 @@ def _turned(turn: int) -> Tensor:
     )
 
 
-def colour(picture_HW4: np.ndarray, turn: int) -> str:
+def colour(picture_HW4: np.ndarray, turn_33: np.ndarray) -> str:
     """The word for most of a picture's colour, uint8 with straight alpha, its hues turned; vivid pixels count more."""
-    rgb_P3 = picture_HW4[::4, ::4, :3].reshape(-1, 3) / 255 @ _turned(turn).numpy().T
+    rgb_P3 = picture_HW4[::4, ::4, :3].reshape(-1, 3) / 255 @ turn_33.T
     rgb_P3 = rgb_P3.clip(0, 1)
     spread_P = rgb_P3.max(axis=1) - rgb_P3.min(axis=1)
     weight_P = picture_HW4[::4, ::4, 3].ravel() * (0.1 + spread_P)
