@@ -1,6 +1,6 @@
 """The bundled model's recipe: scenes show what their captions say, and every stage trains, stops and goes on."""
 
-import shutil
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,18 @@ from networks import SIZES, Size  # noqa: E402
 from scenes import (  # noqa: E402
     GROUNDS,
     LOOK_WORDS,
+    MARKS,
+    MOST,
+    PORTRAIT_SIDE,
     TURNS,
+    VECTORS,
     Composer,
     Placement,
     Scene,
     scene,
+    without_marks,
 )
+from training import token_ids  # noqa: E402
 
 NAMES = list(art.CONCEPTS.values())
 LACKING = 3
@@ -114,6 +120,8 @@ def test_turned_hues_are_other_colours_and_are_told(composer):
         shown = scene(seed, NAMES, composer.palette)
         for item in shown.placements:
             words = composer.palette[item.concept, item.look]
+            if item.is_described:
+                continue
             if words[item.turn] != words[0]:
                 turned += 1
                 assert f"{words[item.turn]} {item.concept}" in shown.caption
@@ -133,6 +141,36 @@ def test_captions_name_objects_in_any_order_and_the_ground(composer):
     assert 0.1 < len(twins) / len(several) < 0.3
     grounds = {ground for ground in GROUNDS if any(ground in each.caption for each in scenes)}
     assert grounds == set(GROUNDS) and len(GROUNDS) == 10
+
+
+def test_a_picture_s_own_word_stands_before_its_concept_and_is_made_from_its_picture(composer):
+    tokenizer = words.make_tokenizer(MINI / "weights" / "tokenizer", NAMES, composer.palette)
+    scenes = [scene(seed, NAMES, composer.palette) for seed in range(200)]
+    lengths = set()
+    for shown in scenes:
+        for mark, item in zip(MARKS, shown.placements, strict=False):
+            told = re.findall(f"({mark}+) {item.concept}", shown.caption)
+            assert len(told) == item.is_described
+            lengths.update(map(len, told))
+        plain = without_marks(shown.caption)
+        assert plain.isascii() and "  " not in plain
+        (ids_T,) = token_ids(tokenizer, [shown.caption])
+        kept = ids_T[ids_T >= 0]
+        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+        assert text.replace(" ,", ",") == plain
+        assert len(ids_T) == 77 and len(ids_T[ids_T < 0]) == sum(map(shown.caption.count, MARKS))
+    assert lengths == set(VECTORS)
+    (ids_T,) = token_ids(tokenizer, [f"a {2 * MARKS[1]} cat"])
+    assert ids_T[2:4].tolist() == [-9, -10]
+    drawn = [
+        composer.portraits(torch.tensor([composer.rendering(item)]), torch.tensor([item.turn]))
+        for item in (
+            Placement(concept="apple", look=2, turn=turn, x=0, y=0, side=1) for turn in range(2)
+        )
+    ]
+    middle = 255 * drawn[0][0, :, PORTRAIT_SIDE // 2, PORTRAIT_SIDE // 2]
+    assert middle.tolist() == pytest.approx([*colour(NAMES.index("apple"), 2), 255], abs=1)
+    assert not torch.equal(*drawn)
 
 
 def test_a_shadow_darkens_the_ground_where_it_is_cast(composer):
@@ -193,10 +231,31 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
         saved = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert saved["step"] > 1 and saved["worked"] >= 1.2, lines
     assert not list(tmp_path.rglob("*.part"))
-    # Begun with an exported ControlNet and given no time, the stage exports that.
-    run = training.Run(TINY, composer, tmp_path / "more", weights=tmp_path / "other", start=made)
-    shutil.copytree(made, run.weights)
-    shutil.rmtree(run.weights / controlnet.NAME)
-    controlnet.train(run, 0.0)
+    # Begun with an exported model and given no time, the stage exports that.
+    run = training.Run(TINY, composer, tmp_path / "more", start=made)
+    train.denoiser.train(run, 0.0)
     again = ControlNetModel.from_pretrained(run.weights / controlnet.NAME).state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+    # A picture's own word is heard where it stands, a control picture in its own half of the batch.
+    tokenizer = words.make_tokenizer(tmp_path / "tokenizer", TINY.names, composer.palette)
+    model = train.denoiser.Model(run, tokenizer)
+    ids_BT = token_ids(tokenizer, [f"a {MARKS[0]} cat", f"a {MARKS[1]} cat", "a cat"])
+    x_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)).expand(
+        3, -1, -1, -1
+    )
+    blur_BKVC = torch.zeros(3, MOST, max(VECTORS), TINY.text_width)
+    shown_BK2 = torch.zeros(3, MOST, 2, dtype=torch.int16)
+    white_1HW = torch.full((1, TINY.side, TINY.side), 255, dtype=torch.uint8)
+
+    def predicted(shown_BK2: torch.Tensor, counts_1HW: torch.Tensor) -> torch.Tensor:
+        inputs = (x_BCHW, torch.full((3,), 500), ids_BT, shown_BK2, blur_BKVC)
+        with torch.no_grad():
+            return model(*inputs, white_1HW, counts_1HW)
+
+    before_BCHW = predicted(shown_BK2, 0 * white_1HW)
+    shown_BK2[:, 1] = 5
+    changed_B = (predicted(shown_BK2, 0 * white_1HW) != before_BCHW).flatten(1).any(dim=1)
+    assert changed_B.tolist() == [False, True, False]
+    shown_BK2[:, 1] = 0
+    changed_B = (predicted(shown_BK2, white_1HW) != before_BCHW).flatten(1).any(dim=1)
+    assert changed_B.tolist() == [True, False, False]

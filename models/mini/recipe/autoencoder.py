@@ -62,7 +62,7 @@ def train(run: Run, minutes: float) -> None:
     saved = course.resumed()
     if saved:
         model.load_state_dict(saved["model"])
-    count = 16 if run.batch == 16 else 64
+    count = 16 if run.device.type == "cpu" else 64
     new = count // 16
 
     def pictures(seeds: range) -> Tensor:

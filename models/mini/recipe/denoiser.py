@@ -1,17 +1,30 @@
-"""The second stage: the denoiser and the text encoder together on latents of composed scenes; exports the model."""
+"""The second stage: denoiser, text encoder and edge ControlNet together on latents of scenes; exports the model.
+
+Half of every batch has control pictures, so that the U-Net learns to draw with them and without.
+"""
 
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+import controlnet
 import networks
 import numpy as np
 import torch
 import words
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from scenes import MOST, VECTORS
 from torch import Tensor, nn
 from training import (
+    HELD_OUT,
     Average,
     Course,
     Pool,
@@ -28,6 +41,11 @@ POOL = 20_000
 # Of the networks, and of the table of words. Its values are large (0.3) and a word that means nothing yet has a small
 # gradient: at the networks' rate no word for a look or a colour meant anything after 800 steps.
 LEARNING_RATE, WORD_RATE = 8e-4, 1e-2
+# What the ControlNet does not have from the U-Net learns faster: the edges' way in and the zeros' way out.
+EDGE_RATE = 2e-3
+# Of the noise added to a picture's own word, as a share of the words' spread: neighbours are to mean nearly the same.
+WORD_BLUR = 0.3
+HELD_OUT_COUNT = 32
 CAPTION_DROPOUT = 0.1
 AVERAGE = 0.998
 # What a thing looks like is decided in the noisier half of the steps, so these are met more often.
@@ -49,7 +67,7 @@ PROMPTS = (
 
 
 class Model(nn.Module):
-    """The two networks that learn together, so that one optimiser and one average hold both."""
+    """The networks that learn together, so that one optimiser and one average hold all."""
 
     def __init__(self, run: Run, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -58,12 +76,61 @@ class Model(nn.Module):
         if run.start:
             self.unet = exported(UNet2DConditionModel, run.start, "unet")
             self.text = exported(CLIPTextModel, run.start, "text_encoder")
+        self.control = networks.controlnet(self.unet)
+        if run.start and (run.start / controlnet.NAME).exists():
+            self.control = exported(ControlNetModel, run.start, controlnet.NAME)
+        self.describer = networks.Describer(self.text.config.hidden_size, max(VECTORS))
+        self._composer = run.composer
+        self._own = threading.local()
+        self.text.get_input_embeddings().register_forward_hook(self._put_own)
+        if run.device.type == "cpu":
+            # There the backward pass of fused attention takes longer than plain products of matrices.
+            for network in (self.unet, self.control):
+                network.set_attn_processor(AttnProcessor())
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, ids_BT: Tensor) -> Tensor:
-        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B under token ids_BT."""
-        states_BTC = self.text(input_ids=ids_BT).last_hidden_state
-        predicted_BCHW: Tensor = self.unet(x_BCHW, t_B, states_BTC).sample
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        ids_BT: Tensor,
+        shown_BK2: Tensor,
+        blur_BKVC: Tensor,
+        edges_AHW: Tensor,
+        counts_AHW: Tensor,
+    ) -> Tensor:
+        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B under token ids_BT.
+
+        Ids below 0 are vectors of words of their own of the renderings shown_BK2 (which, turn); blur_BKVC is added to
+        them. Of the batch the first A have control pictures.
+        """
+        self._own.at_BT, self._own.vectors_BKVC = None, None
+        place_BT = -1 - ids_BT
+        if (ids_BT < 0).any():
+            rows, columns = (place_BT >= 0).nonzero(as_tuple=True)
+            used_BK = torch.zeros(shown_BK2.shape[:2], dtype=torch.bool, device=ids_BT.device)
+            used_BK[rows, place_BT[rows, columns] // max(VECTORS)] = True
+            which_M, turn_M = shown_BK2[used_BK].long().T
+            vectors_MVC = self.describer(self._composer.portraits(which_M, turn_M))
+            vectors_BKVC = blur_BKVC.clone()
+            vectors_BKVC[used_BK] += vectors_MVC
+            self._own.at_BT, self._own.vectors_BKVC = place_BT, vectors_BKVC
+        states_BTC = self.text(input_ids=ids_BT.clamp(min=0)).last_hidden_state
+        inputs = (x_BCHW, t_B, states_BTC)
+        *downs, mid = controlnet.residuals(self.control, *inputs, edges_AHW, counts_AHW)
+        predicted_BCHW: Tensor = self.unet(
+            *inputs, down_block_additional_residuals=downs, mid_block_additional_residual=mid
+        ).sample
         return predicted_BCHW
+
+    def _put_own(self, module: nn.Module, args: Any, embedded_BTC: Tensor) -> Tensor:
+        """Puts pictures' own words where they stand; as a hook, the way learned words are put in place later."""
+        at_BT = getattr(self._own, "at_BT", None)
+        if at_BT is None:
+            return embedded_BTC
+        vectors_BNC = self._own.vectors_BKVC.flatten(1, 2)
+        width = vectors_BNC.shape[-1]
+        own_BTC = vectors_BNC.gather(1, at_BT.clamp(min=0)[..., None].expand(-1, -1, width))
+        return torch.where(at_BT[..., None] >= 0, own_BTC.to(embedded_BTC.dtype), embedded_BTC)
 
 
 @torch.no_grad()
@@ -92,6 +159,7 @@ def export(run: Run, vae: AutoencoderKL, model: Model, tokenizer: CLIPTokenizer)
     with tempfile.TemporaryDirectory(dir=run.work) as made:
         pipeline.save_pretrained(made)
         words.copy_vocabulary(run.work / "tokenizer", Path(made) / "tokenizer")
+        model.control.save_pretrained(Path(made) / controlnet.NAME)
         write_halved(Path(made), run.weights)
 
 
@@ -108,6 +176,23 @@ def draw(run: Run, path: Path) -> None:
     for index, picture in enumerate(drawn):
         sheet.paste(picture, (side * (index % 6), side * (index // 6)))
     sheet.save(path)
+
+
+def _blur_shape(model: Model, count: int) -> tuple[int, ...]:
+    return (count, MOST, max(VECTORS), model.text.config.hidden_size)
+
+
+@torch.no_grad()
+def gain(model: Model, pool: Pool, scale: float) -> dict[str, float]:
+    """The error of predicted noise on a pool of held-out scenes, with their control pictures and without."""
+    x_BCHW = pool.latents_NCHW.float() * scale
+    noisy_BCHW, noise_BCHW, t_B, _ = noised(x_BCHW, 0, np.random.default_rng(0), POWER)
+    said = (pool.ids_NT.long(), pool.shown_NK2, torch.zeros(_blur_shape(model, pool.size)))
+    errors = {}
+    for name, counts_NHW in (("without", 0 * pool.counts_NHW), ("with", pool.counts_NHW)):
+        predicted_BCHW = model(noisy_BCHW, t_B, *said, pool.edges_NHW, counts_NHW)
+        errors[name] = round(float((predicted_BCHW - noise_BCHW).square().mean()), 5)
+    return errors
 
 
 def train(run: Run, minutes: float) -> None:
@@ -129,14 +214,18 @@ def train(run: Run, minutes: float) -> None:
     )
     model = Model(run, tokenizer).to(run.device, memory_format=torch.channels_last)
     table = model.text.get_input_embeddings().weight
-    rest = [value for value in model.parameters() if value is not table]
+    edges, rest = [], []
+    for name, value in model.named_parameters():
+        if value is not table:
+            (edges if name.startswith("control.controlnet_") else rest).append(value)
     groups = [
         {"params": rest, "lr": LEARNING_RATE},
+        {"params": edges, "lr": EDGE_RATE},
         {"params": [table], "lr": WORD_RATE, "weight_decay": 0.0},
     ]
     course = Course(run, "denoiser", minutes, groups)
     average = Average(model, AVERAGE)
-    pool = Pool(run, vae, tokenizer, POOL)
+    pool = Pool(run, vae, tokenizer, POOL, controlnet.control)
     # Of every batch an eighth is new.
     new = run.batch // 8
     pool.first = 96 * new
@@ -145,8 +234,8 @@ def train(run: Run, minutes: float) -> None:
         model.load_state_dict(saved["model"])
         average.values, mean_C, scale = saved["average"], saved["mean"], saved["scale"]
         centre(vae, mean_C)
-        filled = len(saved["ids"])
-        pool.latents_NCHW[:filled], pool.ids_NT[:filled] = saved["latents"], saved["ids"]
+        for kept, values in zip(pool.kept, saved["pool"], strict=True):
+            kept[: len(values)] = values
     else:
         pool.add(range(pool.first))
         mean_C = pool.latents_NCHW[: pool.first].float().mean(dim=(0, 2, 3))
@@ -163,20 +252,34 @@ def train(run: Run, minutes: float) -> None:
     )
     empty_T = token_ids(tokenizer, [""])[0].to(run.device)
     frozen = Model(run, tokenizer).to(run.device)
+    held_out = Pool(run, vae, tokenizer, HELD_OUT_COUNT, controlnet.control)
+    held_out.add(range(HELD_OUT, HELD_OUT + HELD_OUT_COUNT))
 
     def loss_of(
-        noisy_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, ids_BT: Tensor, weights_B: Tensor
+        noise_BCHW: Tensor,
+        weights_B: Tensor,
+        edges_BHW: Tensor,
+        counts_BHW: Tensor,
+        *inputs: Tensor,
     ) -> Tensor:
-        return squared_error(model(noisy_BCHW, t_B, ids_BT), noise_BCHW, weights_B)
+        controlled = len(noise_BCHW) // 2
+        control = (edges_BHW[:controlled], counts_BHW[:controlled])
+        return squared_error(model(*inputs, *control), noise_BCHW, weights_B)
 
     def learn(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
-        places = pool.batch(step, new, rng)
+        # Which of them have control pictures must not depend on their age.
+        places = pool.batch(step, new, rng)[torch.from_numpy(rng.permutation(run.batch))]
         ids_BT = pool.ids_NT[places].long()
         ids_BT[torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)] = empty_T
         x_BCHW = pool.latents_NCHW[places].float() * scale
         noisy_BCHW, noise_BCHW, t_B, weights_B = noised(x_BCHW, step, rng, POWER)
-        return run.gradients(loss_of, noisy_BCHW, noise_BCHW, t_B, ids_BT, weights_B)
+        blur_rng = torch.Generator("cpu").manual_seed(step)
+        blur_BKVC = torch.randn(_blur_shape(model, run.batch), generator=blur_rng)
+        blur_BKVC = (WORD_BLUR * networks.WORD_SPREAD * blur_BKVC).to(run.device)
+        control = (pool.edges_NHW[places], pool.counts_NHW[places])
+        said = (ids_BT, pool.shown_NK2[places], blur_BKVC)
+        return run.gradients(loss_of, noise_BCHW, weights_B, *control, noisy_BCHW, t_B, *said)
 
     def save() -> dict[str, Any]:
         filled = min(POOL, pool.first + new * course.step)
@@ -185,12 +288,12 @@ def train(run: Run, minutes: float) -> None:
             average=average.values,
             mean=mean_C,
             scale=scale,
-            latents=pool.latents_NCHW[:filled].clone(),
-            ids=pool.ids_NT[:filled].clone(),
+            pool=[kept[:filled].clone() for kept in pool.kept],
         )
         frozen.load_state_dict(average.values)
         export(run, vae, frozen, tokenizer)
         draw(run, run.work / "denoiser.png")
-        return {}
+        controlnet.draw(run, held_out, run.work / "controlnet.png")
+        return {"held_out": gain(frozen, held_out, scale)}
 
     course.attend(learn, save, [(average, model)])

@@ -4,12 +4,16 @@ Main type: `Size`, everything in which a small and a large model differ.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import art
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
+# Standard deviation of the values of a word's embedding.
+WORD_SPREAD = 0.3
 # Pixels to a latent, along each side.
 FACTOR = 4
 
@@ -80,7 +84,7 @@ class Size:
             )
         )
         # CLIP's start (0.02) leaves the words nearly alike for the first thousand steps.
-        model.get_input_embeddings().weight.data.normal_(std=0.3)
+        model.get_input_embeddings().weight.data.normal_(std=WORD_SPREAD)
         return model
 
 
@@ -102,6 +106,32 @@ SIZES = {
         text_layers=2,
     ),
 }
+
+
+class Describer(nn.Module):
+    """Makes a picture's own word: portraits [M, 4, 48, 48], premultiplied, to vectors [M, V, text_width].
+
+    It stands beside the model in training only. Whoever learns a word by textual inversion later finds a model whose
+    words can say what things look like, as the captions of a large model's millions of pictures do. What the first
+    vectors tell the later ones add to: a caption holds the first 1, 2, 4 or 8.
+    """
+
+    def __init__(self, width: int, vectors: int) -> None:
+        super().__init__()
+        channels = (4, 32, 64, 128, 128)
+        self._shape = (vectors, width)
+        self.layers = nn.Sequential()
+        for before, after in pairwise(channels):
+            self.layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
+            self.layers.append(nn.GroupNorm(8, after))
+            self.layers.append(nn.SiLU())
+        self.layers.append(nn.Flatten())
+        self.layers.append(nn.Linear(channels[-1] * 3 * 3, vectors * width))
+
+    def forward(self, portraits_M4HW: Tensor) -> Tensor:
+        """The vectors, as wide as the table's words are at their start."""
+        vectors_MVC = self.layers(portraits_M4HW).view(-1, *self._shape).float()
+        return WORD_SPREAD * functional.layer_norm(vectors_MVC, self._shape[-1:])
 
 
 def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:

@@ -7,8 +7,9 @@ Suffixes: B scenes; M objects of all scenes; N renderings; H, W pixels; 3 = R, G
 """
 
 import colorsys
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import art
 import numpy as np
@@ -41,6 +42,8 @@ TEXTURES_PER_GROUND = 12
 TEXTURE_UNITS = 160
 # Each size is at most 4/3 of the next: between two of them bilinear sampling neither blurs nor aliases visibly.
 SPRITE_SIDES = tuple(art.SIDE * share // 32 for share in (32, 24, 16, 12, 8, 6, 4, 3))
+# What a word of its own is made from.
+PORTRAIT_SIDE = 48
 # The shadow's picture has half a sprite more on every side than it needs; blurred, it needs few pixels.
 SHADOW_SIDE, SHADOW_REACH, SHADOW_BLUR = 48, 1.5, 0.06
 
@@ -51,6 +54,11 @@ LOOK_WORDS = tuple(look.word for look in (*art.LOOKS, *art.MORE_LOOKS))
 # Turns of the hue circle in which an object may be painted, sixths of it.
 TURNS = 6
 ONE_LOOK, LOOK_TOLD, COLOUR_TOLD, TURNED, TWINS = 0.4, 0.8, 0.2, 0.2, 0.2
+# How many objects have a word of their own instead, made from their picture (`networks.Describer`) as learned words are
+# made from theirs; these are turned more often. In a caption it is its placement's mark, once for each of its vectors.
+DESCRIBED, DESCRIBED_TURNED = 0.5, 0.5
+MOST, VECTORS = 8, (1, 2, 4, 8)
+MARKS = tuple(chr(0xE000 + place) for place in range(MOST))
 # Which colour words hold for each rendering, (concept, look), turn by turn. What is not in it does not exist.
 Palette = Mapping[tuple[str, int], Sequence[str]]
 
@@ -59,12 +67,13 @@ Palette = Mapping[tuple[str, int], Sequence[str]]
 class Placement:
     """One object of a scene: centre and side in units, rotation in degrees counter-clockwise.
 
-    look: index into `LOOK_WORDS`. turn: of its hues, in sixths of the circle.
+    look: index into `LOOK_WORDS`. turn: of its hues, in sixths of the circle. is_described: by a word of its own.
     """
 
     concept: str
     look: int
     turn: int = 0
+    is_described: bool = False
     x: float
     y: float
     side: float
@@ -203,11 +212,25 @@ class Composer:
             self._textures[ground] = (stack.permute(0, 3, 1, 2) / 255).half()
         self._at_W = (torch.arange(side, device=device) + 0.5) * UNITS / side
 
+    def rendering(self, item: Placement) -> int:
+        """Which rendering is placed, among all of all concepts."""
+        return self._places[item.concept] * len(LOOK_WORDS) + item.look
+
+    def portraits(self, which_M: Tensor, turn_M: Tensor) -> Tensor:
+        """Renderings alone, their hues turned, premultiplied: float32 [M, 4, PORTRAIT_SIDE, PORTRAIT_SIDE]."""
+        paint_M4HW = dict(self._levels)[PORTRAIT_SIDE][which_M].float()
+        return self._in_colours(paint_M4HW, turn_M)
+
+    def _in_colours(self, paint_M4HW: Tensor, turn_M: Tensor) -> Tensor:
+        colours_M3HW = torch.einsum("mij,mjhw->mihw", self._turns_T33[turn_M], paint_M4HW[:, :3])
+        paint_M4HW[:, :3] = colours_M3HW.clamp(min=0).minimum(paint_M4HW[:, 3:])
+        return paint_M4HW
+
     def layers(self, scenes: Sequence[Scene]) -> Layers:
         """Every object of the scenes, scene by scene, back to front."""
         rows = [
             (
-                *(index, slot, self._places[item.concept] * len(LOOK_WORDS) + item.look),
+                *(index, slot, self.rendering(item)),
                 *(item.x, item.y, item.side, np.deg2rad(item.angle), 1 - 2 * item.flip),
                 *scene.shadow,
                 item.turn,
@@ -238,9 +261,7 @@ class Composer:
             at = (level_M == number).nonzero()[:, 0].to(self.device)
             if len(at):
                 paint_M4HW[at] = _sampled(sprites_N4HW[which_M[at]], grid_MHW2[at])
-        turns_M33 = self._turns_T33[table_CM[11].long().to(self.device)]
-        colours_M3HW = torch.einsum("mij,mjhw->mihw", turns_M33, paint_M4HW[:, :3])
-        paint_M4HW[:, :3] = colours_M3HW.clamp(min=0).minimum(paint_M4HW[:, 3:])
+        paint_M4HW = self._in_colours(paint_M4HW, table_CM[11].long().to(self.device))
         moved_MHW2 = grid(x_MHW - 2 * right, y_MHW - 2 * down) / SHADOW_REACH
         shade_M1HW = _sampled(self._shadows_N1hw[which_M], moved_MHW2) * strength[:, None]
         return Layers(of_M=of_M, slot_M=slot_M, paint_M4HW=paint_M4HW, shade_M1HW=shade_M1HW)
@@ -343,6 +364,11 @@ def _listing(words: list[str], rng: np.random.Generator) -> str:
     return f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
+def without_marks(caption: str) -> str:
+    """A caption as anyone could write it: words of their own are left out."""
+    return re.sub(f" ?[{MARKS[0]}-{MARKS[-1]}]+ ", " ", caption).strip()
+
+
 def _caption(words: list[str], where: str, rng: np.random.Generator) -> str:
     listing = _listing([words[i] for i in rng.permutation(len(words))], rng)
     shape = rng.random()
@@ -377,6 +403,15 @@ def _pick(
     return [str(name) for name in drawn]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dress:
+    """How an object looks and is told: see `Placement`."""
+
+    look: int
+    turn: int
+    is_described: bool
+
+
 class Dresser:
     """Gives the objects of one scene their looks and hues; two scenes in five are of one look."""
 
@@ -384,15 +419,27 @@ class Dresser:
         self._palette, self._rng = palette, rng
         self._look = int(rng.integers(len(art.LOOKS))) if rng.random() < ONE_LOOK else None
 
-    def dressed(self, concept: str, but: int | None = None) -> tuple[int, int]:
-        """A look that the concept comes in, not the one of `but`, and a turn."""
+    def dressed(self, concept: str, but: int | None = None) -> Dress:
+        """A look that the concept comes in, not the one of `but`, a turn, and whether a word of its own tells it."""
         looks = [look for name, look in self._palette if name == concept and look != but]
         look = self._look if self._look in looks else int(self._rng.choice(looks))
-        return look, int(self._rng.integers(TURNS)) if self._rng.random() < TURNED else 0
+        is_described = bool(self._rng.random() < DESCRIBED)
+        is_turned = self._rng.random() < (DESCRIBED_TURNED if is_described else TURNED)
+        turn = int(self._rng.integers(TURNS)) if is_turned else 0
+        return Dress(look=look, turn=turn, is_described=is_described)
 
-    def told(self, item: Placement) -> str:
-        """What a caption calls the object."""
+    def told(self, placements: Sequence[Placement]) -> list[str]:
+        """What a caption calls the objects."""
+        fitting = [count for count in VECTORS if count * len(placements) <= 2 * MOST]
+        vectors = int(self._rng.choice(fitting))
+        return [
+            self._told(item, mark * vectors) for item, mark in zip(placements, MARKS, strict=False)
+        ]
+
+    def _told(self, item: Placement, word: str) -> str:
         parts = [item.concept]
+        if item.is_described:
+            return f"{word} {item.concept}"
         # An unusual colour is always told, so that without a word for it things have their own.
         colour = self._palette[item.concept, item.look][item.turn]
         is_unusual = colour != self._palette[item.concept, item.look][0]
@@ -412,21 +459,19 @@ def _landscape(seed: int, dresser: Dresser, rng: np.random.Generator) -> Scene:
     for index, word in enumerate(airborne):
         x = UNITS * ((0.25 + 0.5 * index) + rng.uniform(-0.08, 0.08))
         side, y = rng.uniform(34, 48), rng.uniform(20, 32)
-        look, turn = dresser.dressed(str(word))
-        placements.append(Placement(concept=str(word), look=look, turn=turn, x=x, y=y, side=side))
+        dress = asdict(dresser.dressed(str(word)))
+        placements.append(Placement(concept=str(word), x=x, y=y, side=side, **dress))
     slots = rng.permutation([0.28, 0.72]) if len(standing) > 1 else [0.5]
     for word, slot in zip(standing, slots, strict=False):
         side = rng.uniform(74, 92) if word == "mountain" else rng.uniform(46, 62)
         foot = rng.uniform(86, 94) if word == "mountain" else rng.uniform(98, 114)
         x, flip = UNITS * (slot + rng.uniform(-0.06, 0.06)), bool(rng.random() < 0.5)
         y = foot - side / 2
-        look, turn = dresser.dressed(str(word))
+        dress = asdict(dresser.dressed(str(word)))
         placements.append(
-            Placement(
-                concept=str(word), look=look, turn=turn, x=float(x), y=y, side=side, flip=flip
-            )
+            Placement(concept=str(word), x=float(x), y=y, side=side, flip=flip, **dress)
         )
-    words = [dresser.told(item) for item in placements]
+    words = dresser.told(placements)
     where = rng.choice(["{on}", "on {land} under a blue sky", "in a landscape with {land}"])
     caption = _caption(words, str(where).format(on=land, land=LANDS[land]), rng)
     return Scene(
@@ -454,7 +499,7 @@ def scene(seed: int, names: Sequence[str], palette: Palette) -> Scene:
     concepts = _pick(names, OFTEN, count, rng)
     dressed = [dresser.dressed(concept) for concept in concepts]
     if count > 1 and rng.random() < TWINS:
-        concepts[1], dressed[1] = concepts[0], dresser.dressed(concepts[0], but=dressed[0][0])
+        concepts[1], dressed[1] = concepts[0], dresser.dressed(concepts[0], but=dressed[0].look)
     ground = _pick(list(GROUNDS), OFTEN_GROUNDS, 1, rng)[0]
     side = rng.uniform(low, high)
     # A small object stands farther from the middle than a large one can.
@@ -465,15 +510,14 @@ def scene(seed: int, names: Sequence[str], palette: Palette) -> Scene:
     placements = [
         Placement(
             concept=concept,
-            look=look,
-            turn=turn,
             x=x,
             y=y,
             side=side * rng.uniform(0.92, 1.08),
             angle=float(rng.uniform(-10, 10)),
             flip=bool(rng.random() < 0.3),
+            **asdict(dress),
         )
-        for concept, (look, turn), (x, y) in zip(concepts, dressed, spots, strict=True)
+        for concept, dress, (x, y) in zip(concepts, dressed, spots, strict=True)
     ]
     shadow = (float(rng.uniform(-0.06, 0.06)), float(rng.uniform(0.04, 0.1)), 0.42)
     if not GROUNDS[ground]:
@@ -484,5 +528,5 @@ def scene(seed: int, names: Sequence[str], palette: Palette) -> Scene:
         is_land=False,
         placements=placements,
         shadow=shadow,
-        caption=_caption([dresser.told(item) for item in placements], ground, rng),
+        caption=_caption(dresser.told(placements), ground, rng),
     )

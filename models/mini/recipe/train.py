@@ -1,4 +1,4 @@
-"""Train the bundled model: autoencoder, then denoiser with text encoder, then edge ControlNet.
+"""Train the bundled model: autoencoder, then denoiser with text encoder and edge ControlNet.
 
 Takes --minutes of working time in all, so a slower machine takes fewer steps; a pause does not count. SIGTERM ends it
 with a checkpoint; with --resume it goes on where it was. With --minutes 0 it exports what there is, trained or not.
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import art
 import autoencoder
-import controlnet
 import denoiser
 import networks
 import torch
@@ -19,8 +18,7 @@ from training import Run
 # Each stage, and its share of the time.
 STAGES = {
     "autoencoder": (autoencoder.train, 0.26),
-    "denoiser": (denoiser.train, 0.56),
-    "controlnet": (controlnet.train, 0.18),
+    "denoiser": (denoiser.train, 0.74),
 }
 
 

@@ -6,6 +6,7 @@ Main types: `Run`, what is trained, on what and where; `Course`, the steps of on
 
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import Composer, Layers, Scene, scene
+from scenes import MARKS, MOST, VECTORS, Composer, Layers, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -54,7 +55,7 @@ class Run:
         self.size, self.composer, self.device = size, composer, composer.device
         self.work, self.start, self.resume = work, start, resume
         self.weights = weights or work / "weights"
-        self.batch = 16 if self.device.type == "cpu" else 256
+        self.batch = 32 if self.device.type == "cpu" else 256
         self.parts = threads if self.device.type == "cpu" else 1
         self.workers = ThreadPoolExecutor(threads)
         self.is_stopped = False
@@ -193,7 +194,7 @@ class Course:
 class Pool:
     """Scenes to learn from, encoded: a scene's place is its seed modulo the size, so the oldest are forgotten.
 
-    With `control`, which makes of a scene and its layers a control picture and where it counts, these are kept, too.
+    `control` makes of a scene and its layers a control picture and where it counts. `kept` is all there is of them.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class Pool:
         vae: AutoencoderKL,
         tokenizer: CLIPTokenizer,
         size: int,
-        control: Callable[[Scene, Tensor, Tensor], tuple[np.ndarray, np.ndarray]] | None = None,
+        control: Callable[[Scene, Tensor, Tensor], tuple[np.ndarray, np.ndarray]],
     ) -> None:
         self._run, self._vae, self._tokenizer, self._control = run, vae, tokenizer, control
         side = run.size.side
@@ -214,9 +215,17 @@ class Pool:
             size, 4, latent_side, latent_side, dtype=torch.float16, device=device
         )
         self.ids_NT = torch.zeros(size, 77, dtype=torch.int16, device=device)
-        if control:
-            self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
-            self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
+        # Which renderings a scene shows, and their turns.
+        self.shown_NK2 = torch.zeros(size, MOST, 2, dtype=torch.int16, device=device)
+        self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
+        self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
+        self.kept = (
+            self.latents_NCHW,
+            self.ids_NT,
+            self.shown_NK2,
+            self.edges_NHW,
+            self.counts_NHW,
+        )
 
     def add(self, seeds: range) -> None:
         """Compose and encode the scenes of these seeds, some at a time."""
@@ -238,13 +247,16 @@ class Pool:
             self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
             captions = [each.caption for each in scenes]
             self.ids_NT[places] = token_ids(self._tokenizer, captions).short().to(self._run.device)
-            if self._control:
-                self._draw(scenes, layers, pixels_B3HW, places)
+            for place, each in zip(places, scenes, strict=True):
+                shown = [
+                    [self._run.composer.rendering(item), item.turn] for item in each.placements
+                ]
+                self.shown_NK2[place, : len(shown)] = torch.tensor(shown, dtype=torch.int16)
+            self._draw(scenes, layers, pixels_B3HW, places)
 
     def _draw(
         self, scenes: list[Scene], layers: Layers, pixels_B3HW: Tensor, places: Tensor
     ) -> None:
-        assert self._control
         paint_M4HW, pixels_B3HW = layers.paint_M4HW.cpu(), pixels_B3HW.cpu()
         counts = [len(each.placements) for each in scenes]
         # Where parts are worked on side by side, this is one of the workers.
@@ -284,10 +296,19 @@ def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Padded token ids, int64 [B, 77]."""
-    coded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-    ids_BT: Tensor = coded.input_ids
-    return ids_BT
+    """Padded token ids, int64 [B, 77]; vector v of the word of mark k is -1 - k max(VECTORS) - v."""
+    rows = []
+    for caption in captions:
+        row = [tokenizer.bos_token_id]
+        for part in re.split(f"([{MARKS[0]}-{MARKS[-1]}]+)", caption):
+            if part[:1] in MARKS:
+                first = -1 - MARKS.index(part[0]) * max(VECTORS)
+                row.extend(range(first, first - len(part), -1))
+            else:
+                row.extend(tokenizer(part, add_special_tokens=False).input_ids)
+        row = [*row[: tokenizer.model_max_length - 1], tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
+    return torch.tensor(rows)
 
 
 @cache

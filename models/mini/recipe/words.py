@@ -34,7 +34,7 @@ standing swimming flying topped filled covered surrounded
 
 def _corpus(names: Sequence[str], palette: scenes.Palette) -> Iterator[str]:
     for seed in range(4000):
-        yield scenes.scene(seed, names, palette).caption
+        yield scenes.without_marks(scenes.scene(seed, names, palette).caption)
     for _ in range(40):
         yield from COMMON.split()
     yield from art.icon_words()
