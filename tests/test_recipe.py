@@ -19,6 +19,7 @@ import training  # noqa: E402
 import words  # noqa: E402
 from networks import SIZES, Size  # noqa: E402
 from scenes import (  # noqa: E402
+    ENDS,
     GROUNDS,
     LOOK_WORDS,
     MARKS,
@@ -154,14 +155,17 @@ def test_a_picture_s_own_word_stands_before_its_concept_and_is_made_from_its_pic
             lengths.update(map(len, told))
         plain = without_marks(shown.caption)
         assert plain.isascii() and "  " not in plain
-        (ids_T,) = token_ids(tokenizer, [shown.caption])
+        (ids_T,), (ends_K,) = token_ids(tokenizer, [shown.caption])
         kept = ids_T[ids_T >= 0]
         text = tokenizer.decode(kept, skip_special_tokens=True).strip()
         assert text.replace(" ,", ",") == plain
+        for item, end in zip(shown.placements, ends_K, strict=False):
+            assert tokenizer.decode(ids_T[end]).strip() == item.concept.split()[-1]
+        assert not ends_K[len(shown.placements) :].any()
         assert len(ids_T) == 77 and len(ids_T[ids_T < 0]) == sum(map(shown.caption.count, MARKS))
     assert lengths == set(VECTORS)
-    (ids_T,) = token_ids(tokenizer, [f"a {2 * MARKS[1]} cat"])
-    assert ids_T[2:4].tolist() == [-9, -10]
+    (ids_T,), (ends_K,) = token_ids(tokenizer, [f"a {2 * MARKS[1]} cat{ENDS[1]} on sand"])
+    assert ids_T[2:4].tolist() == [-9, -10] and ends_K.tolist() == [0, 4] + 6 * [0]
     drawn = [
         composer.portraits(torch.tensor([composer.rendering(item)]), torch.tensor([item.turn]))
         for item in (
@@ -216,11 +220,13 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     monkeypatch.setattr(train.denoiser, "draw", lambda *_: None)
     words.copy_vocabulary(MINI / "weights" / "tokenizer", tmp_path / "tokenizer")
     composer = Composer(TINY.side, TINY.names, gallery, torch.device("cpu"))
+    spent = dict.fromkeys(train.STAGES, 0.0)
     for resume in (False, True):
-        for stage, _ in train.STAGES.values():
-            # Long enough for a step, the second time for more.
+        for name, (stage, _) in train.STAGES.items():
+            # Time for a step, and then for one more at least.
             run = training.Run(TINY, composer, tmp_path, resume=resume)
-            stage(run, 0.02 if resume else 0.002)
+            stage(run, spent[name] + 0.002)
+            spent[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)["worked"] / 60
     made = tmp_path / "weights"
     pipeline = StableDiffusionPipeline.from_pretrained(made)
     assert pipeline.vae.config.scaling_factor > 0
@@ -229,7 +235,7 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     lines = capsys.readouterr().out
     for name in train.STAGES:
         saved = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert saved["step"] > 1 and saved["worked"] >= 1.2, lines
+        assert saved["step"] > 1 and saved["worked"] >= 0.12, lines
     assert not list(tmp_path.rglob("*.part"))
     # Begun with an exported model and given no time, the stage exports that.
     run = training.Run(TINY, composer, tmp_path / "more", start=made)
@@ -239,7 +245,8 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     # A picture's own word is heard where it stands, a control picture in its own half of the batch.
     tokenizer = words.make_tokenizer(tmp_path / "tokenizer", TINY.names, composer.palette)
     model = train.denoiser.Model(run, tokenizer)
-    ids_BT = token_ids(tokenizer, [f"a {MARKS[0]} cat", f"a {MARKS[1]} cat", "a cat"])
+    captions = [f"a {MARKS[0]} cat{ENDS[0]}", f"a {MARKS[1]} cat{ENDS[1]}", "a cat"]
+    ids_BT, ends_BK = token_ids(tokenizer, captions)
     x_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)).expand(
         3, -1, -1, -1
     )
@@ -248,9 +255,9 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     white_1HW = torch.full((1, TINY.side, TINY.side), 255, dtype=torch.uint8)
 
     def predicted(shown_BK2: torch.Tensor, counts_1HW: torch.Tensor) -> torch.Tensor:
-        inputs = (x_BCHW, torch.full((3,), 500), ids_BT, shown_BK2, blur_BKVC)
         with torch.no_grad():
-            return model(*inputs, white_1HW, counts_1HW)
+            states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
+            return model(x_BCHW, torch.full((3,), 500), states_BTC, white_1HW, counts_1HW)
 
     before_BCHW = predicted(shown_BK2, 0 * white_1HW)
     shown_BK2[:, 1] = 5
@@ -259,3 +266,9 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     shown_BK2[:, 1] = 0
     changed_B = (predicted(shown_BK2, white_1HW) != before_BCHW).flatten(1).any(dim=1)
     assert changed_B.tolist() == [True, False, False]
+    # What is recalled at the end of a name is the rendering that is shown.
+    states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
+    error = model.recall(states_BTC, ends_BK, shown_BK2)
+    (slope_BTC,) = torch.autograd.grad(error, states_BTC)
+    assert slope_BTC.any(dim=2).nonzero().tolist() == [[0, 3], [1, 3]]
+    assert not model.recall(states_BTC, 0 * ends_BK, shown_BK2)

@@ -23,6 +23,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from scenes import MOST, VECTORS
 from torch import Tensor, nn
+from torch.nn import functional
 from training import (
     HELD_OUT,
     Average,
@@ -41,10 +42,14 @@ POOL = 20_000
 # Of the networks, and of the table of words. Its values are large (0.3) and a word that means nothing yet has a small
 # gradient: at the networks' rate no word for a look or a colour meant anything after 800 steps.
 LEARNING_RATE, WORD_RATE = 8e-4, 1e-2
-# What the ControlNet does not have from the U-Net learns faster: the edges' way in and the zeros' way out.
-EDGE_RATE = 2e-3
+# What starts from nothing learns faster: pictures' own words, the ControlNet's way in and its zeros' way out.
+NEW_RATE = 2e-3
 # Of the noise added to a picture's own word, as a share of the words' spread: neighbours are to mean nearly the same.
 WORD_BLUR = 0.3
+# The text encoder learns besides, with this weight, to say at the end of a name what the thing looks like: its picture,
+# so small, as CLIP's was taught with pictures. From noise alone it learns for thousands of steps not to hear of looks:
+# what a word without a meaning does to a picture is wrong, and to say nothing is the nearest remedy.
+RECALL, RECALLED_SIDE = 0.3, 12
 HELD_OUT_COUNT = 32
 CAPTION_DROPOUT = 0.1
 AVERAGE = 0.998
@@ -79,7 +84,9 @@ class Model(nn.Module):
         self.control = networks.controlnet(self.unet)
         if run.start and (run.start / controlnet.NAME).exists():
             self.control = exported(ControlNetModel, run.start, controlnet.NAME)
-        self.describer = networks.Describer(self.text.config.hidden_size, max(VECTORS))
+        width = self.text.config.hidden_size
+        self.describer = networks.Describer(width, max(VECTORS))
+        self.recaller = nn.Linear(width, 4 * RECALLED_SIDE**2)
         self._composer = run.composer
         self._own = threading.local()
         self.text.get_input_embeddings().register_forward_hook(self._put_own)
@@ -88,20 +95,11 @@ class Model(nn.Module):
             for network in (self.unet, self.control):
                 network.set_attn_processor(AttnProcessor())
 
-    def forward(
-        self,
-        x_BCHW: Tensor,
-        t_B: Tensor,
-        ids_BT: Tensor,
-        shown_BK2: Tensor,
-        blur_BKVC: Tensor,
-        edges_AHW: Tensor,
-        counts_AHW: Tensor,
-    ) -> Tensor:
-        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B under token ids_BT.
+    def hear(self, ids_BT: Tensor, shown_BK2: Tensor, blur_BKVC: Tensor) -> Tensor:
+        """The text's states [B, T, C].
 
         Ids below 0 are vectors of words of their own of the renderings shown_BK2 (which, turn); blur_BKVC is added to
-        them. Of the batch the first A have control pictures.
+        them.
         """
         self._own.at_BT, self._own.vectors_BKVC = None, None
         place_BT = -1 - ids_BT
@@ -109,18 +107,45 @@ class Model(nn.Module):
             rows, columns = (place_BT >= 0).nonzero(as_tuple=True)
             used_BK = torch.zeros(shown_BK2.shape[:2], dtype=torch.bool, device=ids_BT.device)
             used_BK[rows, place_BT[rows, columns] // max(VECTORS)] = True
-            which_M, turn_M = shown_BK2[used_BK].long().T
-            vectors_MVC = self.describer(self._composer.portraits(which_M, turn_M))
+            vectors_MVC = self.describer(self._portraits(shown_BK2[used_BK]))
             vectors_BKVC = blur_BKVC.clone()
             vectors_BKVC[used_BK] += vectors_MVC
             self._own.at_BT, self._own.vectors_BKVC = place_BT, vectors_BKVC
-        states_BTC = self.text(input_ids=ids_BT.clamp(min=0)).last_hidden_state
+        states_BTC: Tensor = self.text(input_ids=ids_BT.clamp(min=0)).last_hidden_state
+        return states_BTC
+
+    def recall(self, states_BTC: Tensor, ends_BK: Tensor, shown_BK2: Tensor) -> Tensor:
+        """How badly the states at the ends of names, where there are any, recall the renderings: a squared error."""
+        told_BK = ends_BK > 0
+        if not told_BK.any():
+            return states_BTC.new_zeros(())
+        states_BKC = states_BTC.gather(
+            1, ends_BK.long()[..., None].expand(-1, -1, states_BTC.shape[-1])
+        )
+        recalled_MD = self.recaller(states_BKC[told_BK]).float()
+        portraits_M4HW = self._portraits(shown_BK2[told_BK])
+        small_M4hw = functional.adaptive_avg_pool2d(portraits_M4HW, RECALLED_SIDE)
+        return functional.mse_loss(recalled_MD, small_M4hw.flatten(1))
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        states_BTC: Tensor,
+        edges_AHW: Tensor,
+        counts_AHW: Tensor,
+    ) -> Tensor:
+        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B; the first A have control pictures."""
         inputs = (x_BCHW, t_B, states_BTC)
         *downs, mid = controlnet.residuals(self.control, *inputs, edges_AHW, counts_AHW)
         predicted_BCHW: Tensor = self.unet(
             *inputs, down_block_additional_residuals=downs, mid_block_additional_residual=mid
         ).sample
         return predicted_BCHW
+
+    def _portraits(self, shown_M2: Tensor) -> Tensor:
+        which_M, turn_M = shown_M2.long().T
+        return self._composer.portraits(which_M, turn_M)
 
     def _put_own(self, module: nn.Module, args: Any, embedded_BTC: Tensor) -> Tensor:
         """Puts pictures' own words where they stand; as a hook, the way learned words are put in place later."""
@@ -187,10 +212,11 @@ def gain(model: Model, pool: Pool, scale: float) -> dict[str, float]:
     """The error of predicted noise on a pool of held-out scenes, with their control pictures and without."""
     x_BCHW = pool.latents_NCHW.float() * scale
     noisy_BCHW, noise_BCHW, t_B, _ = noised(x_BCHW, 0, np.random.default_rng(0), POWER)
-    said = (pool.ids_NT.long(), pool.shown_NK2, torch.zeros(_blur_shape(model, pool.size)))
-    errors = {}
+    blur_BKVC = torch.zeros(_blur_shape(model, pool.size), device=x_BCHW.device)
+    states_BTC = model.hear(pool.ids_NT.long(), pool.shown_NK2, blur_BKVC)
+    errors = {"recalled": round(float(model.recall(states_BTC, pool.ends_NK, pool.shown_NK2)), 5)}
     for name, counts_NHW in (("without", 0 * pool.counts_NHW), ("with", pool.counts_NHW)):
-        predicted_BCHW = model(noisy_BCHW, t_B, *said, pool.edges_NHW, counts_NHW)
+        predicted_BCHW = model(noisy_BCHW, t_B, states_BTC, pool.edges_NHW, counts_NHW)
         errors[name] = round(float((predicted_BCHW - noise_BCHW).square().mean()), 5)
     return errors
 
@@ -214,13 +240,14 @@ def train(run: Run, minutes: float) -> None:
     )
     model = Model(run, tokenizer).to(run.device, memory_format=torch.channels_last)
     table = model.text.get_input_embeddings().weight
-    edges, rest = [], []
+    untaught, taught = [], []
     for name, value in model.named_parameters():
         if value is not table:
-            (edges if name.startswith("control.controlnet_") else rest).append(value)
+            is_new = name.startswith(("control.controlnet_", "describer.", "recaller."))
+            (untaught if is_new else taught).append(value)
     groups = [
-        {"params": rest, "lr": LEARNING_RATE},
-        {"params": edges, "lr": EDGE_RATE},
+        {"params": taught, "lr": LEARNING_RATE},
+        {"params": untaught, "lr": NEW_RATE},
         {"params": [table], "lr": WORD_RATE, "weight_decay": 0.0},
     ]
     course = Course(run, "denoiser", minutes, groups)
@@ -250,7 +277,7 @@ def train(run: Run, minutes: float) -> None:
             for name, part in (("vae", vae), ("unet", model.unet), ("text", model.text))
         },
     )
-    empty_T = token_ids(tokenizer, [""])[0].to(run.device)
+    empty_T = token_ids(tokenizer, [""])[0][0].to(run.device)
     frozen = Model(run, tokenizer).to(run.device)
     held_out = Pool(run, vae, tokenizer, HELD_OUT_COUNT, controlnet.control)
     held_out.add(range(HELD_OUT, HELD_OUT + HELD_OUT_COUNT))
@@ -260,25 +287,33 @@ def train(run: Run, minutes: float) -> None:
         weights_B: Tensor,
         edges_BHW: Tensor,
         counts_BHW: Tensor,
-        *inputs: Tensor,
+        noisy_BCHW: Tensor,
+        t_B: Tensor,
+        ids_BT: Tensor,
+        ends_BK: Tensor,
+        shown_BK2: Tensor,
+        blur_BKVC: Tensor,
     ) -> Tensor:
         controlled = len(noise_BCHW) // 2
         control = (edges_BHW[:controlled], counts_BHW[:controlled])
-        return squared_error(model(*inputs, *control), noise_BCHW, weights_B)
+        states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
+        error = squared_error(model(noisy_BCHW, t_B, states_BTC, *control), noise_BCHW, weights_B)
+        return error + RECALL * model.recall(states_BTC, ends_BK, shown_BK2)
 
     def learn(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
         # Which of them have control pictures must not depend on their age.
         places = pool.batch(step, new, rng)[torch.from_numpy(rng.permutation(run.batch))]
-        ids_BT = pool.ids_NT[places].long()
-        ids_BT[torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)] = empty_T
+        ids_BT, ends_BK = pool.ids_NT[places].long(), pool.ends_NK[places]
+        silent_B = torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)
+        ids_BT[silent_B], ends_BK[silent_B] = empty_T, 0
         x_BCHW = pool.latents_NCHW[places].float() * scale
         noisy_BCHW, noise_BCHW, t_B, weights_B = noised(x_BCHW, step, rng, POWER)
         blur_rng = torch.Generator("cpu").manual_seed(step)
         blur_BKVC = torch.randn(_blur_shape(model, run.batch), generator=blur_rng)
         blur_BKVC = (WORD_BLUR * networks.WORD_SPREAD * blur_BKVC).to(run.device)
         control = (pool.edges_NHW[places], pool.counts_NHW[places])
-        said = (ids_BT, pool.shown_NK2[places], blur_BKVC)
+        said = (ids_BT, ends_BK, pool.shown_NK2[places], blur_BKVC)
         return run.gradients(loss_of, noise_BCHW, weights_B, *control, noisy_BCHW, t_B, *said)
 
     def save() -> dict[str, Any]:

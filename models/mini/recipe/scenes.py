@@ -59,6 +59,8 @@ ONE_LOOK, LOOK_TOLD, COLOUR_TOLD, TURNED, TWINS = 0.4, 0.8, 0.2, 0.2, 0.2
 DESCRIBED, DESCRIBED_TURNED = 0.5, 0.5
 MOST, VECTORS = 8, (1, 2, 4, 8)
 MARKS = tuple(chr(0xE000 + place) for place in range(MOST))
+# Stands behind what a placement is called.
+ENDS = tuple(chr(0xE100 + place) for place in range(MOST))
 # Which colour words hold for each rendering, (concept, look), turn by turn. What is not in it does not exist.
 Palette = Mapping[tuple[str, int], Sequence[str]]
 
@@ -350,7 +352,7 @@ def _sampled(x_MCHW: Tensor, grid_MHW2: Tensor) -> Tensor:
 
 
 def _article(word: str) -> str:
-    if word.endswith("cherries"):
+    if "cherries" in word:
         return word
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
@@ -365,7 +367,8 @@ def _listing(words: list[str], rng: np.random.Generator) -> str:
 
 
 def without_marks(caption: str) -> str:
-    """A caption as anyone could write it: words of their own are left out."""
+    """A caption as anyone could write it: words of their own and marks are left out."""
+    caption = re.sub(f"[{ENDS[0]}-{ENDS[-1]}]", "", caption)
     return re.sub(f" ?[{MARKS[0]}-{MARKS[-1]}]+ ", " ", caption).strip()
 
 
@@ -432,9 +435,8 @@ class Dresser:
         """What a caption calls the objects."""
         fitting = [count for count in VECTORS if count * len(placements) <= 2 * MOST]
         vectors = int(self._rng.choice(fitting))
-        return [
-            self._told(item, mark * vectors) for item, mark in zip(placements, MARKS, strict=False)
-        ]
+        marks = zip(placements, MARKS, ENDS, strict=False)
+        return [self._told(item, mark * vectors) + end for item, mark, end in marks]
 
     def _told(self, item: Placement, word: str) -> str:
         parts = [item.concept]

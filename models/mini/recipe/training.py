@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import MARKS, MOST, VECTORS, Composer, Layers, Scene, scene
+from scenes import ENDS, MARKS, MOST, VECTORS, Composer, Layers, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -29,7 +29,10 @@ LOG_EVERY, SAVE_EVERY = 60, 240
 # A process that was stopped for a while has not worked meanwhile: no step takes longer.
 LONGEST_STEP = 30.0
 WARM_UP = 100
-SNR_CAP = 5.0
+# An error in the picture counts by the signal-to-noise ratio, but no more than at the second of these (Min-SNR, Hang et
+# al. 2023) and no less than at the first: what a thing looks like is decided where little of it can be seen, and in the
+# predicted noise hardly any error is left of it there.
+SNR_RANGE = (0.05, 5.0)
 OFFSET_NOISE = 0.1
 HELD_OUT = 10_000_000
 
@@ -217,12 +220,14 @@ class Pool:
         self.ids_NT = torch.zeros(size, 77, dtype=torch.int16, device=device)
         # Which renderings a scene shows, and their turns.
         self.shown_NK2 = torch.zeros(size, MOST, 2, dtype=torch.int16, device=device)
+        self.ends_NK = torch.zeros(size, MOST, dtype=torch.int16, device=device)
         self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
         self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
         self.kept = (
             self.latents_NCHW,
             self.ids_NT,
             self.shown_NK2,
+            self.ends_NK,
             self.edges_NHW,
             self.counts_NHW,
         )
@@ -246,7 +251,9 @@ class Pool:
             places = torch.tensor([seed % self.size for seed in seeds])
             self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
             captions = [each.caption for each in scenes]
-            self.ids_NT[places] = token_ids(self._tokenizer, captions).short().to(self._run.device)
+            ids_BT, ends_BK = token_ids(self._tokenizer, captions)
+            self.ids_NT[places] = ids_BT.short().to(self._run.device)
+            self.ends_NK[places] = ends_BK.short().to(self._run.device)
             for place, each in zip(places, scenes, strict=True):
                 shown = [
                     [self._run.composer.rendering(item), item.turn] for item in each.placements
@@ -295,20 +302,26 @@ def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
         return torch.cat([vae.encode(part).latent_dist.mean for part in x_B3HW.split(16)])
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Padded token ids, int64 [B, 77]; vector v of the word of mark k is -1 - k max(VECTORS) - v."""
-    rows = []
-    for caption in captions:
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Padded token ids, int64 [B, 77]; vector v of the word of mark k is -1 - k max(VECTORS) - v.
+
+    Beside them where each placement's name ends, int64 [B, MOST]: the place of its last token, 0 for none.
+    """
+    rows, ends_BK = [], torch.zeros(len(captions), MOST, dtype=torch.long)
+    for number, caption in enumerate(captions):
         row = [tokenizer.bos_token_id]
-        for part in re.split(f"([{MARKS[0]}-{MARKS[-1]}]+)", caption):
+        for part in re.split(f"([{MARKS[0]}-{MARKS[-1]}]+|[{ENDS[0]}-{ENDS[-1]}])", caption):
             if part[:1] in MARKS:
                 first = -1 - MARKS.index(part[0]) * max(VECTORS)
                 row.extend(range(first, first - len(part), -1))
+            elif part[:1] in ENDS:
+                if len(row) < tokenizer.model_max_length:
+                    ends_BK[number, ENDS.index(part)] = len(row) - 1
             else:
                 row.extend(tokenizer(part, add_special_tokens=False).input_ids)
         row = [*row[: tokenizer.model_max_length - 1], tokenizer.eos_token_id]
         rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
-    return torch.tensor(rows)
+    return torch.tensor(rows), ends_BK
 
 
 @cache
@@ -323,7 +336,7 @@ def noised(
     """Latents with noise: noisy_BCHW, the noise, its timesteps t_B, and the loss' weights_B.
 
     Timesteps are evenly spread over the schedule with one common shift, so that the loss varies less, and denser among
-    the noisy ones with a higher `power`. The weights are those of Min-SNR (Hang et al. 2023).
+    the noisy ones with a higher `power`. The weights are those of SNR_RANGE.
     """
     count, device = len(x_BCHW), x_BCHW.device
     noise_rng = torch.Generator("cpu").manual_seed(step)
@@ -337,7 +350,8 @@ def noised(
     t_B = t_B.clamp(0, len(alphas_T) - 1)
     signal_B111 = alphas_T[t_B].view(-1, 1, 1, 1)
     noisy_BCHW = signal_B111.sqrt() * x_BCHW + (1 - signal_B111).sqrt() * noise_BCHW
-    weights_B = (SNR_CAP * (1 - signal_B111) / signal_B111).clamp(max=1.0).flatten()
+    snr_B = (signal_B111 / (1 - signal_B111)).flatten()
+    weights_B = snr_B.clamp(*SNR_RANGE) / snr_B
     return noisy_BCHW.contiguous(memory_format=torch.channels_last), noise_BCHW, t_B, weights_B
 
 
