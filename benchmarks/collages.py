@@ -36,6 +36,8 @@ LAYERS = (2, 3, 4, 5, 6)
 WIDTHS = {1: (78, 92), 2: (54, 66), 3: (46, 56), 4: (40, 50), 5: (36, 44), 6: (34, 42)}
 # Noise of a scene's layers on the last rung: no two neighbours alike, one of them the freest.
 NOISES = (0.9, 0.3, 0.6, 0.45, 0.75, 0.3)
+# Vectors of a learned word: as many as leave room for six layers in the text encoder's window.
+VECTORS = 4
 # Grounds on which things cast shadows, and the plain colour that stands for each in a collage.
 GROUNDS = {
     "on a wooden table": (176, 122, 72),
@@ -147,6 +149,7 @@ class Scene:
                 layer.attract = layer.repel = dials.control
             if piece.cutout in dials.words:
                 layer.appearance.learn = True
+                layer.appearance.vectors = VECTORS
             if dials.is_structured(index):
                 layer.structure.add(kind=dials.structure)
         return collage

@@ -369,6 +369,11 @@ def write_halved(made: Path, folder: Path) -> None:
     for path in made.rglob("*.safetensors"):
         halved = {name: value.half() for name, value in load_file(path).items()}
         save_file(halved, path, metadata={"format": "pt"})
+    for path in made.rglob("config.json"):
+        config = json.loads(path.read_text())
+        # Where a network that was begun with came from is a path of this machine.
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     for path in sorted(made.rglob("*")):
         if path.is_file():
             target = folder / path.relative_to(made)
