@@ -167,7 +167,7 @@ def test_a_picture_s_own_word_stands_before_its_concept_and_is_made_from_its_pic
     (ids_T,), (ends_K,) = token_ids(tokenizer, [f"a {2 * MARKS[1]} cat{ENDS[1]} on sand"])
     assert ids_T[2:4].tolist() == [-9, -10] and ends_K.tolist() == [0, 4] + 6 * [0]
     drawn = [
-        composer.portraits(torch.tensor([composer.rendering(item)]), torch.tensor([item.turn]))
+        composer.portraits(torch.tensor([[composer.rendering(item), item.turn]]))
         for item in (
             Placement(concept="apple", look=2, turn=turn, x=0, y=0, side=1) for turn in range(2)
         )
@@ -225,7 +225,7 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
         for name, (stage, _) in train.STAGES.items():
             # Time for a step, and then for one more at least.
             run = training.Run(TINY, composer, tmp_path, resume=resume)
-            stage(run, spent[name] + 0.002)
+            stage(run, spent[name] + 0.02 if resume else 0.002)
             spent[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)["worked"] / 60
     made = tmp_path / "weights"
     pipeline = StableDiffusionPipeline.from_pretrained(made)
@@ -235,7 +235,7 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     lines = capsys.readouterr().out
     for name in train.STAGES:
         saved = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert saved["step"] > 1 and saved["worked"] >= 0.12, lines
+        assert saved["step"] > 1 and saved["worked"] >= 1.2, lines
     assert not list(tmp_path.rglob("*.part"))
     # Begun with an exported model and given no time, the stage exports that.
     run = training.Run(TINY, composer, tmp_path / "more", start=made)

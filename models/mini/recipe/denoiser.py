@@ -88,6 +88,7 @@ class Model(nn.Module):
         self.describer = networks.Describer(width, max(VECTORS))
         self.recaller = nn.Linear(width, 4 * RECALLED_SIDE**2)
         self._composer = run.composer
+        # What is heard now: the parts of a batch are heard side by side, each in its thread.
         self._own = threading.local()
         self.text.get_input_embeddings().register_forward_hook(self._put_own)
         if run.device.type == "cpu":
@@ -101,17 +102,20 @@ class Model(nn.Module):
         Ids below 0 are vectors of words of their own of the renderings shown_BK2 (which, turn); blur_BKVC is added to
         them.
         """
-        self._own.at_BT, self._own.vectors_BKVC = None, None
         place_BT = -1 - ids_BT
-        if (ids_BT < 0).any():
-            rows, columns = (place_BT >= 0).nonzero(as_tuple=True)
+        rows, columns = (place_BT >= 0).nonzero(as_tuple=True)
+        if len(rows):
             used_BK = torch.zeros(shown_BK2.shape[:2], dtype=torch.bool, device=ids_BT.device)
             used_BK[rows, place_BT[rows, columns] // max(VECTORS)] = True
-            vectors_MVC = self.describer(self._portraits(shown_BK2[used_BK]))
             vectors_BKVC = blur_BKVC.clone()
-            vectors_BKVC[used_BK] += vectors_MVC
-            self._own.at_BT, self._own.vectors_BKVC = place_BT, vectors_BKVC
+            vectors_BKVC[used_BK] += self.describer(self._composer.portraits(shown_BK2[used_BK]))
+            self._own.word = (
+                rows,
+                columns,
+                vectors_BKVC.flatten(1, 2)[rows, place_BT[rows, columns]],
+            )
         states_BTC: Tensor = self.text(input_ids=ids_BT.clamp(min=0)).last_hidden_state
+        self._own.word = None
         return states_BTC
 
     def recall(self, states_BTC: Tensor, ends_BK: Tensor, shown_BK2: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ class Model(nn.Module):
             1, ends_BK.long()[..., None].expand(-1, -1, states_BTC.shape[-1])
         )
         recalled_MD = self.recaller(states_BKC[told_BK]).float()
-        portraits_M4HW = self._portraits(shown_BK2[told_BK])
+        portraits_M4HW = self._composer.portraits(shown_BK2[told_BK])
         small_M4hw = functional.adaptive_avg_pool2d(portraits_M4HW, RECALLED_SIDE)
         return functional.mse_loss(recalled_MD, small_M4hw.flatten(1))
 
@@ -143,19 +147,15 @@ class Model(nn.Module):
         ).sample
         return predicted_BCHW
 
-    def _portraits(self, shown_M2: Tensor) -> Tensor:
-        which_M, turn_M = shown_M2.long().T
-        return self._composer.portraits(which_M, turn_M)
-
     def _put_own(self, module: nn.Module, args: Any, embedded_BTC: Tensor) -> Tensor:
         """Puts pictures' own words where they stand; as a hook, the way learned words are put in place later."""
-        at_BT = getattr(self._own, "at_BT", None)
-        if at_BT is None:
+        word = getattr(self._own, "word", None)
+        if word is None:
             return embedded_BTC
-        vectors_BNC = self._own.vectors_BKVC.flatten(1, 2)
-        width = vectors_BNC.shape[-1]
-        own_BTC = vectors_BNC.gather(1, at_BT.clamp(min=0)[..., None].expand(-1, -1, width))
-        return torch.where(at_BT[..., None] >= 0, own_BTC.to(embedded_BTC.dtype), embedded_BTC)
+        rows, columns, vectors_NC = word
+        embedded_BTC = embedded_BTC.clone()
+        embedded_BTC[rows, columns] = vectors_NC.to(embedded_BTC.dtype)
+        return embedded_BTC
 
 
 @torch.no_grad()

@@ -61,6 +61,8 @@ MOST, VECTORS = 8, (1, 2, 4, 8)
 MARKS = tuple(chr(0xE000 + place) for place in range(MOST))
 # Stands behind what a placement is called.
 ENDS = tuple(chr(0xE100 + place) for place in range(MOST))
+# Regular expressions of a word of its own and of an end.
+OWN_WORD, END = f"[{MARKS[0]}-{MARKS[-1]}]+", f"[{ENDS[0]}-{ENDS[-1]}]"
 # Which colour words hold for each rendering, (concept, look), turn by turn. What is not in it does not exist.
 Palette = Mapping[tuple[str, int], Sequence[str]]
 
@@ -155,12 +157,13 @@ def _texture(ground: str, rng: np.random.Generator, side: int) -> np.ndarray:
 class Layers:
     """The objects of some scenes, each alone on the canvas.
 
-    of_M, slot_M: the scene of each object and its place in it, 0 farthest back. paint_M4HW: premultiplied, in [0, 1].
-    shade_M1HW: the share of light that its shadow takes away.
+    of_M, slot_M: the scene of each object and its place in it, 0 farthest back. shown_M2: its rendering and its turn.
+    paint_M4HW: premultiplied, in [0, 1]. shade_M1HW: the share of light that its shadow takes away.
     """
 
     of_M: Tensor
     slot_M: Tensor
+    shown_M2: Tensor
     paint_M4HW: Tensor
     shade_M1HW: Tensor
 
@@ -218,8 +221,9 @@ class Composer:
         """Which rendering is placed, among all of all concepts."""
         return self._places[item.concept] * len(LOOK_WORDS) + item.look
 
-    def portraits(self, which_M: Tensor, turn_M: Tensor) -> Tensor:
+    def portraits(self, shown_M2: Tensor) -> Tensor:
         """Renderings alone, their hues turned, premultiplied: float32 [M, 4, PORTRAIT_SIDE, PORTRAIT_SIDE]."""
+        which_M, turn_M = shown_M2.long().T
         paint_M4HW = dict(self._levels)[PORTRAIT_SIDE][which_M].float()
         return self._in_colours(paint_M4HW, turn_M)
 
@@ -243,7 +247,7 @@ class Composer:
         table_CM = torch.tensor(rows, dtype=torch.float32).view(-1, 12).T
         pixels_M = table_CM[5] * self.side / UNITS
         level_M = sum((pixels_M <= size).long() for size, _ in self._levels[1:])
-        of_M, slot_M, which_M = table_CM[:3].long().to(self.device)
+        of_M, slot_M, which_M, turn_M = table_CM[[0, 1, 2, 11]].long().to(self.device)
         x, y, size, angle, mirror, right, down, strength = table_CM[3:11].to(self.device)[
             ..., None, None
         ]
@@ -263,10 +267,16 @@ class Composer:
             at = (level_M == number).nonzero()[:, 0].to(self.device)
             if len(at):
                 paint_M4HW[at] = _sampled(sprites_N4HW[which_M[at]], grid_MHW2[at])
-        paint_M4HW = self._in_colours(paint_M4HW, table_CM[11].long().to(self.device))
+        paint_M4HW = self._in_colours(paint_M4HW, turn_M)
         moved_MHW2 = grid(x_MHW - 2 * right, y_MHW - 2 * down) / SHADOW_REACH
         shade_M1HW = _sampled(self._shadows_N1hw[which_M], moved_MHW2) * strength[:, None]
-        return Layers(of_M=of_M, slot_M=slot_M, paint_M4HW=paint_M4HW, shade_M1HW=shade_M1HW)
+        return Layers(
+            of_M=of_M,
+            slot_M=slot_M,
+            shown_M2=torch.stack([which_M, turn_M], dim=1),
+            paint_M4HW=paint_M4HW,
+            shade_M1HW=shade_M1HW,
+        )
 
     def paint(self, scenes: Sequence[Scene], layers: Layers | None = None) -> Tensor:
         """The pictures, uint8 [B, 3, H, W]; `layers` where they are there already."""
@@ -368,8 +378,7 @@ def _listing(words: list[str], rng: np.random.Generator) -> str:
 
 def without_marks(caption: str) -> str:
     """A caption as anyone could write it: words of their own and marks are left out."""
-    caption = re.sub(f"[{ENDS[0]}-{ENDS[-1]}]", "", caption)
-    return re.sub(f" ?[{MARKS[0]}-{MARKS[-1]}]+ ", " ", caption).strip()
+    return re.sub(f" ?{OWN_WORD} ", " ", re.sub(END, "", caption)).strip()
 
 
 def _caption(words: list[str], where: str, rng: np.random.Generator) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import ENDS, MARKS, MOST, VECTORS, Composer, Layers, Scene, scene
+from scenes import END, ENDS, MARKS, MOST, OWN_WORD, VECTORS, Composer, Layers, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -254,11 +254,8 @@ class Pool:
             ids_BT, ends_BK = token_ids(self._tokenizer, captions)
             self.ids_NT[places] = ids_BT.short().to(self._run.device)
             self.ends_NK[places] = ends_BK.short().to(self._run.device)
-            for place, each in zip(places, scenes, strict=True):
-                shown = [
-                    [self._run.composer.rendering(item), item.turn] for item in each.placements
-                ]
-                self.shown_NK2[place, : len(shown)] = torch.tensor(shown, dtype=torch.int16)
+            of_M = places.to(self._run.device)[layers.of_M]
+            self.shown_NK2[of_M, layers.slot_M] = layers.shown_M2.short()
             self._draw(scenes, layers, pixels_B3HW, places)
 
     def _draw(
@@ -310,7 +307,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor
     rows, ends_BK = [], torch.zeros(len(captions), MOST, dtype=torch.long)
     for number, caption in enumerate(captions):
         row = [tokenizer.bos_token_id]
-        for part in re.split(f"([{MARKS[0]}-{MARKS[-1]}]+|[{ENDS[0]}-{ENDS[-1]}])", caption):
+        for part in re.split(f"({OWN_WORD}|{END})", caption):
             if part[:1] in MARKS:
                 first = -1 - MARKS.index(part[0]) * max(VECTORS)
                 row.extend(range(first, first - len(part), -1))
