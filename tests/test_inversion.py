@@ -319,7 +319,13 @@ async def engine(tmp_path, **options):
     model = toy.mini(tmp_path / "toy")
     made = Engine(
         Catalog.read(f"toy={model}"),
-        **{"recipe": replace(RECIPE, steps=10_000), "threads": 1, "progress_s": 0.0, **options},
+        # No early stop either: on a fast machine 20 steps without a gain end before any deadline.
+        **{
+            "recipe": replace(RECIPE, steps=10_000, patience=10_000),
+            "threads": 1,
+            "progress_s": 0.0,
+            **options,
+        },
     )
     try:
         yield made
