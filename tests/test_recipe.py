@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 MINI = Path(__file__).resolve().parent.parent / "models" / "mini"
 sys.path.append(str(MINI / "recipe"))
@@ -19,7 +20,7 @@ import training  # noqa: E402
 import words  # noqa: E402
 from networks import SIZES, Size  # noqa: E402
 from scenes import (  # noqa: E402
-    ENDS,
+    BOUNDS,
     GROUNDS,
     LOOK_WORDS,
     MARKS,
@@ -155,17 +156,22 @@ def test_a_picture_s_own_word_stands_before_its_concept_and_is_made_from_its_pic
             lengths.update(map(len, told))
         plain = without_marks(shown.caption)
         assert plain.isascii() and "  " not in plain
-        (ids_T,), (ends_K,) = token_ids(tokenizer, [shown.caption])
+        (ids_T,), (owner_T,) = token_ids(tokenizer, [shown.caption])
         kept = ids_T[ids_T >= 0]
         text = tokenizer.decode(kept, skip_special_tokens=True).strip()
         assert text.replace(" ,", ",") == plain
-        for item, end in zip(shown.placements, ends_K, strict=False):
-            assert tokenizer.decode(ids_T[end]).strip() == item.concept.split()[-1]
-        assert not ends_K[len(shown.placements) :].any()
+        for number, item in enumerate(shown.placements):
+            (name_N,) = (owner_T == number).nonzero(as_tuple=True)
+            assert (name_N.diff() == 1).all() and (ids_T[name_N] < 0).any() == item.is_described
+            name = tokenizer.decode(ids_T[name_N].clamp(min=0)[-len(item.concept.split()) :])
+            assert name.strip() == item.concept
+        assert owner_T.max() == len(shown.placements) - 1
         assert len(ids_T) == 77 and len(ids_T[ids_T < 0]) == sum(map(shown.caption.count, MARKS))
     assert lengths == set(VECTORS)
-    (ids_T,), (ends_K,) = token_ids(tokenizer, [f"a {2 * MARKS[1]} cat{ENDS[1]} on sand"])
-    assert ids_T[2:4].tolist() == [-9, -10] and ends_K.tolist() == [0, 4] + 6 * [0]
+    caption = f"a {BOUNDS[1]}{2 * MARKS[1]} cat{BOUNDS[1]} on sand"
+    (ids_T,), (owner_T,) = token_ids(tokenizer, [caption])
+    assert ids_T[2:4].tolist() == [-9, -10]
+    assert owner_T.tolist() == 2 * [-1] + 3 * [1] + 72 * [-1]
     drawn = [
         composer.portraits(torch.tensor([[composer.rendering(item), item.turn]]))
         for item in (
@@ -245,8 +251,12 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     # A picture's own word is heard where it stands, a control picture in its own half of the batch.
     tokenizer = words.make_tokenizer(tmp_path / "tokenizer", TINY.names, composer.palette)
     model = train.denoiser.Model(run, tokenizer)
-    captions = [f"a {MARKS[0]} cat{ENDS[0]}", f"a {MARKS[1]} cat{ENDS[1]}", "a cat"]
-    ids_BT, ends_BK = token_ids(tokenizer, captions)
+    captions = [
+        f"a {BOUNDS[0]}{MARKS[0]} cat{BOUNDS[0]}",
+        f"a {BOUNDS[1]}{MARKS[1]} cat{BOUNDS[1]}",
+        "a cat",
+    ]
+    ids_BT, owner_BT = token_ids(tokenizer, captions)
     x_BCHW = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)).expand(
         3, -1, -1, -1
     )
@@ -254,10 +264,16 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     shown_BK2 = torch.zeros(3, MOST, 2, dtype=torch.int16)
     white_1HW = torch.full((1, TINY.side, TINY.side), 255, dtype=torch.uint8)
 
-    def predicted(shown_BK2: torch.Tensor, counts_1HW: torch.Tensor) -> torch.Tensor:
+    nobody_BT = torch.full_like(owner_BT, -1)
+    seen_BKhw = torch.full((3, MOST, 4, 4), 255, dtype=torch.uint8)
+
+    def predicted(
+        shown_BK2: torch.Tensor, counts_1HW: torch.Tensor, owner_BT: torch.Tensor = nobody_BT
+    ) -> torch.Tensor:
         with torch.no_grad():
             states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
-            return model(x_BCHW, torch.full((3,), 500), states_BTC, white_1HW, counts_1HW)
+            t_B = torch.full((3,), 500)
+            return model(x_BCHW, t_B, states_BTC, white_1HW, counts_1HW, owner_BT, seen_BKhw)
 
     before_BCHW = predicted(shown_BK2, 0 * white_1HW)
     shown_BK2[:, 1] = 5
@@ -268,7 +284,48 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     assert changed_B.tolist() == [True, False, False]
     # What is recalled at the end of a name is the rendering that is shown.
     states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
-    error = model.recall(states_BTC, ends_BK, shown_BK2)
+    error = model.recall(states_BTC, owner_BT, shown_BK2)
     (slope_BTC,) = torch.autograd.grad(error, states_BTC)
     assert slope_BTC.any(dim=2).nonzero().tolist() == [[0, 3], [1, 3]]
-    assert not model.recall(states_BTC, 0 * ends_BK, shown_BK2)
+    assert not model.recall(states_BTC, nobody_BT, shown_BK2)
+
+
+@pytest.mark.parametrize("stock", [AttnProcessor(), AttnProcessor2_0()])
+def test_a_name_with_an_owner_is_heard_where_the_owner_is_seen(stock):
+    torch.manual_seed(0)
+    attn = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)
+    in_place = train.denoiser.HeardInPlace(stock)
+    seen_BKhw = torch.zeros(2, MOST, 8, 8, dtype=torch.uint8)
+    seen_BKhw[:, 1, :, :4] = 255
+    # Token 2 is of placement 1 in the first caption, of nobody in the second.
+    in_place.tell(torch.tensor([[-1, -1, 1, -1], [-1, -1, -1, -1]]), seen_BKhw)
+    x_BQC, text_BTC = torch.randn(2, 16, 8), torch.randn(2, 4, 6)
+    other_BTC = text_BTC.clone()
+    other_BTC[:, 2] = torch.randn(6)
+    with torch.no_grad():
+        before_BQC, after_BQC = (in_place(attn, x_BQC, text) for text in (text_BTC, other_BTC))
+        plain_BQC = stock(attn, x_BQC, text_BTC)
+    moved_BQ = (after_BQC - before_BQC).abs().amax(dim=2).view(2, 4, 4)
+    assert moved_BQ[0, :, :2].min() > 0.01 and moved_BQ[1].min() > 0.01
+    assert moved_BQ[0, :, 2:].max() < 1e-3
+    assert torch.equal(before_BQC[1], plain_BQC[1])
+    torch.testing.assert_close(
+        before_BQC[0].view(4, 4, 8)[:, :2], plain_BQC[0].view(4, 4, 8)[:, :2]
+    )
+
+
+def test_what_is_seen_of_objects_adds_up_to_what_they_cover(composer):
+    scenes = [scene(seed, NAMES, composer.palette) for seed in range(20)]
+    layers = composer.layers(scenes)
+    seen_BKhw = layers.visible(len(scenes), 16)
+    through_B1HW = torch.ones(len(scenes), 1, composer.side, composer.side)
+    for of, paint_4HW in zip(layers.of_M, layers.paint_M4HW, strict=True):
+        through_B1HW[of] *= 1 - paint_4HW[3]
+    covered_Bhw = torch.nn.functional.adaptive_avg_pool2d(1 - through_B1HW, 16)[:, 0]
+    torch.testing.assert_close(seen_BKhw.sum(dim=1), covered_Bhw)
+    for shown, seen_Khw in zip(scenes, seen_BKhw, strict=True):
+        assert not seen_Khw[len(shown.placements) :].any()
+        # What lies in front is seen whole.
+        front_HW = layers.paint_M4HW[layers.of_M == shown.seed][len(shown.placements) - 1, 3]
+        whole_hw = torch.nn.functional.adaptive_avg_pool2d(front_HW[None], 16)[0]
+        torch.testing.assert_close(seen_Khw[len(shown.placements) - 1], whole_hw)

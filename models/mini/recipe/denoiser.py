@@ -1,8 +1,10 @@
 """The second stage: denoiser, text encoder and edge ControlNet together on latents of scenes; exports the model.
 
-Half of every batch has control pictures, so that the U-Net learns to draw with them and without.
+Half of every batch has control pictures, so that the U-Net learns to draw with them and without. In the same way every
+second caption is heard in its place only: see `HeardInPlace`.
 """
 
+import math
 import tempfile
 import threading
 from pathlib import Path
@@ -19,7 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from PIL import Image
 from scenes import MOST, VECTORS
 from torch import Tensor, nn
@@ -50,6 +52,8 @@ WORD_BLUR = 0.3
 # so small, as CLIP's was taught with pictures. From noise alone it learns for thousands of steps not to hear of looks:
 # what a word without a meaning does to a picture is wrong, and to say nothing is the nearest remedy.
 RECALL, RECALLED_SIDE = 0.3, 12
+# What is added to the scores of a name's tokens where nothing of the thing is seen; between, the share's logarithm.
+UNHEARD = -8.0
 HELD_OUT_COUNT = 32
 CAPTION_DROPOUT = 0.1
 AVERAGE = 0.998
@@ -69,6 +73,50 @@ PROMPTS = (
     "strawberry",
     "a bento box, a sushi, a broccoli, an avocado and a rice ball on a wooden table",
 )
+
+
+class HeardInPlace:
+    """Cross-attention in which the tokens of a thing's name are heard where the thing is seen.
+
+    Where a caption names several things, noise hides which is where, and every name learns from all of them. Heard in
+    place a word answers for its own cells alone, as attention control has it when a collage is drawn.
+    """
+
+    def __init__(self, stock: AttnProcessor | AttnProcessor2_0) -> None:
+        self._stock = stock
+        # The parts of a batch are worked on side by side, each in its thread.
+        self._now = threading.local()
+
+    def tell(self, owner_BT: Tensor, seen_BKhw: Tensor) -> None:
+        """From now on, in this thread: whose name each token is part of, -1 for none, and what is seen of each."""
+        self._now.told = owner_BT, seen_BKhw.float() / 255
+        self._now.bias: dict[int, Tensor] = {}
+
+    def _bias_BQT(self, queries: int) -> Tensor:
+        if queries not in self._now.bias:
+            owner_BT, seen_BKhw = self._now.told
+            share_BKQ = functional.adaptive_avg_pool2d(seen_BKhw, math.isqrt(queries)).flatten(2)
+            log_BKQ = share_BKQ.clamp(min=math.exp(UNHEARD)).log()
+            everywhere_B1Q = torch.zeros_like(log_BKQ[:, :1])
+            log_BKQ = torch.cat([everywhere_B1Q, log_BKQ], dim=1)
+            which_BTQ = (owner_BT.long() + 1)[..., None].expand(-1, -1, queries)
+            self._now.bias[queries] = log_BKQ.gather(1, which_BTQ).transpose(1, 2)
+        bias_BQT: Tensor = self._now.bias[queries]
+        return bias_BQT
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states [B, Q, inner], encoder_hidden_states [B, T, C] -> [B, Q, inner]."""
+        if encoder_hidden_states is not None:
+            assert attention_mask is None, "the text has no mask of its own"
+            attention_mask = self._bias_BQT(hidden_states.shape[1]).to(hidden_states.dtype)
+        mixed: Tensor = self._stock(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return mixed
 
 
 class Model(nn.Module):
@@ -91,10 +139,13 @@ class Model(nn.Module):
         # What is heard now: the parts of a batch are heard side by side, each in its thread.
         self._own = threading.local()
         self.text.get_input_embeddings().register_forward_hook(self._put_own)
+        stock = AttnProcessor2_0()
         if run.device.type == "cpu":
             # There the backward pass of fused attention takes longer than plain products of matrices.
-            for network in (self.unet, self.control):
-                network.set_attn_processor(AttnProcessor())
+            stock = AttnProcessor()
+        self._in_place = HeardInPlace(stock)
+        self.unet.set_attn_processor(self._in_place)
+        self.control.set_attn_processor(stock)
 
     def hear(self, ids_BT: Tensor, shown_BK2: Tensor, blur_BKVC: Tensor) -> Tensor:
         """The text's states [B, T, C].
@@ -118,14 +169,15 @@ class Model(nn.Module):
         self._own.word = None
         return states_BTC
 
-    def recall(self, states_BTC: Tensor, ends_BK: Tensor, shown_BK2: Tensor) -> Tensor:
+    def recall(self, states_BTC: Tensor, owner_BT: Tensor, shown_BK2: Tensor) -> Tensor:
         """How badly the states at the ends of names, where there are any, recall the renderings: a squared error."""
+        place_T = torch.arange(owner_BT.shape[1], device=owner_BT.device)
+        number_K1 = torch.arange(MOST, device=owner_BT.device)[:, None]
+        ends_BK = ((owner_BT[:, None] == number_K1) * place_T).amax(dim=2)
         told_BK = ends_BK > 0
         if not told_BK.any():
             return states_BTC.new_zeros(())
-        states_BKC = states_BTC.gather(
-            1, ends_BK.long()[..., None].expand(-1, -1, states_BTC.shape[-1])
-        )
+        states_BKC = states_BTC.gather(1, ends_BK[..., None].expand(-1, -1, states_BTC.shape[-1]))
         recalled_MD = self.recaller(states_BKC[told_BK]).float()
         portraits_M4HW = self._composer.portraits(shown_BK2[told_BK])
         small_M4hw = functional.adaptive_avg_pool2d(portraits_M4HW, RECALLED_SIDE)
@@ -138,9 +190,15 @@ class Model(nn.Module):
         states_BTC: Tensor,
         edges_AHW: Tensor,
         counts_AHW: Tensor,
+        owner_BT: Tensor,
+        seen_BKhw: Tensor,
     ) -> Tensor:
-        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B; the first A have control pictures."""
+        """Predicted noise [B, 4, H, W] of noisy latents at steps t_B; the first A have control pictures.
+
+        Tokens with an owner are heard where it is seen, the others everywhere.
+        """
         inputs = (x_BCHW, t_B, states_BTC)
+        self._in_place.tell(owner_BT, seen_BKhw)
         *downs, mid = controlnet.residuals(self.control, *inputs, edges_AHW, counts_AHW)
         predicted_BCHW: Tensor = self.unet(
             *inputs, down_block_additional_residuals=downs, mid_block_additional_residual=mid
@@ -209,14 +267,20 @@ def _blur_shape(model: Model, count: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def gain(model: Model, pool: Pool, scale: float) -> dict[str, float]:
-    """The error of predicted noise on a pool of held-out scenes, with their control pictures and without."""
+    """The error of predicted noise on a pool of held-out scenes: without control, with edges, with names in place."""
     x_BCHW = pool.latents_NCHW.float() * scale
     noisy_BCHW, noise_BCHW, t_B, _ = noised(x_BCHW, 0, np.random.default_rng(0), POWER)
     blur_BKVC = torch.zeros(_blur_shape(model, pool.size), device=x_BCHW.device)
     states_BTC = model.hear(pool.ids_NT.long(), pool.shown_NK2, blur_BKVC)
-    errors = {"recalled": round(float(model.recall(states_BTC, pool.ends_NK, pool.shown_NK2)), 5)}
-    for name, counts_NHW in (("without", 0 * pool.counts_NHW), ("with", pool.counts_NHW)):
-        predicted_BCHW = model(noisy_BCHW, t_B, states_BTC, pool.edges_NHW, counts_NHW)
+    errors = {"recalled": round(float(model.recall(states_BTC, pool.owner_NT, pool.shown_NK2)), 5)}
+    nowhere_NHW, nobody_NT = 0 * pool.counts_NHW, torch.full_like(pool.owner_NT, -1)
+    for name, counts_NHW, owner_NT in (
+        ("without", nowhere_NHW, nobody_NT),
+        ("with", pool.counts_NHW, nobody_NT),
+        ("in place", nowhere_NHW, pool.owner_NT),
+    ):
+        place = (owner_NT, pool.seen_NKhw)
+        predicted_BCHW = model(noisy_BCHW, t_B, states_BTC, pool.edges_NHW, counts_NHW, *place)
         errors[name] = round(float((predicted_BCHW - noise_BCHW).square().mean()), 5)
     return errors
 
@@ -290,30 +354,35 @@ def train(run: Run, minutes: float) -> None:
         noisy_BCHW: Tensor,
         t_B: Tensor,
         ids_BT: Tensor,
-        ends_BK: Tensor,
+        owner_BT: Tensor,
         shown_BK2: Tensor,
         blur_BKVC: Tensor,
+        seen_BKhw: Tensor,
     ) -> Tensor:
         controlled = len(noise_BCHW) // 2
         control = (edges_BHW[:controlled], counts_BHW[:controlled])
+        # Of those with control pictures and of those without, every second is heard in place.
+        heard_BT = owner_BT.clone()
+        heard_BT[::2] = -1
         states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
-        error = squared_error(model(noisy_BCHW, t_B, states_BTC, *control), noise_BCHW, weights_B)
-        return error + RECALL * model.recall(states_BTC, ends_BK, shown_BK2)
+        predicted_BCHW = model(noisy_BCHW, t_B, states_BTC, *control, heard_BT, seen_BKhw)
+        error = squared_error(predicted_BCHW, noise_BCHW, weights_B)
+        return error + RECALL * model.recall(states_BTC, owner_BT, shown_BK2)
 
     def learn(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
         # Which of them have control pictures must not depend on their age.
         places = pool.batch(step, new, rng)[torch.from_numpy(rng.permutation(run.batch))]
-        ids_BT, ends_BK = pool.ids_NT[places].long(), pool.ends_NK[places]
+        ids_BT, owner_BT = pool.ids_NT[places].long(), pool.owner_NT[places]
         silent_B = torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)
-        ids_BT[silent_B], ends_BK[silent_B] = empty_T, 0
+        ids_BT[silent_B], owner_BT[silent_B] = empty_T, -1
         x_BCHW = pool.latents_NCHW[places].float() * scale
         noisy_BCHW, noise_BCHW, t_B, weights_B = noised(x_BCHW, step, rng, POWER)
         blur_rng = torch.Generator("cpu").manual_seed(step)
         blur_BKVC = torch.randn(_blur_shape(model, run.batch), generator=blur_rng)
         blur_BKVC = (WORD_BLUR * networks.WORD_SPREAD * blur_BKVC).to(run.device)
         control = (pool.edges_NHW[places], pool.counts_NHW[places])
-        said = (ids_BT, ends_BK, pool.shown_NK2[places], blur_BKVC)
+        said = (ids_BT, owner_BT, pool.shown_NK2[places], blur_BKVC, pool.seen_NKhw[places])
         return run.gradients(loss_of, noise_BCHW, weights_B, *control, noisy_BCHW, t_B, *said)
 
     def save() -> dict[str, Any]:

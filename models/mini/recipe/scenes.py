@@ -59,10 +59,10 @@ ONE_LOOK, LOOK_TOLD, COLOUR_TOLD, TURNED, TWINS = 0.4, 0.8, 0.2, 0.2, 0.2
 DESCRIBED, DESCRIBED_TURNED = 0.5, 0.5
 MOST, VECTORS = 8, (1, 2, 4, 8)
 MARKS = tuple(chr(0xE000 + place) for place in range(MOST))
-# Stands behind what a placement is called.
-ENDS = tuple(chr(0xE100 + place) for place in range(MOST))
-# Regular expressions of a word of its own and of an end.
-OWN_WORD, END = f"[{MARKS[0]}-{MARKS[-1]}]+", f"[{ENDS[0]}-{ENDS[-1]}]"
+# Stands before and behind what a placement is called.
+BOUNDS = tuple(chr(0xE100 + place) for place in range(MOST))
+# Regular expressions of a word of its own and of a bound.
+OWN_WORD, BOUND = f"[{MARKS[0]}-{MARKS[-1]}]+", f"[{BOUNDS[0]}-{BOUNDS[-1]}]"
 # Which colour words hold for each rendering, (concept, look), turn by turn. What is not in it does not exist.
 Palette = Mapping[tuple[str, int], Sequence[str]]
 
@@ -166,6 +166,19 @@ class Layers:
     shown_M2: Tensor
     paint_M4HW: Tensor
     shade_M1HW: Tensor
+
+    def visible(self, scenes: int, side: int) -> Tensor:
+        """What is seen of each, in [0, 1]: [scenes, MOST, side, side], 0 where a scene has no such object."""
+        alpha_M1HW = self.paint_M4HW[:, 3:]
+        through_B1HW = torch.ones_like(alpha_M1HW[:1]).repeat(scenes, 1, 1, 1)
+        visible_BKhw = alpha_M1HW.new_zeros(scenes, MOST, side, side)
+        for slot in reversed(range(MOST)):
+            at = (self.slot_M == slot).nonzero()[:, 0]
+            of, alpha_N1HW = self.of_M[at], alpha_M1HW[at]
+            seen_N1HW = through_B1HW[of] * alpha_N1HW
+            visible_BKhw[of, slot] = functional.adaptive_avg_pool2d(seen_N1HW, side)[:, 0]
+            through_B1HW[of] *= 1 - alpha_N1HW
+        return visible_BKhw
 
 
 class Composer:
@@ -364,7 +377,7 @@ def _sampled(x_MCHW: Tensor, grid_MHW2: Tensor) -> Tensor:
 def _article(word: str) -> str:
     if "cherries" in word:
         return word
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    return f"{'an' if re.sub(BOUND, '', word)[0] in 'aeiou' else 'a'} {word}"
 
 
 def _listing(words: list[str], rng: np.random.Generator) -> str:
@@ -378,7 +391,7 @@ def _listing(words: list[str], rng: np.random.Generator) -> str:
 
 def without_marks(caption: str) -> str:
     """A caption as anyone could write it: words of their own and marks are left out."""
-    return re.sub(f" ?{OWN_WORD} ", " ", re.sub(END, "", caption)).strip()
+    return re.sub(f" ?{OWN_WORD} ", " ", re.sub(BOUND, "", caption)).strip()
 
 
 def _caption(words: list[str], where: str, rng: np.random.Generator) -> str:
@@ -444,8 +457,8 @@ class Dresser:
         """What a caption calls the objects."""
         fitting = [count for count in VECTORS if count * len(placements) <= 2 * MOST]
         vectors = int(self._rng.choice(fitting))
-        marks = zip(placements, MARKS, ENDS, strict=False)
-        return [self._told(item, mark * vectors) + end for item, mark, end in marks]
+        marks = zip(placements, MARKS, BOUNDS, strict=False)
+        return [bound + self._told(item, mark * vectors) + bound for item, mark, bound in marks]
 
     def _told(self, item: Placement, word: str) -> str:
         parts = [item.concept]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import END, ENDS, MARKS, MOST, OWN_WORD, VECTORS, Composer, Layers, Scene, scene
+from scenes import BOUND, BOUNDS, MARKS, MOST, OWN_WORD, VECTORS, Composer, Layers, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -220,14 +220,19 @@ class Pool:
         self.ids_NT = torch.zeros(size, 77, dtype=torch.int16, device=device)
         # Which renderings a scene shows, and their turns.
         self.shown_NK2 = torch.zeros(size, MOST, 2, dtype=torch.int16, device=device)
-        self.ends_NK = torch.zeros(size, MOST, dtype=torch.int16, device=device)
+        self.owner_NT = torch.zeros(size, 77, dtype=torch.int8, device=device)
+        # What is seen of each, at the finest level that has cross-attention.
+        self.seen_NKhw = torch.zeros(
+            size, MOST, latent_side // 2, latent_side // 2, dtype=torch.uint8, device=device
+        )
         self.edges_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
         self.counts_NHW = torch.zeros(size, side, side, dtype=torch.uint8, device=device)
         self.kept = (
             self.latents_NCHW,
             self.ids_NT,
             self.shown_NK2,
-            self.ends_NK,
+            self.owner_NT,
+            self.seen_NKhw,
             self.edges_NHW,
             self.counts_NHW,
         )
@@ -251,9 +256,11 @@ class Pool:
             places = torch.tensor([seed % self.size for seed in seeds])
             self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
             captions = [each.caption for each in scenes]
-            ids_BT, ends_BK = token_ids(self._tokenizer, captions)
+            ids_BT, owner_BT = token_ids(self._tokenizer, captions)
             self.ids_NT[places] = ids_BT.short().to(self._run.device)
-            self.ends_NK[places] = ends_BK.short().to(self._run.device)
+            self.owner_NT[places] = owner_BT.to(self._run.device)
+            seen_BKhw = layers.visible(len(scenes), self.seen_NKhw.shape[-1])
+            self.seen_NKhw[places] = (255 * seen_BKhw).round().byte()
             of_M = places.to(self._run.device)[layers.of_M]
             self.shown_NK2[of_M, layers.slot_M] = layers.shown_M2.short()
             self._draw(scenes, layers, pixels_B3HW, places)
@@ -302,23 +309,27 @@ def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Padded token ids, int64 [B, 77]; vector v of the word of mark k is -1 - k max(VECTORS) - v.
 
-    Beside them where each placement's name ends, int64 [B, MOST]: the place of its last token, 0 for none.
+    Beside them whose name a token is part of, int8 [B, 77]: the placement's number, -1 for none.
     """
-    rows, ends_BK = [], torch.zeros(len(captions), MOST, dtype=torch.long)
+    length = tokenizer.model_max_length
+    rows, owner_BT = [], torch.full((len(captions), length), -1, dtype=torch.int8)
     for number, caption in enumerate(captions):
         row = [tokenizer.bos_token_id]
-        for part in re.split(f"({OWN_WORD}|{END})", caption):
+        began: dict[str, int] = {}
+        for part in re.split(f"({OWN_WORD}|{BOUND})", caption):
             if part[:1] in MARKS:
                 first = -1 - MARKS.index(part[0]) * max(VECTORS)
                 row.extend(range(first, first - len(part), -1))
-            elif part[:1] in ENDS:
-                if len(row) < tokenizer.model_max_length:
-                    ends_BK[number, ENDS.index(part)] = len(row) - 1
+            elif part[:1] in BOUNDS:
+                if part in began:
+                    name = slice(began[part], min(len(row), length - 1))
+                    owner_BT[number, name] = BOUNDS.index(part)
+                began[part] = len(row)
             else:
                 row.extend(tokenizer(part, add_special_tokens=False).input_ids)
-        row = [*row[: tokenizer.model_max_length - 1], tokenizer.eos_token_id]
-        rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
-    return torch.tensor(rows), ends_BK
+        row = [*row[: length - 1], tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+    return torch.tensor(rows), owner_BT
 
 
 @cache
