@@ -282,6 +282,11 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     shown_BK2[:, 1] = 0
     changed_B = (predicted(shown_BK2, white_1HW) != before_BCHW).flatten(1).any(dim=1)
     assert changed_B.tolist() == [True, False, False]
+    # A name whose thing is seen everywhere is heard as any; one whose thing is not seen is not.
+    assert torch.equal(predicted(shown_BK2, 0 * white_1HW, owner_BT), before_BCHW)
+    seen_BKhw.zero_()
+    heard_BCHW = predicted(shown_BK2, 0 * white_1HW, owner_BT)
+    assert (heard_BCHW != before_BCHW).flatten(1).any(dim=1).tolist() == [True, True, False]
     # What is recalled at the end of a name is the rendering that is shown.
     states_BTC = model.hear(ids_BT, shown_BK2, blur_BKVC)
     error = model.recall(states_BTC, owner_BT, shown_BK2)
