@@ -3,12 +3,14 @@
 Ours against the arithmetic of diffusers' `examples/textual_inversion`, which trains a copy of the whole embedding
 table: the table grown by the new token is AdamW's parameter, its other rows are put back after each step, and every
 step encodes its pictures anew. Both learn one word from the same draws with the same loss, steps in turns, in single
-precision. Printed: CPU seconds of a step (medians) and their ratio on one canvas; the same with our smaller default
-canvas; peak memory beyond the loaded networks, each in a process of its own; the last held-out loss of both. Then four
-layers in one batch against four alone, and the time until a stored word is answered by a running system.
+precision; on a GPU in bfloat16, as the service does. Printed: CPU seconds of a step, seconds on a GPU (medians), and
+their ratio on one canvas; the same with our smaller default canvas; peak memory beyond the loaded networks, each in a
+process of its own; the last held-out loss of both. Then four layers in one batch against four alone, and the time until
+a stored word is answered by a running system.
 
     python -m benchmarks.inversion                  the bundled model
     python -m benchmarks.inversion --model sd15     a random U-Net of Stable Diffusion 1.5's size, few steps
+    python -m benchmarks.inversion --device cuda    either on a GPU
     python -m benchmarks.inversion --kills 10       so many runs of the inversion process, each killed once
 
 The last one learns three words, two together and one after them. Its kills are spread over the whole of it; every other
@@ -62,7 +64,7 @@ CUTOUTS = {
 }
 # Weight decay of the example's AdamW.
 DECAY = 1e-2
-# Canvas of the large U-Net, pixels: at its native 512 a step takes minutes on a core.
+# Canvas of the large U-Net on a CPU, pixels: at its native 512 a step takes minutes on a core.
 LARGE_SIDE = 256
 # Of the killed runs: words, rows trained together (four a word), steps of a word, seconds between checkpoints.
 KILLED_WORDS, KILLED_ROWS, KILLED_STEPS, KILLED_CHECKPOINT_S = 3, 8, 40, 1.0
@@ -74,11 +76,16 @@ def subjects(count: int) -> list[Subject]:
     return [Subject.of(decode((ART / name).read_bytes()), text) for name, text in pairs]
 
 
-def bundled() -> Networks:
-    return load(BUNDLED, dtype=torch.float32, device=torch.device("cpu"))
+def dtype_on(device: torch.device) -> torch.dtype:
+    """As `services.inversion.catalog` has it."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def sd15() -> Networks:
+def bundled(device: torch.device) -> Networks:
+    return load(BUNDLED, dtype=dtype_on(device), device=device)
+
+
+def sd15(device: torch.device) -> Networks:
     """Networks of Stable Diffusion 1.5's sizes with random weights, around the bundled tokenizer."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
@@ -104,7 +111,9 @@ def sd15() -> Networks:
         sample_size=512,
     )
     for part in (unet, vae, text_encoder):
-        part.eval().requires_grad_(False)
+        part.eval().requires_grad_(False).to(device)
+    for part in (unet, text_encoder):
+        part.to(dtype_on(device))
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return Networks(
         facts=ModelFacts(
@@ -117,10 +126,10 @@ def sd15() -> Networks:
         unet=unet,
         vae=vae,
         encoders=(TextEncoder(name=ONE, model=text_encoder, tokenizer=tokenizer),),
-        alphas_T=DDPMScheduler(**schedule).alphas_cumprod,
+        alphas_T=DDPMScheduler(**schedule).alphas_cumprod.to(device),
         predicts_v=False,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
+        device=device,
+        dtype=dtype_on(device),
     )
 
 
@@ -131,7 +140,8 @@ class Stock:
         self.networks = networks
         self.beside = beside
         (self.pupil,) = beside._pupils
-        self.encoder = copy.deepcopy(networks.encoders[0].model)
+        # The example keeps what it trains in single precision and computes in half.
+        self.encoder = copy.deepcopy(networks.encoders[0].model).float()
         vocabulary = self.encoder.config.vocab_size
         self.start = networks.first_vectors(self.pupil.subject.text, 1)[ONE][0]
         self.encoder.resize_token_embeddings(vocabulary + 1)
@@ -139,7 +149,7 @@ class Stock:
         table.data[vocabulary] = self.start
         table.requires_grad_(True)
         self.token = vocabulary
-        self.others = torch.ones(vocabulary + 1, dtype=torch.bool)
+        self.others = torch.ones(vocabulary + 1, dtype=torch.bool, device=networks.device)
         self.others[vocabulary] = False
         self.original = table.data.clone()
         self.optimizer = torch.optim.AdamW([table], lr=beside._rates[ONE], weight_decay=DECAY)
@@ -150,7 +160,10 @@ class Stock:
             self.pupil.subject.place(number, beside._side).pixels_HW3
             for number in range(beside._recipe.placements)
         ]
-        self.pixels = [torch.from_numpy(each).permute(2, 0, 1) / 127.5 - 1 for each in placed]
+        self.pixels = [
+            torch.from_numpy(each).permute(2, 0, 1).to(networks.device) / 127.5 - 1
+            for each in placed
+        ]
         self.rng = torch.Generator().manual_seed(0)
         self.step_number = 0
 
@@ -168,7 +181,10 @@ class Stock:
         (tokens,) = draws.prompt
         ids = torch.tensor(tokens.ids_T)
         ids[tokens.first] = self.token
-        text = Text(hidden_BTD=self.encoder(ids.expand(rows, -1))[0])
+        device = networks.device
+        with torch.autocast(device.type, networks.dtype, enabled=device.type != "cpu"):
+            hidden_BTD = self.encoder(ids.to(device).expand(rows, -1))[0]
+        text = Text(hidden_BTD=hidden_BTD.to(networks.dtype))
         noisy = networks.noised(latents_BChw, draws.noise_BChw, draws.timesteps_B)
         predicted = networks.predict(noisy, draws.timesteps_B, text)
         target = networks.target(latents_BChw, draws.noise_BChw, draws.timesteps_B)
@@ -203,14 +219,15 @@ class Stock:
 
 
 def recipe(args: argparse.Namespace, networks: Networks, *, canvas: float | None = None) -> Recipe:
+    is_slow = args.model == "sd15" and args.device.type == "cpu"
     if canvas is None:
-        canvas = LARGE_SIDE / networks.facts.native_side if args.model == "sd15" else 1.0
+        canvas = LARGE_SIDE / networks.facts.native_side if is_slow else 1.0
     return Recipe(
         steps=args.steps,
         rows=args.rows,
         canvas=canvas,
         placements=max(4, args.rows),
-        held_out=args.rows * (1 if args.model == "sd15" else 4),
+        held_out=args.rows * (1 if is_slow else 4),
         # The first and the last step only: looks are no part of a step.
         check_every=args.steps,
     )
@@ -224,16 +241,23 @@ def prepared(networks: Networks, these: list[Subject], how: Recipe) -> Trainer:
     return trainer
 
 
-def timed(work: Callable[[], None]) -> float:
-    """CPU seconds: what other processes do meanwhile does not count."""
-    start = time.process_time()
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """CPU seconds, so that what other processes do meanwhile does not count; on a GPU, seconds until it is done."""
+    if device.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
     work()
-    return time.process_time() - start
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def compare(args: argparse.Namespace) -> None:
     """Steps in turns."""
-    networks = NETWORKS[args.model]()
+    device = args.device
+    networks = NETWORKS[args.model](device)
     how = recipe(args, networks)
     ours = prepared(networks, subjects(1), how)
     stock = Stock(networks, ours)
@@ -243,12 +267,17 @@ def compare(args: argparse.Namespace) -> None:
     stock.step()
     spent: dict[str, list[float]] = {"ours": [], "stock": []}
     for _ in range(args.steps - 1):
-        spent["ours"].append(timed(ours.advance))
-        spent["stock"].append(timed(stock.step))
+        spent["ours"].append(timed(ours.advance, device))
+        spent["stock"].append(timed(stock.step, device))
     while not ours.is_done:
         ours.advance()
     mine, theirs = (statistics.median(spent[name]) for name in ("ours", "stock"))
-    print(f"{args.model}, {how.rows} rows a step, {side} px, {args.steps} steps, medians")
+    is_gpu = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if is_gpu else "CPU"
+    print(
+        f"{args.model} on {machine}, {networks.dtype}, {how.rows} rows a step, {side} px, "
+        f"{args.steps} steps, medians"
+    )
     print(f"  a step      ours {mine:.4f} s, diffusers' way {theirs:.4f} s: {theirs / mine:.2f} x")
     loss = ours.progress()[0].loss
     print(f"  final loss  ours {loss:.5f}, diffusers' way {stock.held_out():.5f} (held out)")
@@ -258,24 +287,24 @@ def compare(args: argparse.Namespace) -> None:
     if args.model == "mini":
         small = prepared(networks, subjects(1), recipe(args, networks, canvas=Recipe().canvas))
         small.advance()
-        seconds = statistics.median(timed(small.advance) for _ in range(args.steps // 2))
+        seconds = statistics.median(timed(small.advance, device) for _ in range(args.steps // 2))
         print(f"  a step      ours at {small._side} px {seconds:.4f} s: {theirs / seconds:.2f} x")
 
 
 def together(args: argparse.Namespace) -> None:
     """Four layers in one batch against one layer, step by step in turns."""
-    networks = NETWORKS[args.model]()
+    networks = NETWORKS[args.model](args.device)
     how = recipe(args, networks)
     one, four = (prepared(networks, subjects(count), how) for count in (1, 4))
     one.advance()
     four.advance()
     spent: dict[str, list[float]] = {"one": [], "four": []}
     for _ in range(min(10, args.steps - 1)):
-        spent["one"].append(timed(one.advance))
-        spent["four"].append(timed(four.advance))
+        spent["one"].append(timed(one.advance, args.device))
+        spent["four"].append(timed(four.advance, args.device))
     alone, batch = (statistics.median(spent[name]) for name in ("one", "four"))
     print(f"  four layers together {batch:.4f} s a step, four alone {4 * alone:.4f} s: ", end="")
-    print(f"{4 * alone / batch:.2f} x on this CPU", flush=True)
+    print(f"{4 * alone / batch:.2f} x", flush=True)
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -283,7 +312,7 @@ def memory(args: argparse.Namespace) -> None:
     found = {}
     for way in ("ours", "stock"):
         command = [sys.executable, "-m", "benchmarks.inversion", "--model", args.model]
-        command += ["--rows", str(args.rows), "--peak-of", way]
+        command += ["--device", str(args.device), "--rows", str(args.rows), "--peak-of", way]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[way] = json.loads(done.stdout.splitlines()[-1])
     mine, theirs = found["ours"] / 2**20, found["stock"] / 2**20
@@ -292,23 +321,27 @@ def memory(args: argparse.Namespace) -> None:
 
 def peak(args: argparse.Namespace) -> None:
     """Prints the bytes that two steps take at their peak beyond the networks."""
-    networks = NETWORKS[args.model]()
+    networks = NETWORKS[args.model](args.device)
     args.steps = 4
     trainer = Trainer(networks, subjects(1), recipe(args, networks))
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    is_gpu = args.device.type == "cuda"
+    before = torch.cuda.memory_allocated(args.device) if is_gpu else _memory("VmRSS")
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
     if args.peak_of == "ours":
         while trainer.steps_done < 2:
             trainer.advance()
     else:
-        trainer._pupils[0].latents = [
-            torch.zeros(4, *[trainer._side // networks.facts.latent_factor] * 2)
-        ] * 64
+        side = trainer._side // networks.facts.latent_factor
+        trainer._pupils[0].latents = [torch.zeros(4, side, side, device=args.device)] * 64
         trainer._pupils[0].alphas = [torch.ones_like(trainer._pupils[0].latents[0][:1])] * 64
         stock = Stock(networks, trainer)
         stock.step()
         stock.step()
-    print(_memory("VmHWM") - before)
+    most = torch.cuda.max_memory_allocated(args.device) if is_gpu else _memory("VmHWM")
+    print(most - before)
 
 
 def _memory(name: str) -> int:
@@ -484,16 +517,17 @@ NETWORKS = {"mini": bundled, "sd15": sd15}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=NETWORKS, default="mini")
-    parser.add_argument("--steps", type=int, help="to compare (mini: 60, sd15: 4)")
-    parser.add_argument("--rows", type=int, help="a step (mini: 4, sd15: 1)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--steps", type=int, help="to compare (60; sd15 on a CPU: 4)")
+    parser.add_argument("--rows", type=int, help="a step (4; sd15 on a CPU: 1)")
     parser.add_argument("--kills", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-of", choices=("ours", "stock"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    is_large = args.model == "sd15"
-    args.steps = args.steps or (4 if is_large else 60)
-    args.rows = args.rows or (1 if is_large else 4)
+    is_slow = args.model == "sd15" and args.device.type == "cpu"
+    args.steps = args.steps or (4 if is_slow else 60)
+    args.rows = args.rows or (1 if is_slow else 4)
     if args.peak_of:
         peak(args)
         return 0
@@ -502,8 +536,9 @@ def main() -> int:
             return asyncio.run(killed(args.kills, args.seed, Path(folder)))
         compare(args)
         memory(args)
-        if not is_large:
+        if not is_slow:
             together(args)
+        if args.model == "mini":
             asyncio.run(stored(Path(folder)))
     return 0
 

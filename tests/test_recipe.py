@@ -295,6 +295,30 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
     assert not model.recall(states_BTC, nobody_BT, shown_BK2)
 
 
+def test_processes_make_the_scenes_that_threads_make(tmp_path, gallery):
+    composer = Composer(TINY.side, TINY.names, gallery, torch.device("cpu"))
+    tokenizer = words.make_tokenizer(tmp_path, TINY.names, composer.palette, MINI / "weights")
+    vae = TINY.autoencoder()
+    pools = []
+    for has_painters in (False, True):
+        run = training.Run(TINY, composer, tmp_path)
+        run.has_painters = has_painters
+        maker = training.Maker(
+            size=TINY, composer=composer, tokenizer=tokenizer, control=controlnet.control
+        )
+        pool = training.Pool(run, vae, maker, 64)
+        pool.first = 8 * run.new
+        pool.add(range(pool.first))
+        batches = [pool.batch(step, np.random.default_rng(step)) for step in range(12)]
+        pools.append((*pool.kept, *batches))
+    assert pool.oldest == 20 * run.new - 64 > 0
+    (theirs, *their_others), (ours, *our_others) = pools
+    # Networks sum in another order where they are given another number of pictures.
+    torch.testing.assert_close(theirs, ours, atol=2e-3, rtol=2e-3)
+    for theirs, ours in zip(their_others, our_others, strict=True):
+        assert torch.equal(theirs, ours) and theirs.any()
+
+
 @pytest.mark.parametrize("stock", [AttnProcessor(), AttnProcessor2_0()])
 def test_a_name_with_an_owner_is_heard_where_the_owner_is_seen(stock):
     torch.manual_seed(0)

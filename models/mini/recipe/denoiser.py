@@ -30,6 +30,7 @@ from training import (
     HELD_OUT,
     Average,
     Course,
+    Maker,
     Pool,
     Run,
     exported,
@@ -316,10 +317,11 @@ def train(run: Run, minutes: float) -> None:
     ]
     course = Course(run, "denoiser", minutes, groups)
     average = Average(model, AVERAGE)
-    pool = Pool(run, vae, tokenizer, POOL, controlnet.control)
-    # Of every batch an eighth is new.
-    new = run.batch // 8
-    pool.first = 96 * new
+    maker = Maker(
+        size=run.size, composer=run.composer, tokenizer=tokenizer, control=controlnet.control
+    )
+    pool = Pool(run, vae, maker, POOL)
+    pool.first = 96 * run.new
     saved = course.resumed()
     if saved:
         model.load_state_dict(saved["model"])
@@ -343,7 +345,7 @@ def train(run: Run, minutes: float) -> None:
     )
     empty_T = token_ids(tokenizer, [""])[0][0].to(run.device)
     frozen = Model(run, tokenizer).to(run.device)
-    held_out = Pool(run, vae, tokenizer, HELD_OUT_COUNT, controlnet.control)
+    held_out = Pool(run, vae, maker, HELD_OUT_COUNT)
     held_out.add(range(HELD_OUT, HELD_OUT + HELD_OUT_COUNT))
 
     def loss_of(
@@ -372,21 +374,22 @@ def train(run: Run, minutes: float) -> None:
     def learn(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
         # Which of them have control pictures must not depend on their age.
-        places = pool.batch(step, new, rng)[torch.from_numpy(rng.permutation(run.batch))]
+        places = pool.batch(step, rng)[torch.from_numpy(rng.permutation(run.batch))]
         ids_BT, owner_BT = pool.ids_NT[places].long(), pool.owner_NT[places]
         silent_B = torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)
         ids_BT[silent_B], owner_BT[silent_B] = empty_T, -1
         x_BCHW = pool.latents_NCHW[places].float() * scale
         noisy_BCHW, noise_BCHW, t_B, weights_B = noised(x_BCHW, step, rng, POWER)
-        blur_rng = torch.Generator("cpu").manual_seed(step)
-        blur_BKVC = torch.randn(_blur_shape(model, run.batch), generator=blur_rng)
-        blur_BKVC = (WORD_BLUR * networks.WORD_SPREAD * blur_BKVC).to(run.device)
+        blur_rng = torch.Generator(run.device).manual_seed(step)
+        shape = _blur_shape(model, run.batch)
+        blur_BKVC = torch.randn(shape, generator=blur_rng, device=run.device)
+        blur_BKVC *= WORD_BLUR * networks.WORD_SPREAD
         control = (pool.edges_NHW[places], pool.counts_NHW[places])
         said = (ids_BT, owner_BT, pool.shown_NK2[places], blur_BKVC, pool.seen_NKhw[places])
         return run.gradients(loss_of, noise_BCHW, weights_B, *control, noisy_BCHW, t_B, *said)
 
     def save() -> dict[str, Any]:
-        filled = min(POOL, pool.first + new * course.step)
+        filled = min(POOL, pool.first + run.new * course.step)
         course.save(
             model=model.state_dict(),
             average=average.values,

@@ -184,7 +184,7 @@ class Layers:
 class Composer:
     """Paints scenes of `side` pixels in batches; all art and all grounds lie on its device.
 
-    palette: the renderings there are, and what colour each has.
+    gallery_NLHWC: the art it was prepared from. palette: the renderings there are, and what colour each has.
     """
 
     def __init__(
@@ -199,6 +199,7 @@ class Composer:
             device: where everything is and happens.
         """
         self.side, self.device = side, device
+        self.gallery_NLHWC = gallery_NLHWC[: len(names)]
         self._places = {name: index for index, name in enumerate(names)}
         turns_T33 = torch.stack([_turned(turn) for turn in range(TURNS)])
         self.palette = {

@@ -1,16 +1,19 @@
 """What the stages of training share.
 
 Main types: `Run`, what is trained, on what and where; `Course`, the steps of one stage by the clock, with checkpoints;
-`Average`, the weights that are kept; `Pool`, encoded scenes to learn from.
+`Average`, the weights that are kept; `Maker` and `Pool`, encoded scenes to learn from.
 """
 
 import json
 import math
+import multiprocessing
+import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import BOUND, BOUNDS, MARKS, MOST, OWN_WORD, VECTORS, Composer, Layers, Scene, scene
+from scenes import BOUND, BOUNDS, MARKS, MOST, OWN_WORD, VECTORS, Composer, Scene, scene
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -35,13 +38,16 @@ WARM_UP = 100
 SNR_RANGE = (0.05, 5.0)
 OFFSET_NOISE = 0.1
 HELD_OUT = 10_000_000
+# Steps that the processes beside a GPU may be ahead of it.
+AHEAD = 24
 
 
 class Run:
     """One training: the model's size, what paints its scenes, the folders of checkpoints and of the exported model.
 
     On a CPU each of `threads` works on a part of a batch with one core: they meet once a step instead of at every
-    operation, which matters on a machine that is busy with other things. A GPU takes the batch as a whole.
+    operation, which matters on a machine that is busy with other things. A GPU takes the batch as a whole, and scenes
+    are made for it by processes, see `Pool`.
     """
 
     def __init__(
@@ -59,8 +65,12 @@ class Run:
         self.work, self.start, self.resume = work, start, resume
         self.weights = weights or work / "weights"
         self.batch = 32 if self.device.type == "cpu" else 256
+        # Of every batch an eighth is new.
+        self.new = self.batch // 8
         self.parts = threads if self.device.type == "cpu" else 1
         self.workers = ThreadPoolExecutor(threads)
+        self.has_painters = self.device.type != "cpu"
+        self._painters: ProcessPoolExecutor | None = None
         self.is_stopped = False
         work.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
@@ -69,6 +79,17 @@ class Run:
     def scenes(self, seeds: Sequence[int]) -> list[Scene]:
         """The scenes of these seeds."""
         return [scene(seed, self.size.names, self.composer.palette) for seed in seeds]
+
+    def painters(self, maker: "Maker") -> ProcessPoolExecutor:
+        """The processes that make scenes as this one does, started when first asked for."""
+        if self._painters is None:
+            self._painters = ProcessPoolExecutor(
+                max(1, len(os.sched_getaffinity(0)) - 1),
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin,
+                initargs=(maker.size, self.composer.gallery_NLHWC, maker.tokenizer, maker.control),
+            )
+        return self._painters
 
     def stop_on_signal(self) -> None:
         """From now on SIGTERM and SIGINT end the stage after its step, with a checkpoint."""
@@ -194,21 +215,63 @@ class Course:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Maker:
+    """Makes scenes of seeds; `control` makes of a scene and its layers a control picture and where it counts."""
+
+    size: networks.Size
+    composer: Composer
+    tokenizer: CLIPTokenizer
+    control: Callable[[Scene, Tensor, Tensor], tuple[np.ndarray, np.ndarray]]
+
+    @torch.no_grad()
+    def make(self, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+        """The pictures, uint8 [B, 3, H, W], and beside them what is in `Pool.kept` after the latents."""
+        torch.set_num_threads(1)
+        scenes = [scene(seed, self.size.names, self.composer.palette) for seed in seeds]
+        layers = self.composer.layers(scenes)
+        pixels_B3HW = self.composer.paint(scenes, layers)
+        ids_BT, owner_BT = token_ids(self.tokenizer, [each.caption for each in scenes])
+        shown_BK2 = torch.zeros(len(scenes), MOST, 2, dtype=torch.int16)
+        shown_BK2[layers.of_M, layers.slot_M] = layers.shown_M2.short()
+        seen_BKhw = layers.visible(len(scenes), self.size.side // networks.FACTOR // 2)
+        counts = [len(each.placements) for each in scenes]
+        drawn = map(self.control, scenes, layers.paint_M4HW.split(counts), pixels_B3HW)
+        edges_BHW, counts_BHW = (
+            torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True)
+        )
+        seen_BKhw = (255 * seen_BKhw).round().byte()
+        return pixels_B3HW, ids_BT.short(), shown_BK2, owner_BT, seen_BKhw, edges_BHW, counts_BHW
+
+
+# A process that makes scenes has one of its own, because a composer is soon built and large to send.
+_maker: Maker
+
+
+def _begin(
+    size: networks.Size, gallery_NLHWC: np.ndarray, tokenizer: CLIPTokenizer, control: Any
+) -> None:
+    global _maker
+    # The one that started it saves what there is and then ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    composer = Composer(size.side, size.names, gallery_NLHWC, torch.device("cpu"))
+    _maker = Maker(size=size, composer=composer, tokenizer=tokenizer, control=control)
+
+
+def _make(seeds: range) -> tuple[np.ndarray, ...]:
+    return tuple(made.numpy() for made in _maker.make(seeds))
+
+
 class Pool:
     """Scenes to learn from, encoded: a scene's place is its seed modulo the size, so the oldest are forgotten.
 
-    `control` makes of a scene and its layers a control picture and where it counts. `kept` is all there is of them.
+    On a CPU the run's threads make them when they are asked for; beside a GPU all other cores make them ahead of it.
+    `kept` is all there is of them.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        vae: AutoencoderKL,
-        tokenizer: CLIPTokenizer,
-        size: int,
-        control: Callable[[Scene, Tensor, Tensor], tuple[np.ndarray, np.ndarray]],
-    ) -> None:
-        self._run, self._vae, self._tokenizer, self._control = run, vae, tokenizer, control
+    def __init__(self, run: Run, vae: AutoencoderKL, maker: Maker, size: int) -> None:
+        self._run, self._vae, self._maker = run, vae, maker
         side = run.size.side
         latent_side, device = side // networks.FACTOR, run.device
         self.size = size
@@ -236,55 +299,57 @@ class Pool:
             self.edges_NHW,
             self.counts_NHW,
         )
+        # By their first seed.
+        self._asked: dict[int, Future[tuple[np.ndarray, ...]]] = {}
 
     def add(self, seeds: range) -> None:
         """Compose and encode the scenes of these seeds, some at a time."""
+        if self._run.has_painters:
+            self._ask(seeds)
+            for some in self._pieces(seeds):
+                made = self._asked.pop(some.start).result()
+                self._keep(some, tuple(map(torch.from_numpy, made)))
+            return
         for start in range(0, len(seeds), 64):
             some = seeds[start : start + 64]
-            if self._run.parts == 1:
-                self._fill(some)
-            else:
-                parts = [some[part :: self._run.parts] for part in range(self._run.parts)]
-                list(self._run.workers.map(self._fill, filter(len, parts)))
+            parts = [some[part :: self._run.parts] for part in range(self._run.parts)]
+            list(self._run.workers.map(self._add, filter(len, parts)))
 
-    def _fill(self, seeds: range) -> None:
+    def _add(self, seeds: range) -> None:
+        self._keep(seeds, self._maker.make(seeds))
+
+    def _pieces(self, seeds: range) -> Iterator[range]:
+        """A step's new ones at a time."""
+        for start in seeds[:: self._run.new]:
+            yield range(start, start + self._run.new)
+
+    def _ask(self, seeds: range) -> None:
+        """Has the processes make those that they were not asked for."""
+        for some in self._pieces(seeds):
+            if some.start not in self._asked:
+                painters = self._run.painters(self._maker)
+                self._asked[some.start] = painters.submit(_make, some)
+
+    @torch.no_grad()
+    def _keep(self, seeds: range, made: tuple[Tensor, ...]) -> None:
         torch.set_num_threads(1)
-        with torch.no_grad():
-            scenes = self._run.scenes(seeds)
-            layers = self._run.composer.layers(scenes)
-            pixels_B3HW = self._run.composer.paint(scenes, layers)
-            places = torch.tensor([seed % self.size for seed in seeds])
-            self.latents_NCHW[places] = encode(self._vae, pixels_B3HW).half()
-            captions = [each.caption for each in scenes]
-            ids_BT, owner_BT = token_ids(self._tokenizer, captions)
-            self.ids_NT[places] = ids_BT.short().to(self._run.device)
-            self.owner_NT[places] = owner_BT.to(self._run.device)
-            seen_BKhw = layers.visible(len(scenes), self.seen_NKhw.shape[-1])
-            self.seen_NKhw[places] = (255 * seen_BKhw).round().byte()
-            of_M = places.to(self._run.device)[layers.of_M]
-            self.shown_NK2[of_M, layers.slot_M] = layers.shown_M2.short()
-            self._draw(scenes, layers, pixels_B3HW, places)
+        device = self._run.device
+        places = torch.tensor([seed % self.size for seed in seeds], device=device)
+        pixels_B3HW, *others = made
+        self.latents_NCHW[places] = encode(self._vae, pixels_B3HW.to(device)).half()
+        for kept, values in zip(self.kept[1:], others, strict=True):
+            kept[places] = values.to(device)
 
-    def _draw(
-        self, scenes: list[Scene], layers: Layers, pixels_B3HW: Tensor, places: Tensor
-    ) -> None:
-        paint_M4HW, pixels_B3HW = layers.paint_M4HW.cpu(), pixels_B3HW.cpu()
-        counts = [len(each.placements) for each in scenes]
-        # Where parts are worked on side by side, this is one of the workers.
-        spread = self._run.workers.map if self._run.parts == 1 else map
-        made = list(spread(self._control, scenes, paint_M4HW.split(counts), pixels_B3HW))
-        edges_BHW, counts_BHW = (
-            torch.from_numpy(np.stack(each)) for each in zip(*made, strict=True)
-        )
-        self.edges_NHW[places] = edges_BHW.to(self._run.device)
-        self.counts_NHW[places] = counts_BHW.to(self._run.device)
-
-    def batch(self, step: int, new: int, rng: np.random.Generator) -> Tensor:
+    def batch(self, step: int, rng: np.random.Generator) -> Tensor:
         """Places of a batch: the newest scenes once, the rest drawn from all."""
-        newest = np.arange(self.first + new * step, self.first + new * (step + 1))
-        self.add(range(newest[0], newest[-1] + 1))
-        self.oldest = max(self.oldest, int(newest[-1]) + 1 - self.size)
-        old = rng.integers(self.oldest, newest[0], self._run.batch - new)
+        new = self._run.new
+        first = self.first + new * step
+        newest = range(first, first + new)
+        if self._run.has_painters:
+            self._ask(range(first, first + AHEAD * new))
+        self.add(newest)
+        self.oldest = max(self.oldest, newest.stop - self.size)
+        old = rng.integers(self.oldest, first, self._run.batch - new)
         return torch.from_numpy(np.concatenate([newest, old]) % self.size).to(self._run.device)
 
 
@@ -347,11 +412,10 @@ def noised(
     the noisy ones with a higher `power`. The weights are those of SNR_RANGE.
     """
     count, device = len(x_BCHW), x_BCHW.device
-    noise_rng = torch.Generator("cpu").manual_seed(step)
-    noise_BCHW = torch.randn(x_BCHW.shape, generator=noise_rng)
+    noise_rng = torch.Generator(device).manual_seed(step)
+    noise_BCHW = torch.randn(x_BCHW.shape, generator=noise_rng, device=device)
     # Hides what the last steps still show of a picture's mean colour: the text must tell it.
-    noise_BCHW += OFFSET_NOISE * torch.randn((count, 4, 1, 1), generator=noise_rng)
-    noise_BCHW = noise_BCHW.to(device)
+    noise_BCHW += OFFSET_NOISE * torch.randn((count, 4, 1, 1), generator=noise_rng, device=device)
     alphas_T = _alphas(device)
     spread = (rng.permutation(count) + rng.random()) / count
     t_B = torch.from_numpy((1 - spread**power) * len(alphas_T)).long().to(device)
