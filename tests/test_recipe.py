@@ -297,7 +297,9 @@ def test_every_stage_trains_stops_and_goes_on(tmp_path, gallery, monkeypatch, ca
 
 def test_processes_make_the_scenes_that_threads_make(tmp_path, gallery):
     composer = Composer(TINY.side, TINY.names, gallery, torch.device("cpu"))
-    tokenizer = words.make_tokenizer(tmp_path, TINY.names, composer.palette, MINI / "weights")
+    tokenizer = words.make_tokenizer(
+        tmp_path / "tokenizer", TINY.names, composer.palette, MINI / "weights"
+    )
     vae = TINY.autoencoder()
     pools = []
     for has_painters in (False, True):
@@ -306,11 +308,15 @@ def test_processes_make_the_scenes_that_threads_make(tmp_path, gallery):
         maker = training.Maker(
             size=TINY, composer=composer, tokenizer=tokenizer, control=controlnet.control
         )
+        # What is not a multiple of a step's new ones.
+        few = training.Pool(run, vae, maker, 6)
+        few.add(range(12, 18))
+        assert few.ids_NT.any(dim=1).all()
         pool = training.Pool(run, vae, maker, 64)
         pool.first = 8 * run.new
         pool.add(range(pool.first))
         batches = [pool.batch(step, np.random.default_rng(step)) for step in range(12)]
-        pools.append((*pool.kept, *batches))
+        pools.append((*pool.kept, *few.kept[1:], *batches))
     assert pool.oldest == 20 * run.new - 64 > 0
     (theirs, *their_others), (ours, *our_others) = pools
     # Networks sum in another order where they are given another number of pictures.

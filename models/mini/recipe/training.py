@@ -21,6 +21,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+import words
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from scenes import BOUND, BOUNDS, MARKS, MOST, OWN_WORD, VECTORS, Composer, Scene, scene
@@ -38,8 +39,9 @@ WARM_UP = 100
 SNR_RANGE = (0.05, 5.0)
 OFFSET_NOISE = 0.1
 HELD_OUT = 10_000_000
-# Steps that the processes beside a GPU may be ahead of it.
+# Steps that the processes beside a GPU may be ahead of it, and where they find the art.
 AHEAD = 24
+GALLERY = "gallery.npy"
 
 
 class Run:
@@ -64,7 +66,8 @@ class Run:
         self.size, self.composer, self.device = size, composer, composer.device
         self.work, self.start, self.resume = work, start, resume
         self.weights = weights or work / "weights"
-        self.batch = 32 if self.device.type == "cpu" else 256
+        # So many keep a large GPU as busy as the core that feeds it.
+        self.batch = 32 if self.device.type == "cpu" else 384
         # Of every batch an eighth is new.
         self.new = self.batch // 8
         self.parts = threads if self.device.type == "cpu" else 1
@@ -75,6 +78,10 @@ class Run:
         work.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         torch.manual_seed(0)
+        # The same shapes come again and again.
+        torch.backends.cudnn.benchmark = True
+        # Its backward pass has given NaN for masked attention on H100 and H200 (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def scenes(self, seeds: Sequence[int]) -> list[Scene]:
         """The scenes of these seeds."""
@@ -83,11 +90,13 @@ class Run:
     def painters(self, maker: "Maker") -> ProcessPoolExecutor:
         """The processes that make scenes as this one does, started when first asked for."""
         if self._painters is None:
+            # By way of a file: what is sent to a process waits until that has imported everything, one after another.
+            np.save(self.work / GALLERY, self.composer.gallery_NLHWC)
             self._painters = ProcessPoolExecutor(
                 max(1, len(os.sched_getaffinity(0)) - 1),
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_begin,
-                initargs=(maker.size, self.composer.gallery_NLHWC, maker.tokenizer, maker.control),
+                initargs=(self.size, self.work, maker.control),
             )
         return self._painters
 
@@ -195,8 +204,9 @@ class Course:
             for average, model in followers:
                 average.follow(model, self.step)
             self.step += 1
-            if self._run.device.type == "cuda" and self.step % 16 == 0:
-                torch.cuda.synchronize()
+            # On a GPU this waits for it, too.
+            if self.step % 16 == 0 and not losses[-1].isfinite():
+                raise FloatingPointError(f"the loss of step {self.step - 1} is not finite")
             self.worked += min(time.monotonic() - start, LONGEST_STEP)
             if self.worked - shown > LOG_EVERY:
                 self.log(loss=round(float(torch.stack(losses).mean()), 4))
@@ -249,13 +259,15 @@ _maker: Maker
 
 
 def _begin(
-    size: networks.Size, gallery_NLHWC: np.ndarray, tokenizer: CLIPTokenizer, control: Any
+    size: networks.Size, work: Path, control: Callable[..., tuple[np.ndarray, np.ndarray]]
 ) -> None:
     global _maker
     # The one that started it saves what there is and then ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    gallery_NLHWC = np.load(work / GALLERY, mmap_mode="c")
     composer = Composer(size.side, size.names, gallery_NLHWC, torch.device("cpu"))
+    tokenizer = words.make_tokenizer(work / "tokenizer", size.names, composer.palette)
     _maker = Maker(size=size, composer=composer, tokenizer=tokenizer, control=control)
 
 
@@ -320,8 +332,8 @@ class Pool:
 
     def _pieces(self, seeds: range) -> Iterator[range]:
         """A step's new ones at a time."""
-        for start in seeds[:: self._run.new]:
-            yield range(start, start + self._run.new)
+        new = self._run.new
+        return (seeds[start : start + new] for start in range(0, len(seeds), new))
 
     def _ask(self, seeds: range) -> None:
         """Has the processes make those that they were not asked for."""
