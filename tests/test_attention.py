@@ -69,6 +69,18 @@ def test_bias_is_the_papers(sigma):
     assert not bias[..., [0, 3, 5, 6]].any()
 
 
+def test_what_one_attention_was_told_does_not_reach_the_next():
+    masks = visible()
+    step = StepControl.of([(AttentionControl.of(POSITIONS, DIALS, masks), 1, gain(1.0))])
+    for seed in range(3):
+        query, key = rand(3, 2, 64, 5, seed=seed), rand(3, 2, TOKENS, 5, seed=seed + 9)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+            bias = step.bias_B1QT(query.to(dtype), key.to(dtype))
+            assert not bias[:2].any() and bias.dtype == dtype
+            expected = expected_bias(query[2], key[2], 1.0, masks)
+            torch.testing.assert_close(bias[2, 0].float(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_rows_of_two_jobs_get_what_each_would_get_alone():
     query, key = rand(5, 2, 16, 5), rand(5, 2, TOKENS, 5, seed=1)
     one = AttentionControl.of(POSITIONS, DIALS, visible(4, 4))

@@ -116,42 +116,54 @@ class StepControl:
         return torch.tensor(sorted(tokens), device=self.controls[0].token_J.device)
 
     @cached_property
-    def gain_R1(self) -> torch.Tensor:
-        """g(sigma) of each controlled row."""
-        gains = [[g] for g, rows in zip(self.gains, self.rows, strict=True) for _ in range(rows)]
-        return torch.tensor(gains, device=self.token_U.device)
-
-    @cached_property
-    def _weights(self) -> dict[int, torch.Tensor]:
+    def _made(self) -> dict[tuple[object, ...], torch.Tensor]:
         return {}
 
     def weight_RQT(self, queries: int, tokens: int) -> torch.Tensor:
-        """The jobs' weights, a row each; for a single job one row for all."""
-        if len(self.controls) == 1:
-            return self.controls[0].weight_QT(queries, tokens)[None]
-        if queries not in self._weights:
-            self._weights[queries] = torch.cat(
-                [
-                    control.weight_QT(queries, tokens).expand(rows, -1, -1)
-                    for control, rows in zip(self.controls, self.rows, strict=True)
-                ]
-            )
-        return self._weights[queries]
+        """The jobs' weights times their g(sigma), a row each; for a single job one row for all."""
+        key = ("weight", queries, tokens)
+        if key not in self._made:
+            parts = [
+                (control.weight_QT(queries, tokens) * g).expand(rows, -1, -1)
+                for control, g, rows in zip(self.controls, self.gains, self.rows, strict=True)
+            ]
+            self._made[key] = torch.cat(parts) if len(parts) > 1 else parts[0][:1]
+        return self._made[key]
+
+    def _place_UT(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """1 where a column is the text position of a row."""
+        key = ("place", tokens, dtype)
+        if key not in self._made:
+            all_T = torch.arange(tokens, device=self.token_U.device)
+            self._made[key] = (self.token_U[:, None] == all_T).to(dtype)
+        return self._made[key]
+
+    def _room_B1QT(self, batch: int, queries: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros, made once, whose rows begin at multiples of 8 as attention on a GPU wants them."""
+        key = ("room", batch, queries, tokens, dtype)
+        if key not in self._made:
+            width = -(-tokens // 8) * 8
+            device = self.token_U.device
+            room = torch.zeros(batch, 1, queries, width, dtype=dtype, device=device)
+            self._made[key] = room[..., :tokens]
+        return self._made[key]
 
     def bias_B1QT(self, query_BHQd: torch.Tensor, key_BHTd: torch.Tensor) -> torch.Tensor:
-        """What is added to the scaled scores, the same for all heads, 0 in rows without control."""
+        """What is added to the scaled scores, the same for all heads, 0 in rows without control.
+
+        It is true until the next call for as many queries. Few operations: on a GPU each costs as much as its launch,
+        and there is one call for every cross-attention of every step.
+        """
         batch, _, queries, width = query_BHQd.shape
-        tokens = key_BHTd.shape[2]
+        tokens, dtype = key_BHTd.shape[2], query_BHQd.dtype
         first = batch - sum(self.rows)
         # Scaled before the product, which in half precision would overflow for some models.
         key_RHUd = key_BHTd[first:].index_select(2, self.token_U) * width**-0.5
-        top_RU = (
-            torch.matmul(query_BHQd[first:], key_RHUd.transpose(2, 3)).amax(dim=(1, 2)).clamp(min=0)
-        )
-        reach_RU = top_RU * self.gain_R1.to(top_RU.dtype)
-        reach_RT = reach_RU.new_zeros(len(reach_RU), tokens).index_copy(1, self.token_U, reach_RU)
-        bias_B1QT = query_BHQd.new_zeros(batch, 1, queries, tokens)
-        torch.mul(self.weight_RQT(queries, tokens), reach_RT[:, None, :], out=bias_B1QT[first:, 0])
+        score_RHQU = torch.matmul(query_BHQd[first:], key_RHUd.transpose(2, 3))
+        top_RU = score_RHQU.amax(dim=(1, 2)).clamp_(min=0)
+        top_R1T = (top_RU @ self._place_UT(tokens, dtype))[:, None]
+        bias_B1QT = self._room_B1QT(batch, queries, tokens, dtype)
+        torch.mul(self.weight_RQT(queries, tokens), top_R1T, out=bias_B1QT[first:, 0])
         return bias_B1QT
 
 
