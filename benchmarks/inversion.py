@@ -51,6 +51,7 @@ from local.layout import check_health
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.processes import Process, free_port
 from services.common.registry import BUNDLED
+from services.inversion.catalog import dtype_on
 from services.inversion.learn import Recipe, Trainer
 from services.inversion.networks import ONE, ModelFacts, Networks, Text, TextEncoder, load
 from services.inversion.subject import Subject, decode
@@ -74,11 +75,6 @@ def subjects(count: int) -> list[Subject]:
     """Layers to learn, of four artists."""
     pairs = list(CUTOUTS.items())[:count]
     return [Subject.of(decode((ART / name).read_bytes()), text) for name, text in pairs]
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    """As `services.inversion.catalog` has it."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def bundled(device: torch.device) -> Networks:
@@ -219,15 +215,14 @@ class Stock:
 
 
 def recipe(args: argparse.Namespace, networks: Networks, *, canvas: float | None = None) -> Recipe:
-    is_slow = args.model == "sd15" and args.device.type == "cpu"
     if canvas is None:
-        canvas = LARGE_SIDE / networks.facts.native_side if is_slow else 1.0
+        canvas = LARGE_SIDE / networks.facts.native_side if args.is_slow else 1.0
     return Recipe(
         steps=args.steps,
         rows=args.rows,
         canvas=canvas,
         placements=max(4, args.rows),
-        held_out=args.rows * (1 if is_slow else 4),
+        held_out=args.rows * (1 if args.is_slow else 4),
         # The first and the last step only: looks are no part of a step.
         check_every=args.steps,
     )
@@ -525,9 +520,9 @@ def main() -> int:
     parser.add_argument("--peak-of", choices=("ours", "stock"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    is_slow = args.model == "sd15" and args.device.type == "cpu"
-    args.steps = args.steps or (4 if is_slow else 60)
-    args.rows = args.rows or (1 if is_slow else 4)
+    args.is_slow = args.model == "sd15" and args.device.type == "cpu"
+    args.steps = args.steps or (4 if args.is_slow else 60)
+    args.rows = args.rows or (1 if args.is_slow else 4)
     if args.peak_of:
         peak(args)
         return 0
@@ -536,7 +531,7 @@ def main() -> int:
             return asyncio.run(killed(args.kills, args.seed, Path(folder)))
         compare(args)
         memory(args)
-        if not is_slow:
+        if not args.is_slow:
             together(args)
         if args.model == "mini":
             asyncio.run(stored(Path(folder)))

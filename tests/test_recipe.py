@@ -325,6 +325,18 @@ def test_processes_make_the_scenes_that_threads_make(tmp_path, gallery):
         assert torch.equal(theirs, ours) and theirs.any()
 
 
+def test_a_loss_that_is_not_finite_ends_the_training_and_no_checkpoint_is_made(tmp_path, composer):
+    run = training.Run(TINY, composer, tmp_path)
+    weight = torch.nn.Parameter(torch.ones(1))
+    course = training.Course(run, "stage", 1.0, [{"params": [weight], "lr": 1e-3}])
+
+    def learn(step: int) -> torch.Tensor:
+        return torch.tensor(1.0 if step < 10 else float("nan"))
+
+    with pytest.raises(FloatingPointError, match="loss of step 15"):
+        course.attend(learn, lambda: pytest.fail("saved"))
+
+
 @pytest.mark.parametrize("stock", [AttnProcessor(), AttnProcessor2_0()])
 def test_a_name_with_an_owner_is_heard_where_the_owner_is_seen(stock):
     torch.manual_seed(0)

@@ -124,10 +124,13 @@ class StepControl:
         key = ("weight", queries, tokens)
         if key not in self._made:
             parts = [
-                (control.weight_QT(queries, tokens) * g).expand(rows, -1, -1)
-                for control, g, rows in zip(self.controls, self.gains, self.rows, strict=True)
+                control.weight_QT(queries, tokens)[None] * g
+                for control, g in zip(self.controls, self.gains, strict=True)
             ]
-            self._made[key] = torch.cat(parts) if len(parts) > 1 else parts[0][:1]
+            if len(parts) > 1:
+                pairs = zip(parts, self.rows, strict=True)
+                parts = [torch.cat([part.expand(rows, -1, -1) for part, rows in pairs])]
+            (self._made[key],) = parts
         return self._made[key]
 
     def _place_UT(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:

@@ -111,13 +111,17 @@ class Catalog:
         return self._cards[name]
 
     def networks(self, card: ModelCard) -> Networks:
-        """The model in memory: in half precision on a GPU that has bfloat16, else in single.
-
-        The operator's dtype is for drawing: in float16 the gradients of late timesteps would vanish.
-        """
+        """The model in memory, in the precision of `dtype_on`."""
         if card.name not in self._loaded:
             device = torch.device(card.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            has_half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-            dtype = torch.bfloat16 if has_half else torch.float32
-            self._loaded[card.name] = load(card.folder, dtype=dtype, device=device)
+            self._loaded[card.name] = load(card.folder, dtype=dtype_on(device), device=device)
         return self._loaded[card.name]
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What words are learned in: half precision on a GPU that has bfloat16, else single.
+
+    The operator's dtype is for drawing: in float16 the gradients of late timesteps would vanish.
+    """
+    has_half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_half else torch.float32

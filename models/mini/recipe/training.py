@@ -87,8 +87,10 @@ class Run:
         """The scenes of these seeds."""
         return [scene(seed, self.size.names, self.composer.palette) for seed in seeds]
 
-    def painters(self, maker: "Maker") -> ProcessPoolExecutor:
-        """The processes that make scenes as this one does, started when first asked for."""
+    def painters(
+        self, control: Callable[..., tuple[np.ndarray, np.ndarray]]
+    ) -> ProcessPoolExecutor:
+        """The processes that make scenes, with this `Maker.control`; started when first asked for."""
         if self._painters is None:
             # By way of a file: what is sent to a process waits until that has imported everything, one after another.
             np.save(self.work / GALLERY, self.composer.gallery_NLHWC)
@@ -96,7 +98,7 @@ class Run:
                 max(1, len(os.sched_getaffinity(0)) - 1),
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_begin,
-                initargs=(self.size, self.work, maker.control),
+                initargs=(self.size, self.work, control),
             )
         return self._painters
 
@@ -339,7 +341,7 @@ class Pool:
         """Has the processes make those that they were not asked for."""
         for some in self._pieces(seeds):
             if some.start not in self._asked:
-                painters = self._run.painters(self._maker)
+                painters = self._run.painters(self._maker.control)
                 self._asked[some.start] = painters.submit(_make, some)
 
     @torch.no_grad()
@@ -424,6 +426,7 @@ def noised(
     the noisy ones with a higher `power`. The weights are those of SNR_RANGE.
     """
     count, device = len(x_BCHW), x_BCHW.device
+    # On the device: a CPU core would take as long for it as a GPU for the step.
     noise_rng = torch.Generator(device).manual_seed(step)
     noise_BCHW = torch.randn(x_BCHW.shape, generator=noise_rng, device=device)
     # Hides what the last steps still show of a picture's mean colour: the text must tell it.
