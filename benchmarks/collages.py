@@ -95,14 +95,16 @@ class Dials:
     """What a collage is drawn with.
 
     noise: of every layer, None for each layer's own; control: attract and repel of every layer, None for automatic
-    ones; words: the cut-outs whose learned words are used; structure: the kind of control picture, "" for none; only:
-    with structure, 0 or 1 for every second layer alone, from the first or from the second, None for all layers.
+    ones; words: the cut-outs whose learned words are used; structure: the kind of control picture, "" for none;
+    emphasis: of structure; only: with structure, 0 or 1 for every second layer alone, from the first or from the
+    second, None for all layers.
     """
 
     noise: float | None
     control: float | None = 0.0
     words: frozenset[Cutout] = frozenset()
     structure: str = ""
+    emphasis: float = 0.0
     only: int | None = None
 
     def is_structured(self, index: int) -> bool:
@@ -151,7 +153,7 @@ class Scene:
                 layer.appearance.learn = True
                 layer.appearance.vectors = VECTORS
             if dials.is_structured(index):
-                layer.structure.add(kind=dials.structure)
+                layer.structure.add(kind=dials.structure, emphasis=dials.emphasis)
         return collage
 
     def alone(self, index: int, cutout: Cutout) -> NDArray[np.float32]:

@@ -166,7 +166,7 @@ async def examples(target: Target) -> dict[str, list[Any]]:
     full = collage(negative_prompt="rice", background={"color": {"red": 5}})
     full.layers[0].image.blob.CopyFrom(blob)
     full.layers[0].appearance.learn = True
-    full.layers[1].structure.add(kind="canny", scale=0.5, start=0.1, end=0.9)
+    full.layers[1].structure.add(kind="canny", scale=0.5, start=0.1, end=0.9, emphasis=0.5)
     full.layers[1].seed = 7
     stored = collage()
     for layer in stored.layers:

@@ -55,6 +55,10 @@ STRUCTURES = {
         Structure(kind="canny", scale=0.6, start=0.2, end=0.7),
         Structure(kind="depth", scale=0.9, start=0.4),
     ),
+    "emphasis": (
+        Structure(kind="canny", scale=0.6, emphasis=1.0),
+        Structure(kind="depth", scale=0.9, start=0.4, emphasis=1.0),
+    ),
 }
 
 
@@ -142,8 +146,13 @@ class Case:
     def stock_controlled(
         self, sampler: str, strength: float, scale: float, structures: Sequence[Structure]
     ) -> Any:
-        """Latents by the stock pipeline with ControlNets."""
+        """Latents by the stock pipeline with ControlNets; emphasis 1 of all of them is its guess mode."""
         used = MultiControlNetModel([self.controlnets[part.kind] for part in structures])
+        is_guess = all(part.emphasis == 1 for part in structures)
+        if is_guess:
+            # In that mode a ControlNet also weakens its finer levels (down to a tenth), which is no part of ours.
+            for network in used.nets:
+                network.register_forward_pre_hook(_without_falloff, with_kwargs=True)
         if self.facts.pooled_width:
             pipeline = StableDiffusionXLControlNetImg2ImgPipeline(
                 **self.pipeline.components, controlnet=used, add_watermarker=False
@@ -167,6 +176,7 @@ class Case:
             controlnet_conditioning_scale=[part.scale for part in structures],
             control_guidance_start=[part.start for part in structures],
             control_guidance_end=[part.end for part in structures],
+            guess_mode=is_guess,
             output_type="latent",
         ).images
 
@@ -220,6 +230,10 @@ class Case:
                 latents, _ = self.ours(sampler, strength_hw, scale)
                 note(kind, latents, self.inject(sampler, strength_hw, scale))
         return {kind: max(values) for kind, values in found.items()}
+
+
+def _without_falloff(_: Any, args: Any, options: dict[str, Any]) -> Any:
+    return args, {**options, "guess_mode": False}
 
 
 def rows() -> Iterator[tuple[str, str, dict[str, float]]]:

@@ -391,6 +391,7 @@ def _generate_request(
                     scale=structure.scale,
                     start=structure.start,
                     end=structure.end,
+                    emphasis=structure.emphasis,
                 )
                 for structure in layer.structure
             ],

@@ -346,6 +346,9 @@ class Planner:
             negative_prompt=collage.negative_prompt,
             word_tokens=word_tokens,
             has_structure=any(layer.structure for layer in collage.layers),
+            has_emphasis=any(
+                part.emphasis > 0 for layer in collage.layers for part in layer.structure
+            ),
         )
         try:
             return await asked(
@@ -514,6 +517,8 @@ def _render_plan(
         )
     plan.warnings.extend(_coarse_dials(plan.layers, sampling.steps))
     plan.warnings.extend(_idle_structure(collage, composed, sampling.steps, max_steps))
+    if not estimate.negative_prompt_tokens:
+        plan.warnings.extend(_unguided_structure(collage, sampling))
     return plan
 
 
@@ -565,6 +570,19 @@ def _idle_structure(
                 message=f"never acts: with {steps} steps the picture takes {taken(steps)}, and none of these "
                 f"lies wholly from {part.start:g} to {part.end:g} of them; widen the window, {cure}",
             )
+
+
+def _unguided_structure(collage: Collage, sampling: Sampling) -> Iterator[collage_pb2.Warning]:
+    """A warning for each emphasis, where there are no predictions without the prompt."""
+    for index, layer in enumerate(collage.layers):
+        for number, part in enumerate(layer.structure):
+            if part.emphasis > 0:
+                yield collage_pb2.Warning(
+                    reason="STRUCTURE_EMPHASIS_UNUSED",
+                    field=f"collage.layers[{index}].structure[{number}].emphasis",
+                    message=f"changes nothing: at guidance scale {sampling.guidance_scale:g} model "
+                    f"{sampling.model} has no guidance to strengthen structure by",
+                )
 
 
 def parse_redo(message: Any) -> RedoFields:

@@ -133,7 +133,13 @@ async def test_a_model_of_real_size_draws_within_24_gib(folder, tmp_path, capsys
     card = ModelCard.read(ModelSource(name=name, source=folder, device="cpu"))
     native = card.facts.native
     working_gib = (
-        card.memory_bytes(native, card.defaults(), value_bytes=VALUE_BYTES, has_structure=False)
+        card.memory_bytes(
+            native,
+            card.defaults(),
+            value_bytes=VALUE_BYTES,
+            has_structure=False,
+            has_emphasis=False,
+        )
         / 2**30
     )
     with capsys.disabled():

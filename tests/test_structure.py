@@ -435,6 +435,88 @@ def test_runs_with_and_without_share_a_step(stages, calls, passed):
         torch.testing.assert_close(one, other.latents_NChw, rtol=1e-3, atol=1e-4)
 
 
+EMPHASISED = (Structure(kind="canny", emphasis=1.0),)
+
+
+@pytest.fixture
+def answers(stages):
+    """What the U-Net said in each call."""
+    given = []
+    hook = stages._model.unet.register_forward_hook(lambda _, args, out: given.append(out[0]))
+    yield given
+    hook.remove()
+
+
+def test_emphasis_has_guidance_start_without_structure_inside_its_layer_only(
+    stages, calls, passed, answers
+):
+    step(stages, [begin(stages, (), (), guidance_scale=5.0)])
+    run = begin(stages, EMPHASISED, (), guidance_scale=5.0)
+    step(stages, [run])
+    assert passed == [("canny", 2)]
+    for residual in calls[1]:
+        bare, unprompted, prompted = residual
+        assert not bare.any() and unprompted.any()
+        assert not unprompted[..., unprompted.shape[2] // 2 :].any()
+        assert unprompted.shape == prompted.shape and prompted.any()
+    (plain, _), (bare, unprompted, prompted) = answers
+    torch.testing.assert_close(bare, plain)
+    assert (unprompted - bare).abs().amin(dim=0).max() > 1e-4
+    start = torch.cat([bare[..., :4], unprompted[..., 4:]], dim=2)
+    _, _, prediction = run._last
+    torch.testing.assert_close(prediction[0], start + 5.0 * (prompted - start))
+
+
+def test_emphasis_everywhere_takes_no_third_prediction(stages, calls, passed):
+    latents(stages, begin(stages, EMPHASISED, EMPHASISED))
+    assert passed == [("canny", 1)] * 6
+    for residuals in calls:
+        assert all(not without.any() and with_it.any() for without, with_it in residuals)
+
+
+def test_some_emphasis_leaves_the_rest_of_the_scale(stages, calls):
+    some = (Structure(kind="canny", scale=0.8, emphasis=0.25), Structure(kind="depth", scale=0.5))
+    for structures in ((some, ()), ((some[0],), ()), ((some[1],), ())):
+        step(stages, [begin(stages, structures[0], structures[1])])
+    both, canny_only, depth_only = calls
+    for mixed, one, other in zip(both, canny_only, depth_only, strict=True):
+        # The one without emphasis acts in the bare prediction as it does everywhere.
+        torch.testing.assert_close(mixed[0], one[0] + other[0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mixed[2], one[2] + other[1], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one[0], 0.75 * one[1], rtol=1e-3, atol=1e-5)
+
+
+def test_without_guidance_emphasis_changes_nothing(stages):
+    plain, emphasised = (
+        latents(stages, begin(stages, parts, (), guidance_scale=1.0))
+        for parts in (FULL, EMPHASISED)
+    )
+    assert torch.equal(plain, emphasised)
+
+
+def test_emphasis_ends_with_its_window(stages, passed):
+    early = (Structure(kind="canny", end=0.5, emphasis=1.0),)
+    latents(stages, begin(stages, early, FULL))
+    assert passed == [("canny", 3)] * 3 + [("canny", 2)] * 3
+
+
+def test_an_emphasised_run_shares_a_step(stages):
+    def runs():
+        return [
+            begin(stages, (), FULL, images=2, seed=1),
+            begin(stages, EMPHASISED, ()),
+            begin(stages, EMPHASISED, EMPHASISED, sampler="ddim"),
+            begin(stages, EMPHASISED, (), guidance_scale=1.0),
+        ]
+
+    alone = [latents(stages, run) for run in runs()]
+    together = runs()
+    while not all(run.is_done for run in together):
+        step(stages, together)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other.latents_NChw, rtol=1e-3, atol=1e-4)
+
+
 def test_a_layer_that_is_not_seen_asks_for_nothing():
     visible_Lhw = torch.zeros(1, 4, 4)
     assert StructureControl.of([FULL], {}, visible_Lhw) is None
@@ -527,7 +609,11 @@ async def test_a_plan_counts_what_a_controlnet_takes(system):
         answer = await system.stub.PlanCollage(request, timeout=WAIT_S)
         return answer.plan.estimated_memory_bytes
 
-    assert await bytes_for([]) < await bytes_for([{"kind": "canny"}])
+    plain, structured, emphasised = [
+        await bytes_for(parts)
+        for parts in ([], [{"kind": "canny"}], [{"kind": "canny", "emphasis": 0.5}])
+    ]
+    assert plain < structured < emphasised
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -537,7 +623,7 @@ async def test_a_plan_says_every_number_of_structure(system):
     assert not plan.layers[0].structure
     (part,) = plan.layers[1].structure
     numbers = {name.name: value for name, value in part.ListFields()}
-    assert numbers == {"kind": "canny", "scale": 1.0, "start": 0.25, "end": 1.0}
+    assert numbers == {"kind": "canny", "scale": 1.0, "start": 0.25, "end": 1.0, "emphasis": 0.0}
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -549,7 +635,8 @@ async def test_structure_changes_the_picture_and_only_where_it_may(system):
     drawing = {"data": system_tools.png(np.full((4, 4, 3), 200, np.uint8))}
     depth = await drawn(system, scene(canny, [{"kind": "depth", "image": drawing}]))
     brief = await drawn(system, scene([{"kind": "canny", "end": 0.4}], []))
-    assert len({blob.sha256 for blob in (plain, both, one, depth, brief)}) == 5
+    guided = await drawn(system, scene([{"kind": "canny", "emphasis": 1.0}], []))
+    assert len({blob.sha256 for blob in (plain, both, one, depth, brief, guided)}) == 6
     assert await drawn(system, scene(canny, [])) == one
 
 
@@ -602,6 +689,25 @@ async def test_what_is_wrong_with_structure_is_told_by_field(system):
     error = await refused(system, scene([], [{"kind": "depth", "image": unknown}]))
     assert isinstance(error, MissingBlobs)
     assert error.missing == {f"{path}[0].image": "0" * 64}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_emphasis_without_guidance_is_warned_of(system):
+    asked = scene([{"kind": "canny"}], [{"kind": "canny", "emphasis": 0.5}])
+
+    async def warned(scale):
+        request = pb.PlanCollageRequest(collage=asked, sampling={"guidance_scale": scale})
+        plan = (await system.stub.PlanCollage(request, timeout=WAIT_S)).plan
+        return {
+            warning.field: warning.message
+            for warning in plan.warnings
+            if warning.reason == "STRUCTURE_EMPHASIS_UNUSED"
+        }
+
+    told = await warned(1.0)
+    assert list(told) == ["collage.layers[1].structure[0].emphasis"]
+    assert "at guidance scale 1 model" in told["collage.layers[1].structure[0].emphasis"]
+    assert not await warned(5.0)
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -57,7 +57,7 @@ def test_every_field_comes_back_from_the_message_it_is_rendered_to():
         noise=0.1,
         attract=0.2,
         repel=0.3,
-        structure=[{"kind": "canny", "scale": 0.5, "start": 0.1, "end": 0.9}],
+        structure=[{"kind": "canny", "scale": 0.5, "start": 0.1, "end": 0.9, "emphasis": 0.3}],
         appearance={"word": "words/1", "weight": 0.5},
         seed="18446744073709551615",
     )
@@ -96,6 +96,11 @@ def test_every_field_comes_back_from_the_message_it_is_rendered_to():
             {"structure": [{"kind": "canny", "start": 0.9, "end": 0.1}]},
             "collage.layers[0].structure[0].end",
             "before start",
+        ),
+        (
+            {"structure": [{"kind": "canny", "emphasis": 1.5}]},
+            "collage.layers[0].structure[0].emphasis",
+            "1.5",
         ),
         ({"appearance": {}}, "collage.layers[0].appearance", "empty"),
         (

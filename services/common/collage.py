@@ -50,6 +50,7 @@ class Transform:
 class Structure:
     """One ControlNet's part in a layer: weight in [0, 1], acting from `start` to `end` of the steps (fractions).
 
+    `emphasis`, in [0, 1], is how far guidance strengthens it: rows without the prompt get 1 - emphasis of its weight.
     `image` is a control picture made elsewhere, stretched over the layer's own; None to make one from the layer.
     """
 
@@ -57,6 +58,7 @@ class Structure:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    emphasis: float = 0.0
     image: Picture | None = None
 
     def is_active(self, step: int, steps: int) -> bool:

@@ -212,7 +212,7 @@ def _parse_structure(check: Checker, message: collage_pb2.Structure, path: str) 
         )
     values = {
         name: check.number(f"{path}.{name}", getattr(message, name), 0, 1)
-        for name in ("scale", "start", "end")
+        for name in ("scale", "start", "end", "emphasis")
         if message.HasField(name)
     }
     image = (
@@ -504,6 +504,7 @@ def render_structure(structure: Sequence[Structure]) -> list[collage_pb2.Structu
             scale=part.scale,
             start=part.start,
             end=part.end,
+            emphasis=part.emphasis,
             image=None if part.image is None else render_picture(part.image),
         )
         for part in structure

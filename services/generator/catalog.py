@@ -239,9 +239,11 @@ class ModelCard:
                 f"is {sampling.steps}; sampler {sampling.sampler} of model {self.name} takes at most {most}",
             )
 
-    def unet_rows(self, sampling: Sampling) -> int:
-        """Rows of one U-Net call: a picture each, two where a negative prompt counts."""
-        return sampling.images * (2 if self.facts.reads_negative(sampling.guidance_scale) else 1)
+    def unet_rows(self, sampling: Sampling, *, has_emphasis: bool) -> int:
+        """Rows of one U-Net call: a picture each, two with guidance, three where that emphasises structure."""
+        if not self.facts.reads_negative(sampling.guidance_scale):
+            return sampling.images
+        return sampling.images * (3 if has_emphasis else 2)
 
     def defaults(self) -> Sampling:
         """What a request that leaves sampling unset gets."""
@@ -260,7 +262,13 @@ class ModelCard:
         )
 
     def memory_bytes(
-        self, size: Extent, sampling: Sampling, *, value_bytes: int, has_structure: bool
+        self,
+        size: Extent,
+        sampling: Sampling,
+        *,
+        value_bytes: int,
+        has_structure: bool,
+        has_emphasis: bool,
     ) -> int:
         """Peak working memory beyond the weights.
 
@@ -273,7 +281,7 @@ class ModelCard:
         values of `value_bytes` each (4 in single precision), and the finished pictures twice (pixels and PNG).
         """
         cells = size.pixels // self.facts.latent_factor**2
-        rows = self.unet_rows(sampling)
+        rows = self.unet_rows(sampling, has_emphasis=has_emphasis)
         block = rows * cells * self.unet_channels
         unet = block * UNET_COPIES
         if has_structure:

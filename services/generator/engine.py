@@ -99,13 +99,16 @@ class Engine:
             async for _ in events:
                 pass
 
-    def seconds(self, card: ModelCard, size: Extent, sampling: Sampling) -> float:
+    def seconds(
+        self, card: ModelCard, size: Extent, sampling: Sampling, *, has_emphasis: bool
+    ) -> float:
         """Expected seconds of a job's steps on an idle device; 0 where the model has not run yet."""
         factor = card.facts.latent_factor
         shape = Shape(
             model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
         )
-        return self._runner.seconds(shape, rows=card.unet_rows(sampling), steps=sampling.steps)
+        rows = card.unet_rows(sampling, has_emphasis=has_emphasis)
+        return self._runner.seconds(shape, rows=rows, steps=sampling.steps)
 
     def arithmetic(self, card: ModelCard) -> str:
         """Names what decides a picture's last bits beside the request and the networks: equal here, equal bytes."""

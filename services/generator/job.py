@@ -31,6 +31,11 @@ class Job:
     sampling: Sampling
     deadline_s: float
 
+    @property
+    def has_emphasis(self) -> bool:
+        """Whether guidance strengthens the structure of a layer."""
+        return any(part.emphasis > 0 for layer in self.layers for part in layer.structures)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedAt:

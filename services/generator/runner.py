@@ -130,7 +130,9 @@ class Runner:
                 grid_width=width,
                 adapters=sampling.active_adapters,
             ),
-            rows=self._catalog.find(sampling.model).unet_rows(sampling),
+            rows=self._catalog.find(sampling.model).unet_rows(
+                sampling, has_emphasis=job.has_emphasis
+            ),
             steps=sampling.steps - int(released_hw.min()),
             deadline_s=job.deadline_s,
         )

@@ -6,7 +6,9 @@ Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent 
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,18 @@ from services.generator.attention import AttentionControl, StepControl, gain
 from services.generator.conditioning import Conditioning
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
 from services.generator.stages import Stages, TextStates
-from services.generator.structure import StructureControl, passes
+from services.generator.structure import Acting, StructureControl, StructureStep, passes
 
 # Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
 _PREVIEW_RIDGE = 1e-4
+
+
+class Role(IntEnum):
+    """What a prediction is for, in the order of a call's rows; see `services.generator.structure` for the bare one."""
+
+    BARE = 0
+    UNPROMPTED = 1
+    PROMPTED = 2
 
 
 class Run:
@@ -118,6 +128,23 @@ class Run:
         timestep: torch.Tensor = self._scheduler.timesteps[self._step]
         return timestep
 
+    @property
+    def _structure_step(self) -> StructureStep:
+        """What structure does in the next step."""
+        if self._structure is None:
+            return StructureStep()
+        return self._structure.at(self.steps_done, self.steps_total)
+
+    def _parts(self) -> Iterator["_Part"]:
+        """The predictions that the next step takes."""
+        prompt, negative = self._conditioning.prompt, self._conditioning.negative
+        structure = self._structure_step
+        yield _Part(run=self, role=Role.PROMPTED, text=prompt, acting=structure.prompted)
+        if negative is not None:
+            yield _Part(run=self, role=Role.UNPROMPTED, text=negative, acting=structure.unprompted)
+            if structure.emphasis_hw is not None:
+                yield _Part(run=self, role=Role.BARE, text=negative, acting=structure.bare)
+
     def _undo(self) -> Callable[[], None]:
         """What brings all that a step changes back to how it is now: the latents, the states of sampler and noise."""
         run, scheduler = dict(vars(self)), _copied(vars(self._scheduler))
@@ -132,13 +159,15 @@ class Run:
 
         return undo
 
-    def _advance(self, prompted: torch.Tensor, unprompted: torch.Tensor | None) -> None:
+    def _advance(self, predictions: Mapping[Role, torch.Tensor]) -> None:
         """One step from the U-Net's predictions: guidance, the scheduler's step, the hold."""
-        prediction_NChw = prompted
-        if unprompted is not None:
-            # Classifier-free guidance (Ho and Salimans 2022).
-            scale = self._conditioning.guidance_scale
-            prediction_NChw = unprompted + scale * (prompted - unprompted)
+        prediction_NChw = prompted = predictions[Role.PROMPTED]
+        if Role.UNPROMPTED in predictions:
+            # Classifier-free guidance (Ho and Salimans 2022), from the bare prediction where structure is emphasised.
+            start, emphasis_hw = predictions[Role.UNPROMPTED], self._structure_step.emphasis_hw
+            if emphasis_hw is not None:
+                start = start.lerp(predictions[Role.BARE], emphasis_hw)
+            prediction_NChw = start + self._conditioning.guidance_scale * (prompted - start)
         if isinstance(self._scheduler, HoldingUniPC):
             self._scheduler.held_hw = self._hold.held_hw(self._step)
         x_NChw = self._scheduler.step(
@@ -219,43 +248,54 @@ def step(stages: Stages, runs: Sequence[Run]) -> None:
 
 
 def _step(stages: Stages, runs: Sequence[Run]) -> None:
-    without_prompt = [
-        (run, run._conditioning.negative) for run in runs if run._conditioning.negative is not None
-    ]
-    with_prompt = [
-        (run, run._conditioning.prompt)
-        for run in sorted(runs, key=lambda run: run._control is not None)
-    ]
-    halves = [*without_prompt, *with_prompt]
+    parts = sorted((part for run in runs for part in run._parts()), key=_Part.place)
     x_BChw = torch.cat(
-        [run._scheduler.scale_model_input(run._x_NChw, run._timestep) for run, _ in halves]
+        [
+            part.run._scheduler.scale_model_input(part.run._x_NChw, part.run._timestep)
+            for part in parts
+        ]
     )
-    timestep_B = torch.cat([run._timestep.float().expand(run._images) for run, _ in halves])
-    text = TextStates.cat([states.expand(run._images) for run, states in halves])
+    timestep_B = torch.cat([part.run._timestep.float().expand(part.rows) for part in parts])
+    text = TextStates.cat([part.text.expand(part.rows) for part in parts])
     controls = [
-        (run._control, run._images, gain(run._levels.true_sigmas[run._step]))
-        for run, _ in with_prompt
-        if run._control is not None
+        (part.run._control, part.rows, gain(part.run._levels.true_sigmas[part.run._step]))
+        for part in parts
+        if part.role == Role.PROMPTED and part.run._control is not None
     ]
-    structure = passes(
-        [(run._structure, run._images, run.steps_done, run.steps_total) for run, _ in halves]
-    )
-    scales = [run._conditioning.guidance_scale for run, _ in halves for _ in range(run._images)]
+    scales = [part.run._conditioning.guidance_scale for part in parts for _ in range(part.rows)]
     prediction_BChw = stages.predict(
         x_BChw,
         timestep_B,
         text,
         StepControl.of(controls) if controls else None,
-        structure,
+        passes([(part.rows, part.acting) for part in parts]),
         **({} if stages.facts.guidance_width is None else {"guidance_B": torch.tensor(scales)}),
     )
-    predictions = torch.split(prediction_BChw, [run._images for run, _ in halves])
-    unprompted = {run: x for (run, _), x in zip(without_prompt, predictions, strict=False)}
-    prompted = {
-        run: x for (run, _), x in zip(with_prompt, predictions[len(without_prompt) :], strict=True)
-    }
+    predictions: dict[Run, dict[Role, torch.Tensor]] = {run: {} for run in runs}
+    split = torch.split(prediction_BChw, [part.rows for part in parts])
+    for part, prediction_NChw in zip(parts, split, strict=True):
+        predictions[part.run][part.role] = prediction_NChw
     for run in runs:
-        run._advance(prompted[run], unprompted.get(run))
+        run._advance(predictions[run])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """Rows of a call: those of one run for one role, with their text and the structure that acts in them."""
+
+    run: Run
+    role: Role
+    text: TextStates
+    acting: Acting
+
+    @property
+    def rows(self) -> int:
+        """How many: one a picture."""
+        return self.run._images
+
+    def place(self) -> tuple[Role, bool]:
+        """What parts are sorted by: those under attention control come last."""
+        return self.role, self.role == Role.PROMPTED and self.run._control is not None
 
 
 def paste(

@@ -83,7 +83,6 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             return
         async with self._reading:
             plate = await self._read_plate(request, card)
-            self._check_memory(card, _extent(plate), sampling, bool(_kinds(request)))
             parent_HWC = await self._read_parent(request, plate)
             words = await self._read_words(request, card)
         job = Job(
@@ -93,6 +92,13 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             layers=_controls(request, plate, words),
             sampling=sampling,
             deadline_s=deadline_s,
+        )
+        self._memory_bytes(
+            card,
+            _extent(plate),
+            sampling,
+            has_structure=bool(_kinds(request)),
+            has_emphasis=job.has_emphasis,
         )
         images = []
         async with contextlib.aclosing(self._engine.generate(job)) as events:
@@ -129,7 +135,13 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check.done()
         size = Extent(width=int(width), height=int(height))
         card.check_size(size, field="size")
-        self._check_memory(card, size, sampling, request.has_structure)
+        memory_bytes = self._memory_bytes(
+            card,
+            size,
+            sampling,
+            has_structure=request.has_structure,
+            has_emphasis=request.has_emphasis,
+        )
         return generator_service_pb2.EstimateResponse(
             prompt_tokens=card.count_tokens(request.prompt) + request.word_tokens,
             negative_prompt_tokens=(
@@ -138,17 +150,30 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 else 0
             ),
             prompt_tokens_limit=card.tokens_limit,
-            seconds=self._engine.seconds(card, size, sampling),
-            memory_bytes=card.memory_bytes(
-                size, sampling, value_bytes=VALUE_BYTES, has_structure=request.has_structure
-            ),
+            seconds=self._engine.seconds(card, size, sampling, has_emphasis=request.has_emphasis),
+            memory_bytes=memory_bytes,
         )
 
-    def _check_memory(
-        self, card: ModelCard, size: Extent, sampling: Sampling, has_structure: bool
-    ) -> None:
+    def _memory_bytes(
+        self,
+        card: ModelCard,
+        size: Extent,
+        sampling: Sampling,
+        *,
+        has_structure: bool,
+        has_emphasis: bool,
+    ) -> int:
+        """Working memory of a request.
+
+        Raises:
+            InvalidRequest: more than is allowed.
+        """
         needed = card.memory_bytes(
-            size, sampling, value_bytes=VALUE_BYTES, has_structure=has_structure
+            size,
+            sampling,
+            value_bytes=VALUE_BYTES,
+            has_structure=has_structure,
+            has_emphasis=has_emphasis,
         )
         if card.device.type == "cpu" and needed > self._limit_bytes:
             raise InvalidRequest.of(
@@ -158,6 +183,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 "ask for fewer at a time, or for a smaller canvas",
                 reason="TOO_MUCH_MEMORY",
             )
+        return needed
 
     async def _kept(self, key: str) -> list[collage_service_pb2.GeneratedImage] | None:
         """The pictures made for the same request before, if all of them are still there."""
@@ -276,7 +302,7 @@ def _check_structures(
 ) -> None:
     kinds = [structure.kind for structure in layer.structures]
     for index, structure in enumerate(layer.structures):
-        for name in ("scale", "start", "end"):
+        for name in ("scale", "start", "end", "emphasis"):
             check.number(f"{path}[{index}].{name}", getattr(structure, name), 0, 1)
         if structure.start > structure.end:
             check.refuse(f"{path}[{index}].end", f"is {structure.end:g}, before the start")
@@ -335,7 +361,13 @@ def _controls(
             repel=layer.repel,
             seed=layer.seed if layer.HasField("seed") else None,
             structures=tuple(
-                Structure(kind=part.kind, scale=part.scale, start=part.start, end=part.end)
+                Structure(
+                    kind=part.kind,
+                    scale=part.scale,
+                    start=part.start,
+                    end=part.end,
+                    emphasis=part.emphasis,
+                )
                 for part in layer.structures
             ),
             word=word,

@@ -7,6 +7,11 @@ residual is first multiplied, at its own resolution, by the scale map
     W = sum over the layers that use this kind and are active at this step of scale_i * v_i
 
 (Sarukkai et al. 2023). One ControlNet is run once a call for all layers, jobs and pictures that use it; several add up.
+
+Guidance (Ho and Salimans 2022) goes from the prediction without the prompt towards the one with it. Structure acts in
+both, so guidance does not touch what it says. A layer's emphasis takes it out of the first, inside the layer's mask
+only: there guidance starts from a third, bare prediction, without the prompt and with 1 - emphasis of the scale.
+Outside it starts where it always does: what a neighbour feels of the structure is not to be multiplied.
 Suffixes: B rows of a call, R the rows of one pass, L layers, h, w latent cells, H, W pixels, 3 = R, G, B.
 """
 
@@ -20,6 +25,23 @@ from numpy.typing import NDArray
 
 from services.common.collage import Structure
 
+# What acts in some rows of a step: by kind its control picture 3HW and its scale map hw.
+Acting = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StructureStep:
+    """What acts in one step: in predictions with the prompt, without it, and in bare ones.
+
+    emphasis_hw: the share of each cell in which guidance starts from the bare prediction; None where it is nowhere, or
+    everywhere: then `unprompted` is the bare one.
+    """
+
+    prompted: Acting = field(default_factory=dict)
+    unprompted: Acting = field(default_factory=dict)
+    bare: Acting = field(default_factory=dict)
+    emphasis_hw: torch.Tensor | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StructureControl:
@@ -32,7 +54,7 @@ class StructureControl:
     pictures: Mapping[str, torch.Tensor]
     asked: Mapping[str, Sequence[tuple[int, Structure]]]
     visible_Lhw: torch.Tensor
-    _maps: dict[tuple[str, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    _steps: dict[tuple[tuple[str, int], ...], "StructureStep"] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -74,19 +96,44 @@ class StructureControl:
             if any(part.acts_within(steps) for _, part in self.asked[kind])
         )
 
-    def maps(self, step: int, steps: int) -> dict[str, torch.Tensor]:
-        """The scale map hw of every kind that acts in step `step` of the job's `steps`."""
+    def at(self, step: int, steps: int) -> StructureStep:
+        """What acts in step `step` of the job's `steps`."""
+        active = [
+            (index, part)
+            for kind in self.pictures
+            for index, part in self.asked[kind]
+            if part.is_active(step, steps)
+        ]
+        key = tuple((part.kind, index) for index, part in active)
+        if key not in self._steps:
+            self._steps[key] = self._made(active)
+        return self._steps[key]
+
+    def _made(self, active: Sequence[tuple[int, Structure]]) -> StructureStep:
+        prompted = self._acting([(index, part.kind, part.scale) for index, part in active])
+        emphasised = sorted({index for index, part in active if part.emphasis > 0})
+        if not emphasised:
+            return StructureStep(prompted=prompted, unprompted=prompted)
+        bare = self._acting(
+            [(index, part.kind, part.scale * (1 - part.emphasis)) for index, part in active]
+        )
+        emphasis_hw = self.visible_Lhw[emphasised].sum(dim=0).clamp_max(1)
+        if bool((emphasis_hw == 1).all()):
+            return StructureStep(prompted=prompted, unprompted=bare)
+        return StructureStep(
+            prompted=prompted, unprompted=prompted, bare=bare, emphasis_hw=emphasis_hw
+        )
+
+    def _acting(self, weights: Sequence[tuple[int, str, float]]) -> Acting:
+        """What acts where layers have these weights for kinds: of each kind the sum of weight times mask."""
         found = {}
         for kind in self.pictures:
-            active = [(i, part) for i, part in self.asked[kind] if part.is_active(step, steps)]
-            if not active:
-                continue
-            key = kind, tuple(index for index, _ in active)
-            if key not in self._maps:
-                weights = self.visible_Lhw.new_tensor([part.scale for _, part in active])
-                v_Lhw = self.visible_Lhw[list(key[1])]
-                self._maps[key] = (weights[:, None, None] * v_Lhw).sum(dim=0)
-            found[kind] = self._maps[key]
+            used = [(index, weight) for index, of, weight in weights if of == kind and weight > 0]
+            if used:
+                indices, scales = zip(*used, strict=True)
+                scale_L11 = self.visible_Lhw.new_tensor(scales)[:, None, None]
+                scale_hw = (scale_L11 * self.visible_Lhw[list(indices)]).sum(dim=0)
+                found[kind] = self.pictures[kind], scale_hw
         return found
 
 
@@ -115,21 +162,13 @@ class StructurePass:
         return residual_RChw * scale_R1hw.to(residual_RChw.dtype)
 
 
-def passes(
-    groups: Sequence[tuple[StructureControl | None, int, int, int]],
-) -> tuple[StructurePass, ...]:
-    """The ControlNets of one U-Net call, each once.
-
-    Args:
-        groups: in the order of the call's rows, for each job's part of them its control, how many rows, and which
-            step of how many is taken.
-    """
+def passes(groups: Sequence[tuple[int, Acting]]) -> tuple[StructurePass, ...]:
+    """The ControlNets of one U-Net call, each once, from the groups of its rows: how many, and what acts there."""
     found: dict[str, list[tuple[range, torch.Tensor, torch.Tensor]]] = {}
     first = 0
-    for control, rows, step, steps in groups:
-        for kind, scale_hw in (control.maps(step, steps) if control else {}).items():
-            assert control is not None, "no control, no maps"
-            part = range(first, first + rows), control.pictures[kind], scale_hw
+    for rows, acting in groups:
+        for kind, (picture_3HW, scale_hw) in acting.items():
+            part = range(first, first + rows), picture_3HW, scale_hw
             found.setdefault(kind, []).append(part)
         first += rows
     return tuple(

@@ -92,18 +92,20 @@ class Transform(_message.Message):
     def __init__(self, x: _Optional[float] = ..., y: _Optional[float] = ..., scale: _Optional[float] = ..., rotation: _Optional[float] = ..., flip_horizontal: _Optional[bool] = ..., flip_vertical: _Optional[bool] = ...) -> None: ...
 
 class Structure(_message.Message):
-    __slots__ = ("kind", "scale", "start", "end", "image")
+    __slots__ = ("kind", "scale", "start", "end", "image", "emphasis")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    EMPHASIS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     scale: float
     start: float
     end: float
     image: _blob_pb2.Image
-    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ...) -> None: ...
+    emphasis: float
+    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., emphasis: _Optional[float] = ...) -> None: ...
 
 class Appearance(_message.Message):
     __slots__ = ("learn", "word", "weight", "vectors")

@@ -48,16 +48,18 @@ class LayerControl(_message.Message):
     def __init__(self, name: _Optional[str] = ..., text_start: _Optional[int] = ..., text_end: _Optional[int] = ..., attract: _Optional[float] = ..., repel: _Optional[float] = ..., seed: _Optional[int] = ..., word: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., word_weight: _Optional[float] = ..., structures: _Optional[_Iterable[_Union[StructureControl, _Mapping]]] = ...) -> None: ...
 
 class StructureControl(_message.Message):
-    __slots__ = ("kind", "scale", "start", "end")
+    __slots__ = ("kind", "scale", "start", "end", "emphasis")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    EMPHASIS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     scale: float
     start: float
     end: float
-    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+    emphasis: float
+    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., emphasis: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("queued", "step", "preview", "image")
@@ -82,7 +84,7 @@ class DescribeModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[_collage_service_pb2.Model, _Mapping]]] = ...) -> None: ...
 
 class EstimateRequest(_message.Message):
-    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt", "word_tokens", "has_structure")
+    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt", "word_tokens", "has_structure", "has_emphasis")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class EstimateRequest(_message.Message):
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     WORD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HAS_STRUCTURE_FIELD_NUMBER: _ClassVar[int]
+    HAS_EMPHASIS_FIELD_NUMBER: _ClassVar[int]
     sampling: _collage_pb2.Sampling
     size: _collage_pb2.Size
     layers: int
@@ -97,7 +100,8 @@ class EstimateRequest(_message.Message):
     negative_prompt: str
     word_tokens: int
     has_structure: bool
-    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ..., has_structure: _Optional[bool] = ...) -> None: ...
+    has_emphasis: bool
+    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ..., has_structure: _Optional[bool] = ..., has_emphasis: _Optional[bool] = ...) -> None: ...
 
 class EstimateResponse(_message.Message):
     __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes")
