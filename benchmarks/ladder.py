@@ -42,7 +42,8 @@ UNIFORM, FREE = 0.8, 0.9
 DIAL = (0.3, 0.5, 0.8, 0.9)
 # Layers whose words are learned in one call.
 TOGETHER = 8
-STRUCTURE = "canny"
+# The kind of structure, and how far guidance strengthens it.
+STRUCTURE, EMPHASIS = "canny", 1.0
 RESAMPLES = 2000
 # The bar of words: at least this share nearest to its own layer, and so many times as often as without words.
 NEAREST, TIMES = 0.75, 2.0
@@ -163,7 +164,7 @@ def ladder(words: frozenset[Cutout], no_words: str, kinds: Sequence[str]) -> lis
     sdedit = Dials(noise=UNIFORM)
     control = replace(sdedit, control=None)
     worded = replace(control, words=words)
-    structured = replace(worded, structure=structure)
+    structured = replace(worded, structure=structure, emphasis=EMPHASIS)
     return [
         Rung(name="composite only", dials=Dials(noise=0.0), axis=""),
         Rung(name="SDEdit", dials=sdedit, axis="harmony"),
@@ -327,15 +328,24 @@ QUESTIONS: dict[str, Callable[[Likeness, Cutout, Cutout], bool | None]] = {
 
 
 async def resemble(
-    bench: Bench, report: Report, cases: Sequence[Scene], words: frozenset[Cutout]
+    bench: Bench,
+    report: Report,
+    cases: Sequence[Scene],
+    words: frozenset[Cutout],
+    structure: str,
 ) -> None:
-    """Whether objects drawn nearly from nothing are their own layers'."""
+    """Whether objects drawn nearly from nothing are their own layers'; beside it, what structure of a kind adds."""
     report.say(f"## Appearance at noise {FREE:g}: one concept in two looks side by side\n")
     plain = Dials(noise=FREE, control=None)
     settings = {"without words": plain}
     if words:
         cases = [scene for scene in cases if words.issuperset(each.cutout for each in scene.pieces)]
         settings["with words"] = replace(plain, words=words)
+    if structure:
+        settings |= {
+            f"{name}, {structure}": replace(dials, structure=structure, emphasis=EMPHASIS)
+            for name, dials in settings.items()
+        }
     answers: dict[str, dict[str, Interval]] = {}
     for name, dials in settings.items():
         found = await timed(bench.likenesses(cases, dials), name)
@@ -360,13 +370,14 @@ async def resemble(
     if not words:
         report.bar("learned words bring out their own layer", holds=False, found="not available")
         return
-    without, with_words = (answers[name]["own nearest"].mean for name in settings)
+    names = ("without words", "with words")
+    without, with_words = (answers[name]["own nearest"].mean for name in names)
     report.bar(
         f"with words at least {NEAREST:.0%} are nearest to their own layer, and {TIMES:g} times as many as without",
         holds=with_words >= max(NEAREST, TIMES * without),
         found=f"{with_words:.1%} against {without:.1%}",
     )
-    before, after = (answers[name]["own nearest, both of a picture"] for name in settings)
+    before, after = (answers[name]["own nearest, both of a picture"] for name in names)
     report.bar(
         "both layers of one concept keep their looks more often with words",
         holds=after.low > before.mean,
@@ -378,12 +389,40 @@ async def resemble(
 async def structured(bench: Bench, report: Report, cases: Sequence[Scene]) -> None:
     """Whether structure draws the edges of the layers that have it, and leaves the others alone.
 
-    Every collage is drawn without, and twice with structure on every second layer: each layer is once one that has it
-    and once one beside those.
+    Every collage is drawn without, and twice with structure on every second layer, with emphasis and without: each
+    layer is once one that has it and once one beside those.
     """
     report.say(f"## Structure at noise {FREE:g}: on every second layer\n")
     plain = Dials(noise=FREE, control=None)
-    turns = [replace(plain, structure=STRUCTURE, only=turn) for turn in (0, 1)]
+    rows, times, moved = [], {}, {}
+    for emphasis in (0.0, EMPHASIS):
+        for where, pairs_N2 in (await _halves(bench, cases, plain, emphasis)).items():
+            without, with_it = pairs_N2.T
+            name = f"{where}, emphasis {emphasis:g}"
+            times[name] = Interval.of(pairs_N2.T, lambda x: float(x[1].mean() / x[0].mean()))
+            moved[name] = Interval.of(with_it - without)
+            cells = (Interval.of(without), Interval.of(with_it), times[name], moved[name])
+            rows.append([name, *map(str, cells)])
+    report.table(["edges", "without", "with", "times", "difference, paired"], rows)
+    *_, inside, beside = times
+    report.bar(
+        f"edges agree at least {SHARPER:g} times as well in {inside}",
+        holds=times[inside].mean >= SHARPER,
+        found=f"{times[inside].mean:.2f}",
+    )
+    report.bar(
+        f"edges in {beside} stay as they are",
+        holds=moved[beside].low <= 0 <= moved[beside].high,
+        found=f"{moved[beside]}",
+    )
+    report.say()
+
+
+async def _halves(
+    bench: Bench, cases: Sequence[Scene], plain: Dials, emphasis: float
+) -> dict[str, Values]:
+    """How well edges agree without structure and with it, [collage, 2], in layers that have it and in those beside."""
+    turns = [replace(plain, structure=STRUCTURE, emphasis=emphasis, only=turn) for turn in (0, 1)]
     found: dict[str, list[Values]] = {"layers with structure": [], "layers beside them": []}
     for scene in cases:
         without_L, *with_TL = [
@@ -403,28 +442,7 @@ async def structured(bench: Bench, report: Report, cases: Sequence[Scene]) -> No
                 axis=1,
             )
             found[name].append(pairs_2N.mean(axis=1) if pairs_2N.size else np.full(2, math.nan))
-    rows, times, moved = [], {}, {}
-    for name, pairs_N2 in found.items():
-        without, with_it = np.asarray(pairs_N2).T
-        times[name] = Interval.of(
-            np.asarray([without, with_it]), lambda x: float(x[1].mean() / x[0].mean())
-        )
-        moved[name] = Interval.of(with_it - without)
-        cells = (Interval.of(without), Interval.of(with_it), times[name], moved[name])
-        rows.append([name, *map(str, cells)])
-    report.table(["edges", "without", "with", "times", "difference, paired"], rows)
-    inside, beside = found
-    report.bar(
-        f"edges agree at least {SHARPER:g} times as well in {inside}",
-        holds=times[inside].mean >= SHARPER,
-        found=f"{times[inside].mean:.2f}",
-    )
-    report.bar(
-        f"edges in {beside} stay as they are",
-        holds=moved[beside].low <= 0 <= moved[beside].high,
-        found=f"{moved[beside]}",
-    )
-    report.say()
+    return {name: np.asarray(values) for name, values in found.items()}
 
 
 def draw_curves(curves: Mapping[str, Values], dial: Sequence[float], path: Path) -> None:
@@ -536,7 +554,7 @@ async def main() -> int:
         report.say("## The rungs\n")
         await climb(bench, report, cases, rungs)
         curves = await sweep(bench, report, cases, full, dial)
-        await resemble(bench, report, both, words)
+        await resemble(bench, report, both, words, STRUCTURE if STRUCTURE in kinds else "")
         if STRUCTURE in kinds:
             await timed(structured(bench, report, cases), "structure")
         kept, changed = await timed(bench.redone(cases, full), "redo")

@@ -126,10 +126,11 @@ def controlled(
     *,
     images: int = 1,
     control: Mapping[str, np.ndarray] | None = None,
+    emphasis: float = 0.0,
 ) -> Callable[[], object]:
     """Our path with so many layers, a multiple of 4: equal tiles of the canvas, each with dials of its own.
 
-    All use the kinds that there is a `control` picture of, at the scales of their dials.
+    All use the kinds that there is a `control` picture of, at the scales of their dials; every second with `emphasis`.
     """
     height, width = (side // stages.facts.latent_factor for side in picture.shape[:2])
     columns = 8 if layers > 8 else 4
@@ -156,7 +157,10 @@ def controlled(
                 repel=float(levels[-1 - layer]),
                 seed=layer,
                 structures=tuple(
-                    Structure(kind=kind, scale=float(levels[layer])) for kind in control or {}
+                    Structure(
+                        kind=kind, scale=float(levels[layer]), emphasis=emphasis * (layer % 2)
+                    )
+                    for kind in control or {}
                 ),
             )
         )
