@@ -50,7 +50,7 @@ class Transform:
 class Structure:
     """One ControlNet's part in a layer: weight in [0, 1], acting from `start` to `end` of the steps (fractions).
 
-    `emphasis`, in [0, 1], is how far guidance strengthens it: rows without the prompt get 1 - emphasis of its weight.
+    `emphasis`, in [0, 1]: how far guidance strengthens it inside the layer's mask.
     `image` is a control picture made elsewhere, stretched over the layer's own; None to make one from the layer.
     """
 
