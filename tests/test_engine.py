@@ -6,6 +6,7 @@ import hashlib
 import io
 import time
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -384,14 +385,17 @@ async def test_drain_finishes_what_was_admitted_and_admits_no_more(catalog, torc
 async def test_estimates_are_measured_and_scale(catalog, torch_stages):
     card = catalog.cards[0]
     size, large = Extent(width=32, height=32), Extent(width=64, height=32)
+    ten = plates.sampling(steps=10)
     async with running(catalog, torch_stages) as engine:
-        assert engine.seconds(card, size, plates.sampling()) == 0.0
+        estimate = partial(engine.seconds, card, has_emphasis=False)
+        assert estimate(size, ten) == 0.0
         await engine.warm_up()
-        once = engine.seconds(card, size, plates.sampling(steps=10))
+        once = estimate(size, ten)
         assert 0 < once < 10
-        assert engine.seconds(card, large, plates.sampling(steps=10)) == pytest.approx(2 * once)
+        assert estimate(large, ten) == pytest.approx(2 * once)
         alone = plates.sampling(steps=10, guidance_scale=1.0)
-        assert engine.seconds(card, size, alone) == pytest.approx(once / 2)
+        assert estimate(size, alone) == pytest.approx(once / 2)
+        assert estimate(size, ten, has_emphasis=True) == pytest.approx(1.5 * once)
 
 
 @pytest.mark.parametrize(("limits", "cells"), [("{}", (8, 8)), ("{max_side: 16}", (4, 4))])
