@@ -34,7 +34,7 @@ def run_to_end(scheduler, *, now_s=0.0):
         left.update({each.id: each.steps for each in turn.joined})
         batches.append(ids(turn.batch))
         if turn.batch:
-            scheduler.stepped(turn.batch, seconds=1.0)
+            scheduler.stepped(turn.batch, rows=sum(each.rows for each in turn.batch), seconds=1.0)
         for each in turn.batch:
             left[each.id] -= 1
             if left[each.id] <= 0:
@@ -64,7 +64,7 @@ def test_a_job_joins_between_steps_when_room_appears():
     scheduler.admit(ticket(1, steps=5), now_s=0)
     scheduler.admit(ticket(2, steps=5), now_s=0)
     first = scheduler.turn(now_s=0)
-    scheduler.stepped(first.batch, seconds=1.0)
+    scheduler.stepped(first.batch, rows=sum(each.rows for each in first.batch), seconds=1.0)
     scheduler.remove(0)
     second = scheduler.turn(now_s=1)
     assert ids(second.batch) == [1, 2]
@@ -145,7 +145,7 @@ def test_cancelled_work_is_no_reason_to_turn_a_job_away():
     # Found by the system test: the job after a cancelled one was told to come back in a minute.
     scheduler = Scheduler()
     scheduler.admit(ticket(0, steps=1000), now_s=0)
-    scheduler.stepped(scheduler.turn(now_s=0).batch, seconds=10)
+    scheduler.stepped(scheduler.turn(now_s=0).batch, rows=1, seconds=10)
     scheduler.admit(ticket(1, steps=1000), now_s=0)
     with pytest.raises(QueueFull):
         scheduler.admit(ticket(2, deadline_s=3600), now_s=0)
@@ -166,7 +166,7 @@ def test_cancelling_what_is_not_here_changes_nothing():
 def test_a_full_queue_says_when_to_come_back():
     scheduler = Scheduler(max_waiting=2)
     scheduler.admit(ticket(0, steps=11), now_s=0)
-    scheduler.stepped(scheduler.turn(now_s=0).batch, seconds=3.0)
+    scheduler.stepped(scheduler.turn(now_s=0).batch, rows=1, seconds=3.0)
     scheduler.admit(ticket(1), now_s=0)
     scheduler.admit(ticket(2), now_s=0)
     with pytest.raises(QueueFull) as full:
@@ -179,7 +179,7 @@ def test_a_full_queue_says_when_to_come_back():
 def test_a_job_that_cannot_start_before_its_deadline_is_refused_at_once():
     scheduler = Scheduler()
     scheduler.admit(ticket(0, steps=11), now_s=0)
-    scheduler.stepped(scheduler.turn(now_s=0).batch, seconds=1.0)
+    scheduler.stepped(scheduler.turn(now_s=0).batch, rows=1, seconds=1.0)
     with pytest.raises(QueueFull):
         scheduler.admit(ticket(1, deadline_s=9), now_s=0)
     scheduler.admit(ticket(2, deadline_s=11), now_s=0)

@@ -469,9 +469,11 @@ def test_emphasis_has_guidance_start_without_structure_inside_its_layer_only(
 
 def test_emphasis_everywhere_takes_no_third_prediction(stages, calls, passed):
     latents(stages, begin(stages, EMPHASISED, EMPHASISED))
-    assert passed == [("canny", 1)] * 6
-    for residuals in calls:
-        assert all(not without.any() and with_it.any() for without, with_it in residuals)
+    # Two of six steps begin in the first 0.3.
+    assert passed == [("canny", 1)] * 2 + [("canny", 2)] * 4
+    for number, residuals in enumerate(calls):
+        for without, with_it in residuals:
+            assert with_it.any() and bool(without.any()) == (number >= 2)
 
 
 def test_some_emphasis_leaves_the_rest_of_the_scale(stages, calls):
@@ -494,10 +496,19 @@ def test_without_guidance_emphasis_changes_nothing(stages):
     assert torch.equal(plain, emphasised)
 
 
-def test_emphasis_ends_with_its_window(stages, passed):
-    early = (Structure(kind="canny", end=0.5, emphasis=1.0),)
-    latents(stages, begin(stages, early, FULL))
-    assert passed == [("canny", 3)] * 3 + [("canny", 2)] * 3
+@pytest.mark.parametrize(
+    ("window", "rows"),
+    [
+        ({}, [3, 3, 2, 2, 2, 2]),
+        ({"end": 0.2}, [3, 2, 2, 2, 2, 2]),
+        ({"start": 0.5}, [2, 2, 2, 3, 3, 2]),
+    ],
+)
+def test_emphasis_is_for_the_first_steps_of_a_window(stages, passed, window, rows):
+    other = (Structure(kind="canny"),)
+    run = begin(stages, (Structure(kind="canny", emphasis=1.0, **window),), other)
+    assert [step(stages, [run]) for _ in range(run.steps_total)] == rows
+    assert passed == [("canny", 3 if three else 2) for three in (count == 3 for count in rows)]
 
 
 def test_an_emphasised_run_shares_a_step(stages):
@@ -765,9 +776,12 @@ async def test_a_controlnet_is_loaded_before_the_first_step_and_timed_apart(fold
     monkeypatch.setattr("services.generator.stages.load_controlnet", load_one)
     made = load_stages(catalog.cards[0])
     made._model.unet.register_forward_pre_hook(lambda *_: order.append("call"))
-    monkeypatch.setattr(
-        "services.generator.runner.step", lambda *args: (order.append("step"), step(*args))
-    )
+
+    def step_noted(*args):
+        order.append("step")
+        return step(*args)
+
+    monkeypatch.setattr("services.generator.runner.step", step_noted)
     timed = STAGE_SECONDS.labels("load_controlnets")._sum.get
     before = timed()
     engine = Engine(catalog, load=lambda _: made, scheduler=Scheduler(), threads=1)

@@ -157,8 +157,11 @@ class Runner:
         with self._changed:
             self._scheduler.cancel(job_id)
 
-    def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
-        """Expected seconds of so many steps on an idle device; 0 where the model has not run yet."""
+    def seconds(self, shape: Shape, *, rows: float, steps: int) -> float:
+        """Expected seconds of so many steps on an idle device; 0 where the model has not run yet.
+
+        rows: the mean over the steps.
+        """
         with self._changed:
             return self._scheduler.pace.seconds(shape, rows=rows, steps=steps)
 
@@ -294,16 +297,17 @@ class Runner:
             # All of a batch have the same ones; a job of others may have begun since their last step.
             stages.use(sampling.active_adapters)
             start_s = time.monotonic()
-            step(stages, [_run(entry) for entry in entries])
+            rows = step(stages, [_run(entry) for entry in entries])
             _synchronize(stages.device)
             seconds = time.monotonic() - start_s
         except Exception as error:
             failure = error
         else:
             STEP_SECONDS.labels(sampling.model).observe(seconds)
-            BATCH_ROWS.observe(sum(entry.ticket.rows for entry in entries))
+            BATCH_ROWS.observe(rows)
+            batch = tuple(entry.ticket for entry in entries)
             with self._changed:
-                self._scheduler.stepped(tuple(entry.ticket for entry in entries), seconds=seconds)
+                self._scheduler.stepped(batch, rows=rows, seconds=seconds)
             return
         # Outside the handler: while an exception is handled, all that the failed call held stays in memory.
         if len(entries) == 1:

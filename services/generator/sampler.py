@@ -232,22 +232,23 @@ class Run:
 
 
 @torch.inference_mode()
-def step(stages: Stages, runs: Sequence[Run]) -> None:
+def step(stages: Stages, runs: Sequence[Run]) -> int:
     """Takes runs of one model and one latent shape, none of them done, one step further with one U-Net call.
 
     Rows may differ in timestep, guidance and control. Controlled rows come last, as the seam wants it; a run alone is
-    laid out as diffusers does it, rows without the prompt before rows with. Where it raises, every run is as it was.
+    laid out as diffusers does it, rows without the prompt before rows with. Answers how many there were. Where it
+    raises, every run is as it was.
     """
     undos = [run._undo() for run in runs]
     try:
-        _step(stages, runs)
+        return _step(stages, runs)
     except BaseException:
         for undo in undos:
             undo()
         raise
 
 
-def _step(stages: Stages, runs: Sequence[Run]) -> None:
+def _step(stages: Stages, runs: Sequence[Run]) -> int:
     parts = sorted((part for run in runs for part in run._parts()), key=_Part.place)
     x_BChw = torch.cat(
         [
@@ -277,6 +278,7 @@ def _step(stages: Stages, runs: Sequence[Run]) -> None:
         predictions[part.run][part.role] = prediction_NChw
     for run in runs:
         run._advance(predictions[run])
+    return len(x_BChw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

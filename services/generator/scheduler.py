@@ -70,7 +70,7 @@ class Shape:
 class Ticket:
     """What the scheduler knows of a job.
 
-    `rows` are U-Net rows of one step, at least 1; `steps` the steps that change the picture, 0 or
+    `rows` are the most U-Net rows of one step, at least 1; `steps` the steps that change the picture, 0 or
     more; `deadline_s` when the job is worth nothing any more, on the caller's clock, inf for never.
     """
 
@@ -106,8 +106,8 @@ class Pace:
         mean = self._row_cell_s.get(shape.model, newest)
         self._row_cell_s[shape.model] = mean + PACE_NEWEST_WEIGHT * (newest - mean)
 
-    def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
-        """Expected seconds of so many steps; 0 where this model was never measured."""
+    def seconds(self, shape: Shape, *, rows: float, steps: int) -> float:
+        """Expected seconds of so many steps of `rows` rows in the mean; 0 where this model was never measured."""
         return self._row_cell_s.get(shape.model, 0.0) * rows * shape.cells * steps
 
 
@@ -178,9 +178,9 @@ class Scheduler:
         joined = self._join()
         return Turn(batch=tuple(self._batch), joined=joined, dropped=tuple(dropped))
 
-    def stepped(self, batch: tuple[Ticket, ...], *, seconds: float) -> None:
-        """Records that one U-Net call of so many seconds took these jobs one step further."""
-        self.pace.record(batch[0].shape, rows=sum(ticket.rows for ticket in batch), seconds=seconds)
+    def stepped(self, batch: tuple[Ticket, ...], *, rows: int, seconds: float) -> None:
+        """Records that one U-Net call of so many rows and seconds took these jobs one step further."""
+        self.pace.record(batch[0].shape, rows=rows, seconds=seconds)
         for ticket in batch:
             self._steps_left[ticket.id] = max(0, self._steps_left[ticket.id] - 1)
 
