@@ -186,7 +186,8 @@ class Stock:
         target = networks.target(latents_BChw, draws.noise_BChw, draws.timesteps_B)
         error_B1hw = (predicted - target).square().mean(dim=1, keepdim=True)
         area_B = draws.alpha_B1hw.sum(dim=(1, 2, 3))
-        return ((error_B1hw * draws.alpha_B1hw).sum(dim=(1, 2, 3)) / area_B).mean()
+        share_B = networks.share_of_loss(draws.timesteps_B, self.beside._recipe.tilt)
+        return (share_B * (error_B1hw * draws.alpha_B1hw).sum(dim=(1, 2, 3)) / area_B).mean()
 
     def step(self) -> None:
         """One training step."""

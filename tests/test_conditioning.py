@@ -60,16 +60,29 @@ def test_learned_words_equal_diffusers_textual_inversion(folder, stages, tmp_pat
         pipeline.load_textual_inversion(tmp_path, weight_name=f"{token}.safetensors", token=token)
         learned.append(Word.from_bytes(data, (32,)))
     with torch.inference_mode():
-        theirs, theirs_negative = pipeline.encode_prompt(
-            "a <pink> sushi on a <oak> table", "cpu", 1, True, "a box"
+        (plain, negative), (sushi, _), (table, _) = (
+            pipeline.encode_prompt(text, "cpu", 1, True, "a box")
+            for text in (PROMPT, "<pink> sushi", "<oak> table")
         )
     ours = conditioned(
         stages, control(SUSHI, learned[0]), control(TABLE, learned[1]), negative_prompt="a box"
     )
-    assert (ours.prompt.hidden_BTD - theirs).abs().max() == 0
-    assert (ours.negative.hidden_BTD - theirs_negative).abs().max() == 0
     # The word's vectors steer with the layer's own tokens: begin, "a", three vectors, "sushi", "on", "a", and so on.
     assert ours.positions == ((2, 3, 4, 5), (8, 9))
+    # Each layer's words are those of a text of their own, all else is the prompt without learned words.
+    theirs = torch.cat(
+        [plain[:, :2], sushi[:, 1:5], plain[:, 3:5], table[:, 1:3], plain[:, 6:-4]], dim=1
+    )
+    assert (ours.prompt.hidden_BTD - theirs).abs().max() == 0
+    assert (ours.negative.hidden_BTD - negative).abs().max() == 0
+
+
+def test_a_learned_word_is_heard_by_its_own_layer_only(stages):
+    """Text encoders mix what follows a word with it: what other layers hear must not depend on it."""
+    both = conditioned(stages, control(SUSHI, word(2)), control(TABLE, word(1)))
+    other = conditioned(stages, control(SUSHI, word(2, seed=3)), control(TABLE, word(1)))
+    differs_T = (both.prompt.hidden_BTD != other.prompt.hidden_BTD).any(dim=2)[0]
+    assert differs_T.nonzero().flatten().tolist() == list(both.positions[0])
 
 
 def test_a_learned_word_is_there_for_one_prompt_only(stages):
@@ -104,9 +117,13 @@ def test_the_weight_multiplies_the_vectors(stages):
 def test_words_of_layers_that_share_text_keep_to_their_layer(stages):
     # The whole prompt, a part of it, and a layer whose text is nowhere.
     layers = (control((0, 18), word(2)), control(SUSHI, word(1)), control((0, 0), word(1)))
-    positions = conditioned(stages, *layers).positions
+    made = conditioned(stages, *layers)
     # Begin, two of the first, one of the third, "a", one of the second, "sushi", "on", "a", "table".
-    assert positions == ((1, 2, 4, 6, 7, 8, 9), (5, 6), (3,))
+    assert made.positions == ((1, 2, 4, 6, 7, 8, 9), (5, 6), (3,))
+    # "sushi" is of two layers: it stays as the prompt has it.
+    plain = conditioned(stages)
+    assert torch.equal(made.prompt.hidden_BTD[0, 6], plain.prompt.hidden_BTD[0, 2])
+    assert not torch.equal(made.prompt.hidden_BTD[0, 7], plain.prompt.hidden_BTD[0, 3])
 
 
 def test_vectors_count_as_tokens_of_the_prompt(stages):

@@ -117,12 +117,15 @@ def test_a_learned_word_goes_to_both_encoders_as_in_diffusers(folder, stages):
             vectors[name], token="<pink>", text_encoder=encoder, tokenizer=tokenizer
         )
     with torch.inference_mode():
-        expected = pipeline.encode_prompt(
-            "a <pink> sushi on a table", device="cpu", negative_prompt="a box"
+        (hidden, *rest), (sushi, *_) = (
+            pipeline.encode_prompt(text, device="cpu", negative_prompt="a box")
+            for text in ("a sushi on a table", "<pink> sushi")
         )
     ours = conditioned(stages, word=Word.from_bytes(save(vectors), (32, 48)))
     assert ours.positions == ((2, 3, 4),)
-    for one, other in zip(states(ours), expected, strict=True):
+    # Its layer's words as a text of their own; all else, the pooled text too, as the prompt has it without.
+    expected = torch.cat([hidden[:, :2], sushi[:, 1:4], hidden[:, 3:-2]], dim=1)
+    for one, other in zip(states(ours), (expected, *rest), strict=True):
         assert (one - other).abs().max() == 0
 
 

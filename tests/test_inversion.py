@@ -133,7 +133,7 @@ def test_a_subject_that_gets_no_better_stops_and_the_others_go_on(networks):
 
 def test_only_the_object_is_learned(networks, monkeypatch):
     """Neither what is predicted outside the alpha nor how large the object is counts in the loss."""
-    trainer = Trainer(networks, [subject()], RECIPE)
+    trainer = Trainer(networks, [subject()], replace(RECIPE, tilt=0.0))
     while not trainer.progress()[0].loss < math.inf:
         trainer.advance()
     (pupil,) = trainer._pupils
@@ -163,6 +163,26 @@ def test_only_the_object_is_learned(networks, monkeypatch):
     assert float(loss(target_BChw + error_B1hw.sqrt())) == pytest.approx(
         float(weighed_B.mean()), 1e-4
     )
+
+
+def test_the_loss_is_the_noises_error_times_the_noise_level(networks, predicts_v):
+    """Whatever a model predicts, the same error of its noise counts the same."""
+    latents, noise, off = torch.randn(3, 3, 4, 4, 4)
+    timesteps = torch.tensor([250, 500, 999])
+    for each in (networks, predicts_v):
+        alpha = each.alphas_T[timesteps].view(-1, 1, 1, 1)
+        noisy = each.noised(latents, noise, timesteps)
+        # What the model would say if it took the noise for one that is `off`.
+        told = noise + off
+        if each is predicts_v:
+            told = (told - (1 - alpha).sqrt() * noisy) / alpha.sqrt()
+        error = (told - each.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+        sigma = ((1 - alpha) / alpha).sqrt().flatten()
+        for tilt in (0.0, 1.0, 2.0):
+            torch.testing.assert_close(
+                each.share_of_loss(timesteps, tilt) * error,
+                sigma**tilt * off.square().mean(dim=(1, 2, 3)),
+            )
 
 
 def test_noise_and_targets_are_those_of_diffusers(networks, predicts_v):

@@ -27,8 +27,8 @@ from services.generator.word import Word, WordSlot
 class Text:
     """One text on its way into the text encoders.
 
-    ids_ET: for each text encoder the token ids, begin to padding. word: the vectors of all its learned words, None for
-    none. positions: where each of them stands in place of a token.
+    ids_ET: for each text encoder the token ids, begin to padding. word: its learned word, None for none. positions:
+    where each of the word's vectors stands in place of a token.
     """
 
     ids_ET: tuple[tuple[int, ...], ...]

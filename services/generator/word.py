@@ -5,7 +5,7 @@ Textual inversion (Gal et al. 2022). Files are foreign: sizes are capped and val
 Suffixes: V vectors, D width of a text encoder's token embeddings, B rows, T text positions.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,6 @@ class Word:
     def weighted(self, weight: float) -> "Word":
         """The word with its vectors multiplied."""
         return Word(vectors=tuple(weight * vectors_VD for vectors_VD in self.vectors))
-
-    @classmethod
-    def joined(cls, words: Iterable["Word"]) -> "Word":
-        """One word after the other."""
-        each = zip(*(word.vectors for word in words), strict=True)
-        return cls(vectors=tuple(torch.cat(vectors) for vectors in each))
 
     @classmethod
     def from_bytes(cls, data: bytes, widths: Sequence[int]) -> "Word":

@@ -1,10 +1,11 @@
 """Learning words: textual inversion (Gal et al. 2022) of one cut-out each, for many layers in one batch.
 
 Main type: `Trainer`; `learn` is the whole of it in one call. The only parameters are the new vectors. Each step draws,
-for each subject, timesteps, noise, placements and a template; the loss is the squared error of the U-Net's prediction
-where the object is, divided by the object's area, so that neither its ground nor its size is learned:
+for each subject, timesteps, noise, placements and a template; the loss is the squared error of the predicted noise
+where the object is, divided by the object's area, so that neither its ground nor its size is learned, times the noise
+level, because a word has most to say where the picture says least:
 
-    loss_b = sum_p alpha_p |prediction_p - target_p|^2 / (C sum_p alpha_p)
+    loss_b = sigma_b^tilt sum_p alpha_p |predicted noise_p - noise_p|^2 / (C sum_p alpha_p)
 
 All draws follow from the subject and the number of the step, so a run taken up from a checkpoint ends with the same
 vectors, bit for bit, and a subject learns the same, but for rounding, whoever it shares its batch with. Learning stops
@@ -52,6 +53,7 @@ class Recipe:
     steps: at most. rows: draws a step for each subject. rate: Adam's step, as a fraction of the root mean square of the
     embedding table's values, so that one number fits models of any scale; it falls to a tenth along half a cosine.
     lowest: least timestep drawn, as a fraction of all; at lower ones the picture itself says what the word would.
+    tilt: power of the noise level sigma in the loss; 0 is the plain loss of Ho et al. (2020), 2 that of the picture.
     canvas: side of the training canvas as a fraction of the model's own. placements: pictures to draw from.
     check_every: steps between two looks at the held-out loss, over `held_out` draws. patience: looks without a gain of
     `gain` (a fraction) after which a subject has learned what it can.
@@ -61,6 +63,7 @@ class Recipe:
     rows: int = 4
     rate: float = 0.1
     lowest: float = 0.25
+    tilt: float = 1.0
     canvas: float = 0.75
     placements: int = 16
     held_out: int = 8
@@ -334,7 +337,8 @@ class Trainer:
         error_B1hw = (predicted_BChw - target_BChw).square().mean(dim=1, keepdim=True)
         weighted_B = (error_B1hw * alpha_B1hw).sum(dim=(1, 2, 3))
         area_B = alpha_B1hw.sum(dim=(1, 2, 3)).clamp_min(1e-6)
-        return (weighted_B / area_B).view(len(draws), rows).mean(dim=1)
+        loss_B = networks.share_of_loss(timesteps_B, self._recipe.tilt) * weighted_B / area_B
+        return loss_B.view(len(draws), rows).mean(dim=1)
 
     def _step(self, pupils: Sequence[_Pupil]) -> None:
         leaves = [value.requires_grad_() for pupil in pupils for value in pupil.vectors.values()]

@@ -187,6 +187,15 @@ class Networks:
         alpha_B111 = self.alphas_T[timesteps_B].view(-1, 1, 1, 1)
         return alpha_B111.sqrt() * noise_BChw - (1 - alpha_B111).sqrt() * latents_BChw
 
+    def share_of_loss(self, timesteps_B: Tensor, tilt: float) -> Tensor:
+        """What makes the squared error against `target` one of the noise, times sigma^tilt, at each row's timestep.
+
+        With a the schedule's cumulative product, sigma^2 = (1 - a) / a, and an error of v is one of the noise divided
+        by the root of a. In this order nothing divides by the 0 that a schedule for v may end with.
+        """
+        alpha_B = self.alphas_T[timesteps_B]
+        return (1 - alpha_B) ** (tilt / 2) * alpha_B ** (self.predicts_v - tilt / 2)
+
     def predict(self, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
         """The U-Net's answer in single precision."""
         added = None
