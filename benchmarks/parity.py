@@ -55,10 +55,9 @@ STRUCTURES = {
         Structure(kind="canny", scale=0.6, start=0.2, end=0.7),
         Structure(kind="depth", scale=0.9, start=0.4),
     ),
-    # Windows so short that emphasis, which is for the first steps of one, lasts as long.
     "emphasis": (
-        Structure(kind="canny", scale=0.6, end=0.35, emphasis=1.0),
-        Structure(kind="depth", scale=0.9, start=0.4, end=0.75, emphasis=1.0),
+        Structure(kind="canny", scale=0.6, emphasis=1.0),
+        Structure(kind="depth", scale=0.9, start=0.4, emphasis=1.0),
     ),
 }
 

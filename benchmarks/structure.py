@@ -6,8 +6,8 @@ A whole img2img, picture in and picture out, by diffusers' `StableDiffusionContr
 ControlNet at scale 1, against the same by our path with 8 layers that all use that kind, each at its own scale, and
 every other dial (a noise level, attract, repel and a seed each). The same weights, steps, guidance and threads; the two
 take turns. The ControlNet is an untrained one of the U-Net's shape: what it draws is of no interest here. Models and
-figures as in `benchmarks.overhead`. Exit code 1 when the median ratio is above 1.10. Then our path with and without
-emphasis on every second layer, a third prediction in the first steps. Nothing else may run meanwhile.
+figures as in `benchmarks.overhead`. Exit code 1 when the median ratio is above 1.10. Then our path
+with and without emphasis on every second layer, a third prediction a step. Nothing else may run meanwhile.
 """
 
 import statistics

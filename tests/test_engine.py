@@ -395,7 +395,7 @@ async def test_estimates_are_measured_and_scale(catalog, torch_stages):
         assert estimate(large, ten) == pytest.approx(2 * once)
         alone = plates.sampling(steps=10, guidance_scale=1.0)
         assert estimate(size, alone) == pytest.approx(once / 2)
-        assert estimate(size, ten, has_emphasis=True) == pytest.approx(1.15 * once)
+        assert estimate(size, ten, has_emphasis=True) == pytest.approx(1.5 * once)
 
 
 @pytest.mark.parametrize(("limits", "cells"), [("{}", (8, 8)), ("{max_side: 16}", (4, 4))])

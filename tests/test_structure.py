@@ -447,7 +447,7 @@ def answers(stages):
     hook.remove()
 
 
-def test_emphasis_has_guidance_start_without_structure_inside_its_layer_only(
+def test_emphasis_has_guidance_turn_away_from_no_structure_inside_its_layer_only(
     stages, calls, passed, answers
 ):
     step(stages, [begin(stages, (), (), guidance_scale=5.0)])
@@ -462,18 +462,16 @@ def test_emphasis_has_guidance_start_without_structure_inside_its_layer_only(
     (plain, _), (bare, unprompted, prompted) = answers
     torch.testing.assert_close(bare, plain)
     assert (unprompted - bare).abs().amin(dim=0).max() > 1e-4
-    start = torch.cat([bare[..., :4], unprompted[..., 4:]], dim=2)
+    away_from = torch.cat([bare[..., :4], unprompted[..., 4:]], dim=2)
     _, _, prediction = run._last
-    torch.testing.assert_close(prediction[0], start + 5.0 * (prompted - start))
+    torch.testing.assert_close(prediction[0], bare + 5.0 * (prompted - away_from))
 
 
 def test_emphasis_everywhere_takes_no_third_prediction(stages, calls, passed):
     latents(stages, begin(stages, EMPHASISED, EMPHASISED))
-    # Two of six steps begin in the first 0.3.
-    assert passed == [("canny", 1)] * 2 + [("canny", 2)] * 4
-    for number, residuals in enumerate(calls):
-        for without, with_it in residuals:
-            assert with_it.any() and bool(without.any()) == (number >= 2)
+    assert passed == [("canny", 1)] * 6
+    for residuals in calls:
+        assert all(not without.any() and with_it.any() for without, with_it in residuals)
 
 
 def test_some_emphasis_leaves_the_rest_of_the_scale(stages, calls):
@@ -496,19 +494,11 @@ def test_without_guidance_emphasis_changes_nothing(stages):
     assert torch.equal(plain, emphasised)
 
 
-@pytest.mark.parametrize(
-    ("window", "rows"),
-    [
-        ({}, [3, 3, 2, 2, 2, 2]),
-        ({"end": 0.2}, [3, 2, 2, 2, 2, 2]),
-        ({"start": 0.5}, [2, 2, 2, 3, 3, 2]),
-    ],
-)
-def test_emphasis_is_for_the_first_steps_of_a_window(stages, passed, window, rows):
-    other = (Structure(kind="canny"),)
-    run = begin(stages, (Structure(kind="canny", emphasis=1.0, **window),), other)
-    assert [step(stages, [run]) for _ in range(run.steps_total)] == rows
-    assert passed == [("canny", 3 if three else 2) for three in (count == 3 for count in rows)]
+def test_emphasis_ends_with_its_window(stages, passed):
+    early = (Structure(kind="canny", end=0.5, emphasis=1.0),)
+    run = begin(stages, early, FULL)
+    assert [step(stages, [run]) for _ in range(run.steps_total)] == [3, 3, 3, 2, 2, 2]
+    assert passed == [("canny", 3)] * 3 + [("canny", 2)] * 3
 
 
 def test_an_emphasised_run_shares_a_step(stages):

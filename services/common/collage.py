@@ -12,9 +12,6 @@ from services.common.blobs import BlobRef
 
 # RGB of the canvas under all layers when a collage names no background: the grey of the paper's released code.
 DEFAULT_BACKGROUND = (150, 150, 150)
-# The share of the steps in which guidance strengthens structure: shapes are decided there (docs/decisions.md has the
-# numbers, of the bundled model).
-EMPHASISED = 0.3
 
 # A picture on its way in (encoded bytes) or already stored.
 Picture = bytes | BlobRef
@@ -53,8 +50,7 @@ class Transform:
 class Structure:
     """One ControlNet's part in a layer: weight in [0, 1], acting from `start` to `end` of the steps (fractions).
 
-    `emphasis`, in [0, 1]: how far guidance strengthens it inside the layer's mask, in the first EMPHASISED of the steps
-    from `start` on.
+    `emphasis`, in [0, 1]: how far guidance strengthens it inside the layer's mask.
     `image` is a control picture made elsewhere, stretched over the layer's own; None to make one from the layer.
     """
 
@@ -68,11 +64,6 @@ class Structure:
     def is_active(self, step: int, steps: int) -> bool:
         """Whether it acts in step `step` of `steps`, as diffusers' control_guidance_start and _end have it."""
         return step / steps >= self.start and (step + 1) / steps <= self.end
-
-    def is_emphasised(self, step: int, steps: int) -> bool:
-        """Whether it acts in step `step` of `steps` and guidance strengthens it there."""
-        is_early = step / steps < self.start + EMPHASISED
-        return self.emphasis > 0 and is_early and self.is_active(step, steps)
 
     def acts_within(self, steps: int) -> bool:
         """Whether it acts in any of so many steps."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from services.common.collage import EMPHASISED, Extent, Sampling
+from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
 from services.common.registry import (
     CONTROLNET_FILES,
@@ -240,16 +240,10 @@ class ModelCard:
             )
 
     def unet_rows(self, sampling: Sampling, *, has_emphasis: bool) -> int:
-        """Most rows of one U-Net call: a picture each, two with guidance, three where that emphasises structure."""
+        """Rows of one U-Net call: a picture each, two with guidance, three where that emphasises structure."""
         if not self.facts.reads_negative(sampling.guidance_scale):
             return sampling.images
         return sampling.images * (3 if has_emphasis else 2)
-
-    def mean_rows(self, sampling: Sampling, *, has_emphasis: bool) -> float:
-        """Rows of a U-Net call, the mean over all steps: the first of them alone emphasise."""
-        plain = self.unet_rows(sampling, has_emphasis=False)
-        most = self.unet_rows(sampling, has_emphasis=has_emphasis)
-        return plain + EMPHASISED * (most - plain)
 
     def defaults(self) -> Sampling:
         """What a request that leaves sampling unset gets."""

@@ -107,7 +107,7 @@ class Engine:
         shape = Shape(
             model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
         )
-        rows = card.mean_rows(sampling, has_emphasis=has_emphasis)
+        rows = card.unet_rows(sampling, has_emphasis=has_emphasis)
         return self._runner.seconds(shape, rows=rows, steps=sampling.steps)
 
     def arithmetic(self, card: ModelCard) -> str:

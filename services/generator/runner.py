@@ -157,11 +157,8 @@ class Runner:
         with self._changed:
             self._scheduler.cancel(job_id)
 
-    def seconds(self, shape: Shape, *, rows: float, steps: int) -> float:
-        """Expected seconds of so many steps on an idle device; 0 where the model has not run yet.
-
-        rows: the mean over the steps.
-        """
+    def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
+        """Expected seconds of so many steps on an idle device; 0 where the model has not run yet."""
         with self._changed:
             return self._scheduler.pace.seconds(shape, rows=rows, steps=steps)
 

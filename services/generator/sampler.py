@@ -163,11 +163,12 @@ class Run:
         """One step from the U-Net's predictions: guidance, the scheduler's step, the hold."""
         prediction_NChw = prompted = predictions[Role.PROMPTED]
         if Role.UNPROMPTED in predictions:
-            # Classifier-free guidance (Ho and Salimans 2022), from the bare prediction where structure is emphasised.
-            start, emphasis_hw = predictions[Role.UNPROMPTED], self._structure_step.emphasis_hw
-            if emphasis_hw is not None:
-                start = start.lerp(predictions[Role.BARE], emphasis_hw)
-            prediction_NChw = start + self._conditioning.guidance_scale * (prompted - start)
+            # Classifier-free guidance (Ho and Salimans 2022); with emphasis see `services.generator.structure`.
+            start = away_from = predictions[Role.UNPROMPTED]
+            if (emphasis_hw := self._structure_step.emphasis_hw) is not None:
+                start = predictions[Role.BARE]
+                away_from = away_from.lerp(start, emphasis_hw)
+            prediction_NChw = start + self._conditioning.guidance_scale * (prompted - away_from)
         if isinstance(self._scheduler, HoldingUniPC):
             self._scheduler.held_hw = self._hold.held_hw(self._step)
         x_NChw = self._scheduler.step(

@@ -106,8 +106,8 @@ class Pace:
         mean = self._row_cell_s.get(shape.model, newest)
         self._row_cell_s[shape.model] = mean + PACE_NEWEST_WEIGHT * (newest - mean)
 
-    def seconds(self, shape: Shape, *, rows: float, steps: int) -> float:
-        """Expected seconds of so many steps of `rows` rows in the mean; 0 where this model was never measured."""
+    def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
+        """Expected seconds of so many steps; 0 where this model was never measured."""
         return self._row_cell_s.get(shape.model, 0.0) * rows * shape.cells * steps
 
 

@@ -8,11 +8,14 @@ residual is first multiplied, at its own resolution, by the scale map
 
 (Sarukkai et al. 2023). One ControlNet is run once a call for all layers, jobs and pictures that use it; several add up.
 
-Guidance (Ho and Salimans 2022) goes from the prediction without the prompt towards the one with it. Structure acts in
-both, so guidance does not touch what it says. A layer's emphasis takes it out of the first, inside the layer's mask
-only: there guidance starts from a third, bare prediction, without the prompt and with 1 - emphasis of the scale.
-Outside it starts where it always does: what a neighbour feels of the structure is not to be multiplied. It does so in
-the first steps only, which decide on shapes.
+Guidance (Ho and Salimans 2022) starts at the prediction u without the prompt and goes away from it, towards the one
+with it, p. Structure acts in both, so guidance does not touch what it says. A layer's emphasis asks for a third, bare
+prediction b, without the prompt and with 1 - emphasis of the layer's scale; with e = 1 inside the layer's mask, 0
+outside, s the guidance scale:
+
+    b + s (p - (e b + (1 - e) u))
+
+Inside, all that structure says is multiplied; outside, what a neighbour feels of it is in p and u alike and drops out.
 Suffixes: B rows of a call, R the rows of one pass, L layers, h, w latent cells, H, W pixels, 3 = R, G, B.
 """
 
@@ -34,8 +37,8 @@ Acting = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 class StructureStep:
     """What acts in one step: in predictions with the prompt, without it, and in bare ones.
 
-    emphasis_hw: the share of each cell in which guidance starts from the bare prediction; None where it is nowhere, or
-    everywhere: then `unprompted` is the bare one.
+    emphasis_hw: e, by the share of each cell; None where it is nowhere, or everywhere: then `unprompted` is the bare
+    one.
     """
 
     prompted: Acting = field(default_factory=dict)
@@ -55,7 +58,7 @@ class StructureControl:
     pictures: Mapping[str, torch.Tensor]
     asked: Mapping[str, Sequence[tuple[int, Structure]]]
     visible_Lhw: torch.Tensor
-    _steps: dict[tuple[tuple[str, int, bool], ...], StructureStep] = field(default_factory=dict)
+    _steps: dict[tuple[tuple[str, int], ...], "StructureStep"] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -100,27 +103,23 @@ class StructureControl:
     def at(self, step: int, steps: int) -> StructureStep:
         """What acts in step `step` of the job's `steps`."""
         active = [
-            (index, part, part.is_emphasised(step, steps))
+            (index, part)
             for kind in self.pictures
             for index, part in self.asked[kind]
             if part.is_active(step, steps)
         ]
-        key = tuple((part.kind, index, is_emphasised) for index, part, is_emphasised in active)
+        key = tuple((part.kind, index) for index, part in active)
         if key not in self._steps:
             self._steps[key] = self._made(active)
         return self._steps[key]
 
-    def _made(self, active: Sequence[tuple[int, Structure, bool]]) -> StructureStep:
-        """What acts where these layers' structures do, each of them emphasised or not."""
-        prompted = self._acting([(index, part.kind, part.scale) for index, part, _ in active])
-        emphasised = sorted({index for index, _, is_emphasised in active if is_emphasised})
+    def _made(self, active: Sequence[tuple[int, Structure]]) -> StructureStep:
+        prompted = self._acting([(index, part.kind, part.scale) for index, part in active])
+        emphasised = sorted({index for index, part in active if part.emphasis > 0})
         if not emphasised:
             return StructureStep(prompted=prompted, unprompted=prompted)
         bare = self._acting(
-            [
-                (index, part.kind, part.scale * (1 - part.emphasis * is_emphasised))
-                for index, part, is_emphasised in active
-            ]
+            [(index, part.kind, part.scale * (1 - part.emphasis)) for index, part in active]
         )
         emphasis_hw = self.visible_Lhw[emphasised].sum(dim=0).clamp_max(1)
         if bool((emphasis_hw == 1).all()):
