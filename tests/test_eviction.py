@@ -107,13 +107,13 @@ async def test_memory_is_handed_back(tmp_path):
     full = own_bytes()
     weights_bytes = catalog.cards[0].weights_bytes
     assert full - empty > 1.5 * weights_bytes, "the weights would not be seen"
-    # The allocator's own growth, some tens of MB after many other tests, ends with the first round.
+    # After many other tests the allocator grows by itself, half a model's weights in the first round and little later.
     for index in (2, 0, 1):
         await watched.draw(index, steps=2)
     settled = own_bytes()
     for index in (2, 0, 1, 2, 0, 1):
         await watched.draw(index, steps=2)
     assert len(watched.loaded) == 11
-    assert own_bytes() - settled < weights_bytes, "six were loaded since"
-    assert settled - full < 2 * weights_bytes, "three were loaded since"
+    assert own_bytes() - settled < 0.5 * weights_bytes, "six were loaded since"
+    assert settled - full < weights_bytes, "three were loaded since"
     await watched.engine.drain()
