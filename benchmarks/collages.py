@@ -28,8 +28,8 @@ from services.compositor.placement import place
 
 SIDE = 128
 POOL_SEED, SCENES_SEED = 20240, 30000
-# Of the pools whose concepts in two looks stand side by side. Nothing was chosen by these, as some things were by the
-# first pool's.
+# Of the pools whose concepts in two looks stand side by side. Nothing was chosen by these pairs, as the recipe of words
+# was by those of the first pool.
 PAIRS_SEEDS = (20241, 20242)
 # Of the pool's forty: concepts in two looks, how many of these in the fifth, concepts in one look; every so-manieth is
 # feathered.

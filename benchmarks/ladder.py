@@ -6,11 +6,11 @@ Forty collages of mixed artists' cut-outs, each drawn on every rung: composite o
 one after the other attention control, learned words, per-layer structure, per-layer noise. Everything goes through the
 service; an independent judge (`benchmarks.judge`) names what came out. A rung that this checkout or its weights do not
 have is reported as not available. Then the noise dial, SDEdit's against full control's; pairs of one concept in two
-looks at noise 0.9 with and without learned words, of cut-outs by which nothing was chosen, as the words' recipe was by
-the rungs'; structure on every second layer, in three times as many collages; and redo. Intervals are 95 % bootstrap
-intervals over collages; a rung beats the one before when the interval of the paired difference lies above zero. Writes
-docs/ladder.md and docs/ladder.png (with --quick into the data folder) and prints the same; exit code 1 when a bar is
-missed or a rung is not available.
+looks at noise 0.9 with and without learned words, by which nothing was chosen, as the words' recipe was by pairs of the
+rungs' cut-outs; structure on every second layer, in three times as many collages; and redo. Intervals are 95 %
+bootstrap intervals over collages; a rung beats the one before when the interval of the paired difference lies above
+zero. Writes docs/ladder.md and docs/ladder.png (with --quick into the data folder) and prints the same; exit code 1
+when a bar is missed or a rung is not available.
 """
 
 import argparse
