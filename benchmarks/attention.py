@@ -23,10 +23,10 @@ import torch.nn.functional as F  # noqa: N812 its usual name
 
 from collage_client.files import attach
 from collage_client.files import load as load_collage
+from gateway.prompt import bind
 from services.common import wire
 from services.common.collage import Sampling
 from services.common.plate import Plate
-from services.common.prompt import bind
 from services.common.registry import BUNDLED
 from services.compositor.compose import Composition
 from services.compositor.service import Work, make

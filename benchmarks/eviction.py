@@ -25,13 +25,13 @@ from pathlib import Path
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collage.v1 import generator_service_pb2, generator_service_pb2_grpc
+from local.processes import Process, ProcessFailed, free_port
 from services.common import wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent
-from services.common.processes import Process, ProcessFailed, free_port
 from services.common.rpc import connect
 from services.generator.catalog import Catalog
-from tests import plates, toy
+from testing import plates, toy
 
 MIB = 2**20
 IN_FLIGHT = 8
@@ -111,16 +111,6 @@ async def serving(data: Path, models: Path, *, budget_bytes: float) -> AsyncIter
             await process.terminate()
 
 
-def make_models(folder: Path, *, models: int, width: int) -> Path:
-    """A models.yaml of so many different models of one size."""
-    lines = ["models:"]
-    for index in range(models):
-        toy.mini(folder / f"toy-{index}", width=width, seed=index)
-        lines.append(f"  - {{name: toy-{index}, source: toy-{index}, device: cpu}}")
-    (folder / "models.yaml").write_text("\n".join(lines) + "\n")
-    return folder / "models.yaml"
-
-
 async def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100)
@@ -130,7 +120,7 @@ async def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        models = make_models(data, models=args.models, width=args.width)
+        models = toy.models_file(data, models=args.models, width=args.width)
         cards = Catalog.read(str(models)).cards
         weights_bytes = cards[0].weights_bytes
         budget_bytes = args.budget * weights_bytes

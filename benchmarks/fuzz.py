@@ -50,10 +50,10 @@ from collage.v1 import (
     inversion_service_pb2,
 )
 from collage.v1 import collage_service_pb2 as pb
-from services.common.processes import Process
+from local.processes import Process
 from services.common.rpc import connect
-from tests import toy
-from tests.system import collage, cutout, png, upload
+from testing import toy
+from testing.system import collage, cutout, png, upload
 
 MEMORY_RATIO = 1.2
 WARM_UP_S = 60.0

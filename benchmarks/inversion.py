@@ -48,8 +48,8 @@ from collage.v1 import inversion_service_pb2_grpc as pb_grpc
 from collage_client import AsyncCollageClient
 from local import embedded
 from local.layout import check_health
+from local.processes import Process, free_port
 from services.common.blobs import FolderBlobStore, put_blob
-from services.common.processes import Process, free_port
 from services.common.registry import BUNDLED
 from services.inversion.catalog import dtype_on
 from services.inversion.learn import Recipe, Trainer

@@ -22,11 +22,11 @@ import torch
 from collage.v1 import collage_pb2
 from collage_client import AsyncCollageClient
 from collage_client.files import attach, load
+from gateway.prompt import bind
 from local import embedded
 from services.common import wire
 from services.common.collage import Sampling
 from services.common.plate import Plate
-from services.common.prompt import bind
 from services.common.registry import BUNDLED
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make

@@ -39,7 +39,7 @@ from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import LoadedModel, load
 from services.generator.sampler import Run, step
 from services.generator.stages import TorchStages
-from tests import toy
+from testing import toy
 
 BARS = {8: 1.05, 32: 1.10}
 WORDS = ("sushi", "cake", "rice", "lemon", "box", "table")

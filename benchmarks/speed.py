@@ -34,7 +34,7 @@ from services.common.registry import BUNDLED, DTYPES, ModelSource
 from services.generator.catalog import ModelCard
 from services.generator.models import LoadedModel, load
 from services.generator.stages import TorchStages
-from tests import fullsize
+from testing import fullsize
 
 LIMIT_GIB = 24
 SIDES = {"mini": (128, 256)}

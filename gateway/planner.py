@@ -23,6 +23,7 @@ from collage.v1 import (
     generator_service_pb2,
     generator_service_pb2_grpc,
 )
+from gateway.prompt import BoundPrompt, bind
 from gateway.words import Words
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStore, put_blob
@@ -34,7 +35,6 @@ from services.common.errors import (
     from_rpc,
     quote,
 )
-from services.common.prompt import BoundPrompt, bind
 from services.common.rpc import bounded, outgoing
 
 # Composing 32 layers at 2048 x 2048 takes seconds, and a network that draws their control pictures takes seconds for

@@ -23,7 +23,7 @@ import grpc
 
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2, collage_service_pb2_grpc
 from local.layout import Layout, Part, lay_out
-from services.common.processes import ProcessFailed
+from local.processes import ProcessFailed
 from services.common.telemetry import log
 
 # A generator reads its model and draws a picture before it serves.

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.common.processes import Process, free_port, nats_command, probe_nats, seaweed_command
+from local.processes import Process, free_port, nats_command, probe_nats, seaweed_command
 from services.common.s3 import S3BlobStore
 from services.common.settings import PREFIX
 

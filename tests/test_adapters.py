@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.parity import Case
 from collage.v1 import collage_pb2, collage_service_pb2
 from services.common import wire
 from services.common.collage import Adapter
@@ -21,7 +20,8 @@ from services.generator.job import ImageMade
 from services.generator.models import load
 from services.generator.scheduler import Scheduler
 from services.generator.stages import Text, TorchStages
-from tests import plates, toy
+from testing import plates, toy
+from testing.parity import Case
 
 CHALK, INK = Adapter(name="chalk", weight=0.7), Adapter(name="ink", weight=-0.5)
 

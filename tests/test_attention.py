@@ -14,7 +14,7 @@ from services.generator.attention import (
 )
 from services.generator.models import load
 from services.generator.stages import TextStates, TorchStages
-from tests import toy
+from testing import toy
 
 TOKENS = 7
 # Two layers of two and one tokens, and one that steers nothing.

@@ -24,7 +24,7 @@ from PIL import Image
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from tests.system import (
+from testing.system import (
     LIMIT_S,
     chunk,
     claimed_png,

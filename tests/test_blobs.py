@@ -19,6 +19,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from local.processes import free_port
 from services.common.blobs import (
     MAX_KEY_LENGTH,
     BlobCorrupt,
@@ -31,9 +32,8 @@ from services.common.blobs import (
     check_key,
     put_blob,
 )
-from services.common.processes import free_port
 from services.common.s3 import S3BlobStore
-from tests.servers import ACCESS_KEY, SECRET_KEY, Server, seaweed
+from testing.servers import ACCESS_KEY, SECRET_KEY, Server, seaweed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

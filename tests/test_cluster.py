@@ -9,9 +9,9 @@ import pytest
 from collage.v1 import blob_pb2, collage_pb2
 from collage_client import AsyncCollageClient
 from local.cluster import Cluster
-from services.common.processes import ProcessFailed
+from local.processes import ProcessFailed
 from services.common.settings import open_blobs
-from tests import toy
+from testing import toy
 
 CUTOUT = Path(__file__).parents[1] / "examples" / "art" / "sushi-noto.png"
 COLLAGE = collage_pb2.Collage(

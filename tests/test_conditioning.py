@@ -11,7 +11,7 @@ from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import load
 from services.generator.stages import Text, TorchStages
 from services.generator.word import InvalidWord, Word
-from tests import toy
+from testing import toy
 
 PROMPT = "a sushi on a table"
 SUSHI, TABLE = (2, 7), (13, 18)

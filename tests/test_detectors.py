@@ -27,8 +27,8 @@ from services.compositor.pictures import encode_png
 from services.compositor.placement import place
 from services.compositor.pose import skeleton
 from services.compositor.structure import on_ground
-from tests import networks
-from tests import system as system_tools
+from testing import networks
+from testing import system as system_tools
 
 LIMIT_S = 60
 # Larger than the canvas: at the border of what it is shown a network sees black.

@@ -31,7 +31,7 @@ from services.generator.models import load
 from services.generator.noise import Hold
 from services.generator.scheduler import Scheduler
 from services.generator.stages import Text, TorchStages
-from tests import plates, toy
+from testing import plates, toy
 
 # Long enough that no test waits for its end.
 ENDLESS = 1000

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.eviction import make_models
 from services.common.settings import InvalidSetting
 from services.generator.__main__ import load_stages
 from services.generator.catalog import Catalog
@@ -18,7 +17,7 @@ from services.generator.engine import Engine
 from services.generator.job import ImageMade
 from services.generator.memory import give_back
 from services.generator.scheduler import Scheduler
-from tests import plates
+from testing import plates, toy
 
 WAIT_S = 60.0
 
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory):
-    return Catalog.read(str(make_models(tmp_path_factory.mktemp("small"), models=3, width=16)))
+    return Catalog.read(str(toy.models_file(tmp_path_factory.mktemp("small"), models=3, width=16)))
 
 
 class Watched:
@@ -91,7 +90,7 @@ def test_a_budget_that_one_model_breaks_stops_the_start(catalog):
 
 async def test_memory_is_handed_back(tmp_path):
     """In bfloat16, so that weights are this process' own memory and no view of the files."""
-    file = make_models(tmp_path, models=3, width=96)
+    file = toy.models_file(tmp_path, models=3, width=96)
     file.write_text(file.read_text().replace("device: cpu", "device: cpu, dtype: bfloat16"))
     catalog = Catalog.read(str(file))
     watched = Watched(catalog, room=2)

@@ -12,7 +12,6 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 
-from benchmarks.parity import STRUCTURES, Case
 from collage.v1 import collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from local import embedded
@@ -23,8 +22,9 @@ from services.generator.catalog import ModelCard
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.stages import TorchStages
 from services.generator.word import Word
-from tests import toy
-from tests.system import LIMIT_S, System, cutout, upload
+from testing import toy
+from testing.parity import STRUCTURES, Case
+from testing.system import LIMIT_S, System, cutout, upload
 
 PROMPT = "a sushi on a table"
 

@@ -35,7 +35,7 @@ from services.generator.catalog import Catalog
 from services.generator.engine import Engine
 from services.generator.png import encode_png
 from services.generator.scheduler import Scheduler
-from tests import plates, toy
+from testing import plates, toy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 WAIT_S = 20.0

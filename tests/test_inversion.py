@@ -32,8 +32,8 @@ from services.inversion.learn import Recipe, Trainer, learn, seeds_in
 from services.inversion.networks import ONE, Networks, load
 from services.inversion.subject import InvalidSubject, Subject, decode
 from services.inversion.word import InvalidWord, from_file, to_file
-from tests import toy
-from tests.system import cutout
+from testing import toy
+from testing.system import cutout
 
 RECIPE = Recipe(
     steps=6, rows=2, canvas=0.5, placements=3, held_out=2, check_every=2, patience=9, rate=0.3

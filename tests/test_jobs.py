@@ -31,7 +31,7 @@ from gateway.jobs import (
 )
 from gateway.jobs_nats import NatsJobs
 from gateway.jobs_sqlite import SqliteJobs
-from tests.servers import Server, nats_server
+from testing.servers import Server, nats_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from benchmarks import golden
+from testing import golden
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "models" / "mini" / "weights"

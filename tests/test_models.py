@@ -7,7 +7,7 @@ import torch
 from services.common.collage import Extent
 from services.common.registry import NotAModel, digest, locate
 from services.generator import models
-from tests import toy
+from testing import toy
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch
 
 from services.generator import models
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
-from tests import toy
+from testing import toy
 
 STEPS = 10
 SHAPE = (1, 4, 8, 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.processes import Process, ProcessFailed, free_port, program
+from local.processes import Process, ProcessFailed, free_port, program
 
 
 async def at_once() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.prompt import bind
 from services.common.collage import Layer
 from services.common.errors import InvalidRequest
-from services.common.prompt import bind
 
 
 def layers(*texts: str, hidden: tuple[int, ...] = ()) -> list[Layer]:

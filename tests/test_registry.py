@@ -21,7 +21,7 @@ from services.common.registry import (
 )
 from services.common.settings import InvalidSetting
 from services.generator.catalog import Catalog
-from tests import toy
+from testing import toy
 
 
 def read(tmp_path, text):

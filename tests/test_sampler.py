@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.parity import Case
 from services.common.collage import Sampling
 from services.common.errors import InvalidRequest
 from services.common.plate import Plate
@@ -13,7 +12,8 @@ from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import SAMPLERS, load
 from services.generator.sampler import Run, paste, step
 from services.generator.stages import Text, TorchStages
-from tests import toy
+from testing import toy
+from testing.parity import Case
 
 PROMPT = "sushi and cake on the table"
 SAMPLING = Sampling(model="toy", sampler="euler", steps=6, guidance_scale=4.0, images=1, seed=7)

@@ -27,12 +27,12 @@ from safetensors.torch import save
 from collage.v1 import collage_pb2
 from collage_client import AsyncCollageClient
 from local.layout import check_health
-from services.common.processes import Process, free_port
+from local.processes import Process, free_port
 from services.common.registry import ModelSource, weights
 from services.generator.catalog import ModelCard
 from services.generator.service import VALUE_BYTES
-from tests.fullsize import NUMBERS
-from tests.system import cutout
+from testing.fullsize import NUMBERS
+from testing.system import cutout
 
 LIMIT_GIB = 24
 SIDE = 128
@@ -48,7 +48,9 @@ ROOT = Path(__file__).parents[1]
 def folder(request, tmp_path):
     made = tmp_path / request.param
     # In a process of its own: what it takes must not count.
-    subprocess.run([sys.executable, "-m", "tests.fullsize", made.name, made], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "testing.fullsize", made.name, made], check=True, cwd=ROOT
+    )
     yield made
     # Pytest keeps its folders for a while.
     shutil.rmtree(made)

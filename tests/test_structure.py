@@ -32,8 +32,8 @@ from services.generator.sampler import Run, step
 from services.generator.scheduler import Scheduler
 from services.generator.stages import TorchStages
 from services.generator.structure import StructureControl
-from tests import plates, toy
-from tests import system as system_tools
+from testing import plates, toy
+from testing import system as system_tools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from PIL import Image
 
 from collage.v1 import collage_service_pb2 as pb
-from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
+from testing.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -35,8 +35,8 @@ from services.common.words import checkpoint_key
 from services.inversion.catalog import Catalog
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer
-from tests import toy
-from tests.system import LIMIT_S, collage, cutout, layer, png, running, upload
+from testing import toy
+from testing.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -1,6 +1,6 @@
 """Model folders of the published shapes of Stable Diffusion 1.5 and SDXL base, with random weights in half precision.
 
-    python -m tests.fullsize sd15|sdxl FOLDER
+    python -m testing.fullsize sd15|sdxl FOLDER
 
 2.1 and 6.9 GB, made in about a minute. No network is ever there in single precision, and one at a time in half. The
 weights are scaled so that values keep their size from layer to layer: what such a model draws is noise, but finite
@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests import toy
+from testing import toy
 
 # Numbers that the weights are, as published.
 NUMBERS = {

@@ -148,6 +148,16 @@ def controlnet(folder: Path, kind: str) -> Path:
     return target
 
 
+def models_file(folder: Path, *, models: int, width: int) -> Path:
+    """A models.yaml of so many different models of one size."""
+    lines = ["models:"]
+    for index in range(models):
+        mini(folder / f"toy-{index}", width=width, seed=index)
+        lines.append(f"  - {{name: toy-{index}, source: toy-{index}, device: cpu}}")
+    (folder / "models.yaml").write_text("\n".join(lines) + "\n")
+    return folder / "models.yaml"
+
+
 # The schedule that Stable Diffusion was trained with.
 SCHEDULE = {
     "beta_start": 0.00085,

@@ -19,7 +19,7 @@ from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from local import embedded
 from services.common.rpc import connect
-from tests import networks, toy
+from testing import networks, toy
 
 # No call of a test takes longer, on the busiest machine; one that does hangs.
 LIMIT_S = 60

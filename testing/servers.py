@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.processes import (
+from local.processes import (
     Process,
     free_port,
     nats_command,
