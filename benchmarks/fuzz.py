@@ -106,7 +106,7 @@ class Target:
         self._process = Process(
             "collage",
             (
-                *(sys.executable, "-c", "import collage_client.command as c; c.main()"),
+                *(sys.executable, "-c", "import collage_client.cli as c; c.main()"),
                 *("serve", "--address", "127.0.0.1:0", "--data", str(folder / "data")),
                 *("--model", str(toy.mini(folder / "toy"))),
             ),

@@ -11,19 +11,21 @@
 `AsyncCollageClient` is the same for programs with an event loop. Needs grpcio, protobuf and, for files, pyyaml.
 """
 
-from collage_client.client import AsyncCollageClient, JobResult
-from collage_client.errors import (
+from collage_client import files
+from collage_client._client import AsyncCollageClient, JobResult
+from collage_client._errors import (
     CollageError,
     DeadlineExceeded,
     FieldViolation,
     Full,
     InvalidInput,
     JobFailed,
+    MessageTooLarge,
     NotFound,
     PreconditionFailed,
     Unavailable,
 )
-from collage_client.simple import CollageClient
+from collage_client._sync import CollageClient
 
 __all__ = [
     "AsyncCollageClient",
@@ -35,7 +37,9 @@ __all__ = [
     "InvalidInput",
     "JobFailed",
     "JobResult",
+    "MessageTooLarge",
     "NotFound",
     "PreconditionFailed",
     "Unavailable",
+    "files",
 ]

@@ -18,7 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from collage.v1 import blob_pb2, collage_pb2
-from collage_client.errors import FieldViolation, InvalidInput
+from collage_client._errors import FieldViolation, InvalidInput
 
 FILE_NAME = "collage.yaml"
 # The contract's form of a layer name, which becomes part of file names.
@@ -69,9 +69,23 @@ def save(collage: collage_pb2.Collage, folder: Path) -> list[Path]:
 
     Pictures that are paths or blobs stay what they are. Returns the paths written, the collage file last.
     """
+    written = []
+    for name, data in parts(collage).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        written.append(target)
+    return written
+
+
+def parts(collage: collage_pb2.Collage) -> dict[str, bytes]:
+    """The files that hold a collage, by their names in its folder: inline pictures, and the collage file last.
+
+    Raises `InvalidInput` for a layer name that the contract does not allow, which would be part of a file's name.
+    """
     copy = collage_pb2.Collage()
     copy.CopyFrom(collage)
-    written = []
+    found = {}
     targets = {"background": copy.background.image}
     for layer in copy.layers:
         stem = f"layers/{file_stem(layer.name)}"
@@ -81,20 +95,15 @@ def save(collage: collage_pb2.Collage, folder: Path) -> list[Path]:
             f"{stem}.structure-{number}": structure.image
             for number, structure in enumerate(layer.structure)
         }
-    for name, image in targets.items():
+    for stem, image in targets.items():
         if image.WhichOneof("source") != "data":
             continue
         suffix = next((end for magic, end in _SUFFIXES if image.data.startswith(magic)), ".bin")
-        target = folder / f"{name}{suffix}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(image.data)
-        written.append(target)
-        image.path = f"{name}{suffix}"
-    file = folder / FILE_NAME
+        found[f"{stem}{suffix}"] = image.data
+        image.path = f"{stem}{suffix}"
     tree = json_format.MessageToDict(copy, preserving_proto_field_name=True)
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
-    file.write_text(text, encoding="utf-8")
-    return [*written, file]
+    return {**found, FILE_NAME: text.encode()}
 
 
 def pictures(collage: collage_pb2.Collage) -> list[tuple[str, blob_pb2.Image]]:

@@ -23,6 +23,7 @@ from collage_client import (
     Full,
     InvalidInput,
     JobFailed,
+    MessageTooLarge,
     NotFound,
     Unavailable,
 )
@@ -279,7 +280,7 @@ async def test_generate_shows_every_event_once_over_broken_streams(
 
 
 async def test_a_stream_that_never_comes_back_is_given_up(service, client, monkeypatch):
-    monkeypatch.setattr("collage_client.calls._LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr("collage_client._calls._LONGEST_PAUSE_S", 0.001)
     service.broken = [2] + [0] * 50
     seen = []
     with pytest.raises(Unavailable):
@@ -409,9 +410,32 @@ async def test_the_simple_client_does_the_same_without_a_loop(service):
     assert result.images == again.images == (DRAWN,)
 
 
+async def test_a_closed_client_may_be_closed_again(service):
+    def use():
+        client = CollageClient(service.address)
+        client.close()
+        client.close()
+        with client:
+            pass
+
+    await asyncio.to_thread(use)
+    client = AsyncCollageClient(service.address)
+    await client.close()
+    await client.close()
+
+
+async def test_a_message_above_grpcs_limit_is_no_full_service(service, client):
+    text = "x" * (5 * 2**20)
+    with pytest.raises(MessageTooLarge, match="larger than max") as caught:
+        await client.plan(collage(prompt=text))
+    assert caught.value.reason == "MESSAGE_TOO_LARGE"
+    # Pictures never make a message large.
+    await client.plan(collage(*(bytes([n]) * 2**20 for n in range(5))))
+
+
 def test_the_package_imports_without_pillow_numpy_or_torch():
     program = (
-        "import sys; import collage_client, collage_client.command, collage_client.results; "
+        "import sys; import collage_client, collage_client.cli.command, collage_client.cli.results; "
         "heavy = {'PIL', 'numpy', 'torch', 'local'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

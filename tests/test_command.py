@@ -14,8 +14,8 @@ from PIL import Image
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import files
-from collage_client.command import dial, main
-from collage_client.progress import Progress
+from collage_client.cli.command import dial, main
+from collage_client.cli.progress import Progress
 from tests.test_client import Service, refused, sha
 
 
@@ -193,7 +193,7 @@ async def test_generate_writes_a_folder_that_redo_takes_up(studio, collage, fold
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     pictures = {"image-0.png", "image-1.png", "composite.png", "sheet.png"}
     masks = {"masks/one.png", "masks/two.png", "layers/one.png", "layers/two.png"}
-    assert names == pictures | masks | {"collage.yaml", "result.json"}
+    assert names == pictures | masks | {"collage.yaml", "result.json", ".collage.json"}
     assert (out / "image-1.png").read_bytes() == png(1, 1, 0)
     told = json.loads((out / "result.json").read_text())
     assert [image["seed"] for image in told["images"]] == [0, 1]
@@ -237,6 +237,56 @@ async def test_a_second_result_in_the_same_folder_leaves_nothing_of_the_first(co
     await collage("generate", folder, "--out", out, "--images", 3)
     assert (await collage("generate", folder, "--out", out))[0] == 0
     assert [path.name for path in out.glob("image-*.png")] == ["image-0.png"]
+
+
+async def test_only_what_a_result_wrote_is_deleted(collage, folder):
+    out = folder / "out"
+    out.mkdir()
+    foreign = {
+        "package.json": "{}",
+        "notes.json": "mine",
+        "plan.json": "{}",
+        "masks/mine.png": "?",
+        "layers/mine.psd": "?",
+    }
+    for name in foreign:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(foreign[name])
+    # A plan.json of another tool makes no folder ours.
+    code, _, err = await collage("generate", folder, "--out", out)
+    assert code == 2
+    assert "holds other things" in err
+    assert {name: (out / name).read_text() for name in foreign} == foreign
+
+    mine = folder / "mine"
+    assert (await collage("generate", folder, "--out", mine, "--images", 2))[0] == 0
+    for name in ("package.json", "notes.md"):
+        (mine / name).write_text("kept")
+    assert (await collage("generate", folder, "--out", mine))[0] == 0
+    assert (mine / "package.json").read_text() == (mine / "notes.md").read_text() == "kept"
+    assert not (mine / "image-1.png").exists()
+    # Of a result's name, and not of a result.
+    (mine / "masks" / "three.png").write_text("kept")
+    code, _, err = await collage("generate", folder, "--out", mine)
+    assert code == 2
+    assert "masks/three.png is not of an earlier result" in err
+    assert (mine / "masks" / "three.png").read_text() == "kept"
+
+
+async def test_a_list_that_names_other_places_deletes_nothing_there(collage, folder):
+    out = folder / "out"
+    await collage("generate", folder, "--out", out)
+    (folder / "victim.json").write_text("kept")
+    mark = out / ".collage.json"
+    mark.write_text(json.dumps({"files": ["../victim.json", "../a.png", "result.json"]}))
+    for name in ("image-0.png", "composite.png", "sheet.png", "collage.yaml"):
+        (out / name).unlink()
+    for part in ("masks", "layers"):
+        for file in (out / part).iterdir():
+            file.unlink()
+    assert (await collage("generate", folder, "--out", out))[0] == 0
+    assert (folder / "victim.json").read_text() == "kept"
+    assert (folder / "a.png").exists()
 
 
 async def test_plan_writes_what_is_known_without_drawing(studio, collage, folder):
@@ -319,7 +369,7 @@ async def test_an_interrupt_cancels_the_job_and_exits_130(studio, folder):
     arguments = ["generate", folder, "--out", folder / "out", "--server", studio.address]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "collage_client.command", *map(str, arguments)),
+        *("-m", "collage_client.cli", *map(str, arguments)),
         stderr=-1,
         # A shell that runs these tests in the background has its children ignore interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

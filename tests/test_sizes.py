@@ -106,7 +106,7 @@ async def test_a_model_of_real_size_draws_within_24_gib(folder, tmp_path, capsys
     serve = ("serve", "--address", address, "--model", models, "--data", tmp_path / "data")
     server = Process(
         "collage serve",
-        [sys.executable, "-m", "collage_client.command", *map(str, serve)],
+        [sys.executable, "-m", "collage_client.cli", *map(str, serve)],
         log=tmp_path / "log",
     )
     await server.start(lambda: check_health(address), timeout_s=START_LIMIT_S)

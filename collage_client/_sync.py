@@ -15,7 +15,7 @@ import grpc
 
 from collage.v1 import blob_pb2, collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client.client import AsyncCollageClient, Events, JobResult, Work
+from collage_client._client import AsyncCollageClient, Events, JobResult, Work
 
 T = TypeVar("T")
 OnEvent = Callable[[pb.JobEvent], object]
@@ -56,7 +56,9 @@ class CollageClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection and ends the loop's thread."""
+        """Closes the connection and ends the loop's thread. Again: nothing."""
+        if self._loop.is_closed():
+            return
         self._wait(self._client.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)

@@ -18,14 +18,13 @@ from google.protobuf.message import Message
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import files
-from collage_client.client import AsyncCollageClient, JobResult, Work
-from collage_client.errors import InvalidInput
+from collage_client._client import AsyncCollageClient, JobResult, Work
+from collage_client._errors import InvalidInput
+from collage_client.cli.folder import Folder
 
 RESULT_NAME = "result.json"
 PLAN_NAME = "plan.json"
 SWEEP_NAME = "sweep.json"
-# A folder that holds one of these is ours to write again.
-_MARKS = (RESULT_NAME, PLAN_NAME, SWEEP_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,39 +52,27 @@ async def plan_pictures(client: AsyncCollageClient, plan: pb.Plan) -> PlanPictur
     )
 
 
-def prepare(folder: Path) -> None:
-    """Makes the folder, before any work is done for it. Raises `InvalidInput` if it holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise InvalidInput.in_field("--out", f"{folder} is not a folder", reason="FILE")
-    if folder.is_dir() and any(folder.iterdir()):
-        ours = any((folder / name).exists() for name in _MARKS)
-        if not ours:
-            text = f"{folder} holds other things than results; name a new or an empty folder"
-            raise InvalidInput.in_field("--out", text, reason="FILE")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def write_plan(
-    folder: Path, collage: collage_pb2.Collage, plan: pb.Plan, drawn: PlanPictures
+    folder: Folder, collage: collage_pb2.Collage, plan: pb.Plan, drawn: PlanPictures
 ) -> list[Path]:
     """Writes a plan: composite, masks, sheet, collage file, `plan.json`.
 
     Returns the paths; that of `masks` stands for its files.
     """
-    _clear(folder)
+    folder.clear()
     shown = [("composite", drawn.composite), *drawn.masks.items()]
-    written = [*_write_pictures(folder, drawn, shown), files.save(collage, folder)[-1]]
+    written = [*_write_pictures(folder, drawn, shown), _write_collage(folder, collage)]
     cost = {
         "estimated_seconds": plan.estimated_seconds,
         "estimated_memory_bytes": plan.estimated_memory_bytes,
         "prompt_tokens": plan.prompt_tokens,
         "prompt_tokens_limit": plan.prompt_tokens_limit,
     }
-    return [*written, _write_json(folder / PLAN_NAME, {**_plan_tree(plan), **cost})]
+    return [*written, _write_json(folder, PLAN_NAME, {**plan_tree(plan), **cost})]
 
 
 def write_result(
-    folder: Path,
+    folder: Folder,
     collage: collage_pb2.Collage,
     work: Work,
     result: JobResult,
@@ -95,12 +82,11 @@ def write_result(
 
     Returns the paths; that of `masks` stands for its files.
     """
-    _clear(folder)
+    folder.clear()
     job = result.job
     written, shown, images = [], [("composite", drawn.composite)], []
     for image, data in zip(job.images, result.images, strict=True):
-        target = folder / f"image-{image.index}.png"
-        target.write_bytes(data)
+        target = folder.write(f"image-{image.index}.png", data)
         written.append(target)
         shown.append((f"image {image.index}, seed {image.seed}", data))
         entry = {
@@ -112,7 +98,7 @@ def write_result(
         if image.HasField("changed_pixels"):
             entry["changed_pixels"] = image.changed_pixels
         images.append(entry)
-    written += [*_write_pictures(folder, drawn, shown), files.save(collage, folder)[-1]]
+    written += [*_write_pictures(folder, drawn, shown), _write_collage(folder, collage)]
     tree = {
         "job": job.name,
         "request_id": job.request_id,
@@ -120,15 +106,15 @@ def write_result(
         "model": job.plan.sampling.model,
         "model_digest": job.images[0].model_digest if job.images else "",
         "images": images,
-        **_plan_tree(job.plan),
+        **plan_tree(job.plan),
         "timings_s": {**_waits(job), "stages": result.stage_seconds},
         "request": _request_tree(work),
     }
-    return [*written, _write_json(folder / RESULT_NAME, tree)]
+    return [*written, _write_json(folder, RESULT_NAME, tree)]
 
 
 def write_sweep(
-    folder: Path,
+    folder: Folder,
     layer: str,
     dial: str,
     values: Sequence[float],
@@ -136,12 +122,13 @@ def write_sweep(
     rows: list[list[tuple[str, bytes]]],
 ) -> list[Path]:
     """Writes what joins a sweep's folders: the contact sheet, and `sweep.json` with each value's `result.json`."""
+    folder.clear()
     swept = [
-        {"value": value, "result": str(part.relative_to(folder))}
+        {"value": value, "result": str(part.relative_to(folder.path))}
         for value, part in zip(values, parts, strict=True)
     ]
     tree = {"layer": layer, "dial": dial, "values": swept}
-    return [*write_sheet(folder, rows), _write_json(folder / SWEEP_NAME, tree)]
+    return [*write_sheet(folder, rows), _write_json(folder, SWEEP_NAME, tree)]
 
 
 def read(folder: Path, index: int) -> Earlier:
@@ -159,38 +146,31 @@ def read(folder: Path, index: int) -> Earlier:
     return Earlier(collage=collage, sampling=sampling, parent=picture.read_bytes())
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier result of ours left here, so that the folder tells of one job only."""
-    for pattern in ("image-*.png", "masks/*.png", "layers/*", "sheet.png", "*.json"):
-        for old in folder.glob(pattern):
-            old.unlink()
+def _write_collage(folder: Folder, collage: collage_pb2.Collage) -> Path:
+    return [folder.write(name, data) for name, data in files.parts(collage).items()][-1]
 
 
 def _write_pictures(
-    folder: Path, drawn: PlanPictures, shown: list[tuple[str, bytes]]
+    folder: Folder, drawn: PlanPictures, shown: list[tuple[str, bytes]]
 ) -> list[Path]:
-    composite, masks = folder / "composite.png", folder / "masks"
-    composite.write_bytes(drawn.composite)
-    masks.mkdir(exist_ok=True)
+    composite = folder.write("composite.png", drawn.composite)
     for name, mask in drawn.masks.items():
-        (masks / f"{files.file_stem(name)}.png").write_bytes(mask)
-    return [composite, masks, *write_sheet(folder, [shown])]
+        folder.write(f"masks/{files.file_stem(name)}.png", mask)
+    return [composite, folder.path / "masks", *write_sheet(folder, [shown])]
 
 
-def write_sheet(folder: Path, rows: list[list[tuple[str, bytes]]]) -> list[Path]:
+def write_sheet(folder: Folder, rows: list[list[tuple[str, bytes]]]) -> list[Path]:
     """Writes `sheet.png` from labelled pictures; where pillow is not installed, nothing."""
     try:
-        from collage_client import sheet
+        from collage_client.cli import sheet
     except ModuleNotFoundError as error:
         if error.name != "PIL":
             raise
         return []
-    target = folder / "sheet.png"
-    target.write_bytes(sheet.draw(rows))
-    return [target]
+    return [folder.write("sheet.png", sheet.draw(rows))]
 
 
-def _plan_tree(plan: pb.Plan) -> dict[str, Any]:
+def plan_tree(plan: pb.Plan) -> dict[str, Any]:
     """A plan as plain values, blob references replaced by the names of the files written."""
     layers = []
     for layer in plan.layers:
@@ -233,6 +213,5 @@ def _waits(job: pb.Job) -> dict[str, float]:
     return {"queued": round(started - created, 3), "total": round(ended - created, 3)}
 
 
-def _write_json(target: Path, tree: Mapping[str, Any]) -> Path:
-    target.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return target
+def _write_json(folder: Folder, name: str, tree: Mapping[str, Any]) -> Path:
+    return folder.write(name, f"{json.dumps(tree, indent=2, ensure_ascii=False)}\n".encode())

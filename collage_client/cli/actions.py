@@ -15,10 +15,12 @@ import grpc
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import files, report, results
-from collage_client.client import AsyncCollageClient, Events, JobResult
-from collage_client.errors import CollageError, InvalidInput
-from collage_client.progress import Progress
+from collage_client import files
+from collage_client._client import AsyncCollageClient, Events, JobResult
+from collage_client._errors import CollageError, InvalidInput
+from collage_client.cli import report, results
+from collage_client.cli.folder import Folder
+from collage_client.cli.progress import Progress
 
 # Seconds. After an interrupt the user waits at most this long for the job to be cancelled.
 _CANCEL_TIMEOUT_S = 5.0
@@ -59,7 +61,7 @@ async def serve(args: argparse.Namespace) -> None:
 async def generate(args: argparse.Namespace) -> None:
     """Draws a collage and writes a results folder."""
     collage = files.attach(files.load(args.path))
-    results.prepare(args.out)
+    out = Folder(args.out)
     async with _service(args) as client:
         sampling = _sampling(args)
         events = client.generate(collage, sampling, skip_failed_words=args.skip_failed_words)
@@ -68,7 +70,7 @@ async def generate(args: argparse.Namespace) -> None:
     work = pb.GenerateWork(
         collage=collage, sampling=sampling, skip_failed_words=args.skip_failed_words
     )
-    written = results.write_result(args.out, collage, work, result, drawn)
+    written = results.write_result(out, collage, work, result, drawn)
     print(report.result(result, collage.size))
     print(report.paths(written))
 
@@ -76,11 +78,11 @@ async def generate(args: argparse.Namespace) -> None:
 async def plan(args: argparse.Namespace) -> None:
     """Resolves a collage without drawing it and writes what is known."""
     collage = files.attach(files.load(args.path))
-    results.prepare(args.out)
+    out = Folder(args.out)
     async with _service(args) as client:
         made = await client.plan(collage, _sampling(args))
         drawn = await results.plan_pictures(client, made)
-    written = results.write_plan(args.out, collage, made, drawn)
+    written = results.write_plan(out, collage, made, drawn)
     print(report.plan(made, collage.size))
     print(report.cost(made))
     print(report.paths(written))
@@ -105,13 +107,13 @@ async def redo(args: argparse.Namespace) -> None:
     if args.model:
         sampling.ClearField("model")
     sampling.MergeFrom(_sampling(args))
-    results.prepare(args.out)
+    out = Folder(args.out)
     work = pb.RedoWork(collage=collage, layers=args.layer, sampling=sampling)
     async with _service(args) as client:
         events = client.redo(collage, earlier.parent, args.layer, sampling)
         result = await _follow(client, events, "")
         drawn = await results.plan_pictures(client, result.job.plan)
-    written = results.write_result(args.out, collage, work, result, drawn)
+    written = results.write_result(out, collage, work, result, drawn)
     print(report.result(result, collage.size))
     print(report.paths(written))
 
@@ -120,7 +122,7 @@ async def sweep(args: argparse.Namespace) -> None:
     """Draws a collage once for each value of one dial of one layer, all with one seed."""
     collage = files.attach(files.load(args.path))
     layer = _layer(collage, args.layer)
-    results.prepare(args.out)
+    out = Folder(args.out)
     name, values = args.dial
     written: list[Path] = []
     rows: list[list[tuple[str, bytes]]] = []
@@ -132,14 +134,13 @@ async def sweep(args: argparse.Namespace) -> None:
             title = f"{args.layer} {name} {value:g}"
             result = await _follow(client, client.generate(collage, sampling), title)
             drawn = await results.plan_pictures(client, result.job.plan)
-            folder = args.out / f"{args.layer}-{name}-{value:g}"
-            results.prepare(folder)
+            folder = Folder(args.out / f"{args.layer}-{name}-{value:g}")
             work = pb.GenerateWork(collage=collage, sampling=sampling)
             written += results.write_result(folder, collage, work, result, drawn)[-1:]
             rows = rows or [[("composite", drawn.composite)] for _ in result.images]
             for row, data in zip(rows, result.images, strict=True):
                 row.append((title, data))
-    written += results.write_sweep(args.out, args.layer, name, values, written, rows)
+    written += results.write_sweep(out, args.layer, name, values, written, rows)
     print(report.sampling(collage.size, sampling))
     print(report.paths(written))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import files
-from collage_client.client import JobResult
-from collage_client.errors import CollageError
+from collage_client._client import JobResult
+from collage_client._errors import CollageError
 
 # The contract's stages, in the order they run.
 _STAGES = ("compose", "learn", "generate")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import grpc
 
-from collage_client import actions, report
-from collage_client.errors import CollageError
+from collage_client._errors import CollageError
+from collage_client.cli import actions, report
 
 SWEPT_DIALS = ("noise", "attract", "repel", "opacity")
 MAX_SWEEP_VALUES = 16
@@ -338,7 +338,3 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         default="",
         help="a served model's name; without --server also a model folder, hub id or models.yaml to serve",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

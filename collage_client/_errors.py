@@ -1,4 +1,14 @@
-"""What a call may raise: `CollageError` and its kinds, read from google.rpc error details.
+"""What a call may raise, read from google.rpc error details.
+
+    CollageError             code, reason, message, field_violations, retry_after_s
+    ├── InvalidInput         the request or a collage file is wrong: mend it
+    │   └── MessageTooLarge  one message is above gRPC's limit: pictures go up as blobs, so a text is too long
+    ├── PreconditionFailed   a blob or a word that the request names is missing
+    ├── NotFound             no such job, word or blob
+    ├── Full                 no room now: come again after retry_after_s
+    ├── Unavailable          not reached, and the retries are used up
+    ├── DeadlineExceeded     the caller's time is over; a job may still be going on
+    └── JobFailed            the job ended without a result; CANCELLED when someone stopped it
 
 Nothing outside this module looks at trailing metadata or at packed details.
 """
@@ -70,6 +80,10 @@ class InvalidInput(CollageError):
         )
 
 
+class MessageTooLarge(InvalidInput):
+    """One message is larger than gRPC takes. The client uploads pictures as blobs, so texts are what is too long."""
+
+
 class PreconditionFailed(CollageError):
     """The request is well formed but the server is not in the state for it: a blob or a word is missing."""
 
@@ -113,8 +127,12 @@ def error_of_call(error: grpc.aio.AioRpcError) -> CollageError:
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
             status.ParseFromString(value)
+    message = error.details() or ""
+    # gRPC itself refuses a message above its limit, without details; no service is full then.
+    if not status.details and "message larger than max" in message:
+        return MessageTooLarge(message, code=error.code(), reason="MESSAGE_TOO_LARGE")
     kind = _KINDS.get(error.code(), CollageError)
-    return _built(kind, error.code(), error.details() or "", status.details)
+    return _built(kind, error.code(), message, status.details)
 
 
 def error_of_job(job: str, error: service_pb.JobError) -> JobFailed:

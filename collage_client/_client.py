@@ -15,8 +15,8 @@ import grpc
 
 from collage.v1 import blob_pb2, collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client.calls import Calls, Span
-from collage_client.errors import error_of_job
+from collage_client._calls import Calls, Span
+from collage_client._errors import error_of_job
 
 # Seconds. A call that runs no model answers within this or not at all.
 CALL_TIMEOUT_S = 60.0

@@ -19,7 +19,7 @@ import grpc
 
 from collage.v1 import blob_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
-from collage_client.errors import (
+from collage_client._errors import (
     CollageError,
     DeadlineExceeded,
     InvalidInput,
