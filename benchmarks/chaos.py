@@ -130,13 +130,13 @@ async def send(client: AsyncCollageClient, order: Order) -> Outcome:
         digests: dict[int, str] = {}
         sequence, job = 0, ""
         try:
-            events = client.generate(
+            following = await client.generate(
                 order.work.collage,
                 order.work.sampling,
                 request_id=order.request_id,
                 timeout_s=JOB_LIMIT_S,
             )
-            async for event in events:
+            async for event in following:
                 if event.HasField("queued"):  # no part of the log
                     continue
                 assert event.sequence > sequence, "events come in order"

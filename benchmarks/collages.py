@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 
 from benchmarks.judge import FIFTH, art, fifth
 from collage.v1 import collage_pb2, collage_service_pb2
-from collage_client import AsyncCollageClient, CollageError
+from collage_client import AsyncCollageClient, AsyncJob, CollageError
 from local import embedded
 from services.common import wire
 from services.common.collage import Extent
@@ -194,8 +194,7 @@ class Service:
         sampling = collage_pb2.Sampling(
             steps=steps, images=1, seed=scene.seed if seed is None else seed
         )
-        events = self._client.generate(scene.message(dials), sampling)
-        return await self._drawn(events)
+        return await self._drawn(await self._client.generate(scene.message(dials), sampling))
 
     async def imagine(self, text: str, ground: str, *, steps: int, seed: int) -> NDArray[np.uint8]:
         """A picture from words alone: one grey layer over the whole canvas, free from the first step, not steered."""
@@ -208,15 +207,15 @@ class Service:
         layer.image.data = buffer.getvalue()
         layer.transform.scale = SIDE / 4
         sampling = collage_pb2.Sampling(steps=steps, images=1, seed=seed)
-        return (await self._drawn(self._client.generate(collage, sampling))).picture_HWC
+        return (await self._drawn(await self._client.generate(collage, sampling))).picture_HWC
 
     async def redo(
         self, scene: Scene, dials: Dials, parent: bytes, index: int, steps: int
     ) -> Drawn:
         """One layer of an earlier picture drawn again."""
         sampling = collage_pb2.Sampling(steps=steps, images=1, seed=scene.seed + 1)
-        events = self._client.redo(scene.message(dials), parent, [_name(index)], sampling)
-        return await self._drawn(events)
+        message = scene.message(dials)
+        return await self._drawn(await self._client.redo(message, parent, [_name(index)], sampling))
 
     async def learn(self, cutouts: Sequence[Cutout]) -> str:
         """Learns a word for each; empty when all are there, otherwise why not."""
@@ -239,13 +238,13 @@ class Service:
         )
         message = scene.message(Dials(noise=0.5, words=frozenset(cutouts)))
         try:
-            await self._client.result([event async for event in self._client.learn(message)])
+            await (await self._client.learn(message)).result()
         except CollageError as error:
             return str(error)
         return ""
 
-    async def _drawn(self, events: AsyncIterator[collage_service_pb2.JobEvent]) -> Drawn:
-        result = await self._client.result([event async for event in events])
+    async def _drawn(self, job: AsyncJob) -> Drawn:
+        result = await job.result()
         plan = result.job.plan
         masks = [decoded(await self._client.fetch(layer.mask)) for layer in plan.layers]
         return Drawn(

@@ -361,7 +361,7 @@ async def stored(folder: Path) -> None:
             seconds, steps = [], []
             for _ in range(6):
                 start = time.monotonic()
-                async for event in client.learn(collage):
+                async for event in await client.learn(collage):
                     if event.word.word:
                         seconds.append(time.monotonic() - start)
                         steps.append(event.word.total)

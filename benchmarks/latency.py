@@ -78,7 +78,7 @@ async def over_loopback(
 ) -> bytes:
     """The same picture from the service."""
     blob = None
-    async for event in client.generate(message, sampling):
+    async for event in await client.generate(message, sampling):
         if event.HasField("image"):
             blob = event.image.blob
     assert blob is not None, "a job that is done has a picture"

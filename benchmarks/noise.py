@@ -83,8 +83,7 @@ class Bench:
 
     async def changes(self, message: collage_pb2.Collage) -> list[tuple[float, float]]:
         """For each layer the change from the composite, and from its way through the autoencoder."""
-        events = [event async for event in self._client.generate(message, self._sampling)]
-        result = await self._client.result(events)
+        result = await (await self._client.generate(message, self._sampling)).result()
         composite_HWC = pixels(await self._client.fetch(result.job.plan.composite))
         z_1Chw = self._stages.encode_image(torch.from_numpy(composite_HWC.astype(np.uint8))[None])
         through_HWC = self._stages.decode_image(z_1Chw)[0].cpu().numpy().astype(np.float64)

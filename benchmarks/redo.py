@@ -46,24 +46,21 @@ async def main() -> int:
         server = await embedded.start(Path(data))
         async with AsyncCollageClient(server.address) as client:
             sampling = collage_pb2.Sampling(steps=args.steps, seed=0)
-            events = [event async for event in client.generate(collage, sampling)]
-            parent = (await client.result(events)).images[0]
+            drawing = await client.generate(collage, sampling)
+            parent = (await drawing.result()).images[0]
             for number in range(args.rounds):
                 layers = choose.sample(names, choose.choice((1, 1, 2)))
                 for layer in collage.layers:
                     layer.noise = choose.uniform(0.3, 1)
-                events = [
-                    event
-                    async for event in client.redo(
-                        collage,
-                        parent,
-                        layers,
-                        collage_pb2.Sampling(steps=args.steps, seed=number + 1),
-                        feather=choose.choice((0, 2, 4)),
-                        restore_cutout=choose.random() < 0.3,
-                    )
-                ]
-                result = await client.result(events)
+                drawing = await client.redo(
+                    collage,
+                    parent,
+                    layers,
+                    collage_pb2.Sampling(steps=args.steps, seed=number + 1),
+                    feather=choose.choice((0, 2, 4)),
+                    restore_cutout=choose.random() < 0.3,
+                )
+                result = await drawing.result()
                 picture = result.images[0]
                 allowed_HW = np.zeros((collage.size.height, collage.size.width), bool)
                 for plan in result.job.plan.layers:

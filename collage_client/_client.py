@@ -6,8 +6,7 @@ broke, and every error is a `CollageError`. Knows nothing of files, terminals or
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,35 +15,30 @@ import grpc
 from collage.v1 import blob_pb2, collage_pb2
 from collage.v1 import collage_service_pb2 as pb
 from collage_client._calls import Calls, Span
-from collage_client._errors import error_of_job
+from collage_client._collage import (
+    AnyCollage,
+    AnySampling,
+    Picture,
+    collage_message,
+    picture,
+    sampling_message,
+)
+from collage_client._job import CALL_TIMEOUT_S, AsyncJob
 
-# Seconds. A call that runs no model answers within this or not at all.
-CALL_TIMEOUT_S = 60.0
 # Seconds. A job may stand in a queue; a caller who means to wait longer says so.
 JOB_TIMEOUT_S = 3600.0
 
 Work = pb.GenerateWork | pb.RedoWork | pb.LearnWork
-Events = AsyncGenerator[pb.JobEvent, None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobResult:
-    """A finished job: its record, its pictures as PNG bytes in order of index, what it learned, its timings.
-
-    `words` maps layer names to word names; `stage_seconds` stage names to wall-clock seconds.
-    """
-
-    job: pb.Job
-    images: tuple[bytes, ...]
-    words: dict[str, str]
-    stage_seconds: dict[str, float]
 
 
 class AsyncCollageClient:
     """A connection to one collage service. Make it inside a running event loop; close it, or use `async with`.
 
-    `address` is `host:port`. `credentials` unset means plain text. Collages may carry inline picture bytes of
-    any size up to 64 MiB; they are uploaded before the call. Every method raises `CollageError`.
+    `address` is `host:port`, or `unix:PATH`. `credentials` unset means plain text. Collages may carry inline picture
+    bytes of any size up to 64 MiB; they are uploaded before the call. Every method raises `CollageError`.
+
+    `generate`, `redo` and `learn` return as soon as their job is accepted, with a handle to follow it by; `watch` gives
+    one for a job that exists.
     """
 
     def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
@@ -62,46 +56,49 @@ class AsyncCollageClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls still going on are cancelled."""
+        """Closes the connection; calls still going on are cancelled. Again: nothing."""
         await self._calls.close()
 
     # Collages and jobs
 
     async def plan(
         self,
-        collage: collage_pb2.Collage,
-        sampling: collage_pb2.Sampling | None = None,
+        collage: AnyCollage,
+        sampling: AnySampling | None = None,
         *,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> pb.Plan:
         """Resolved dials, composite, masks, warnings and cost of a collage. Runs no model."""
         span = Span(timeout_s)
-        request = pb.PlanCollageRequest(collage=collage, sampling=sampling)
+        request = pb.PlanCollageRequest(
+            collage=collage_message(collage), sampling=sampling_message(sampling)
+        )
         await self._upload(_pictures(request.collage), span)
         answer: pb.PlanCollageResponse = await self._calls.call("PlanCollage", request, span)
         return answer.plan
 
-    def generate(
+    async def generate(
         self,
-        collage: collage_pb2.Collage,
-        sampling: collage_pb2.Sampling | None = None,
+        collage: AnyCollage,
+        sampling: AnySampling | None = None,
         *,
         skip_failed_words: bool = False,
         request_id: str = "",
         cancel_on_disconnect: bool = False,
         timeout_s: float = JOB_TIMEOUT_S,
-    ) -> Events:
-        """Creates a job and yields its events to the last one, over broken streams.
+    ) -> AsyncJob:
+        """Draws a collage. Returns once the job is accepted.
 
         `request_id` (a UUID) names the job across calls; "" draws one. With `cancel_on_disconnect` the server
-        cancels the job when the stream breaks, and this call then raises instead of resuming. With
-        `skip_failed_words` a layer whose word cannot be learned is drawn without it, with a warning.
+        cancels the job when this side's stream breaks, and following it then raises instead of resuming. With
+        `skip_failed_words` a layer whose word cannot be learned is drawn without it, with a warning. `timeout_s`
+        bounds the whole following.
         """
         span = Span(timeout_s, request_id)
         request = pb.GenerateImagesRequest(
             request_id=span.request_id,
-            collage=collage,
-            sampling=sampling,
+            collage=collage_message(collage),
+            sampling=sampling_message(sampling),
             on_disconnect=(
                 pb.DISCONNECT_POLICY_CANCEL if cancel_on_disconnect else pb.DISCONNECT_POLICY_DETACH
             ),
@@ -112,45 +109,53 @@ class AsyncCollageClient:
             await self._upload(_pictures(request.collage), span)
             return self._calls.stub.GenerateImages(request, **span.options())
 
-        return self._calls.follow(span, start=start, resumes=not cancel_on_disconnect)
+        events = self._calls.follow(span, start=start, resumes=not cancel_on_disconnect)
+        return await AsyncJob.of(self._calls, events, span)
 
-    def redo(
+    async def redo(
         self,
-        collage: collage_pb2.Collage,
-        parent: bytes,
+        collage: AnyCollage,
+        parent: Picture,
         layers: Sequence[str],
-        sampling: collage_pb2.Sampling | None = None,
+        sampling: AnySampling | None = None,
         *,
         feather: float | None = None,
         restore_cutout: bool | None = None,
         skip_failed_words: bool = False,
         request_id: str = "",
         timeout_s: float = JOB_TIMEOUT_S,
-    ) -> Events:
-        """Draws some layers of `parent` (an encoded picture of the canvas' size) again; yields the events."""
+    ) -> AsyncJob:
+        """Draws some layers of `parent` (a picture of the canvas' size) again. Returns once the job is accepted."""
         work = pb.RedoWork(
-            collage=collage,
-            parent=blob_pb2.Image(data=parent),
-            layers=layers,
-            sampling=sampling,
+            collage=collage_message(collage),
+            parent=picture(parent),
+            layers=[layers] if isinstance(layers, str) else layers,
+            sampling=sampling_message(sampling),
             feather=feather,
             restore_cutout=restore_cutout,
             skip_failed_words=skip_failed_words,
         )
-        return self._run(work, request_id, timeout_s)
+        return await self._run(work, request_id, timeout_s)
 
-    def learn(
+    async def learn(
         self,
-        collage: collage_pb2.Collage,
+        collage: AnyCollage,
         layers: Sequence[str] = (),
         *,
         model: str = "",
         request_id: str = "",
         timeout_s: float = JOB_TIMEOUT_S,
-    ) -> Events:
-        """Learns a word for each named layer (none: each whose appearance says learn); yields the events."""
-        work = pb.LearnWork(collage=collage, layers=layers, model=model)
-        return self._run(work, request_id, timeout_s)
+    ) -> AsyncJob:
+        """Learns a word for each named layer (none: each whose appearance says learn).
+
+        Returns once the job is accepted.
+        """
+        work = pb.LearnWork(
+            collage=collage_message(collage),
+            layers=[layers] if isinstance(layers, str) else layers,
+            model=model,
+        )
+        return await self._run(work, request_id, timeout_s)
 
     async def create_job(
         self,
@@ -165,50 +170,20 @@ class AsyncCollageClient:
 
     def watch(
         self, name: str, *, after_sequence: int = 0, timeout_s: float = JOB_TIMEOUT_S
-    ) -> Events:
-        """Yields a job's events after a sequence number up to the last one, over broken streams."""
-        return self._calls.follow(Span(timeout_s), name=name, after_sequence=after_sequence)
+    ) -> AsyncJob:
+        """A handle of a job by its name, whose events begin after a sequence number. Asks nothing yet.
 
-    async def result(
-        self, events: Iterable[pb.JobEvent], *, timeout_s: float = CALL_TIMEOUT_S
-    ) -> JobResult:
-        """The record and the pictures of a job whose events are given to the last one.
-
-        Raises `JobFailed` when the job failed or was cancelled.
+        The words in its result are those learned after that number.
         """
-        words: dict[str, str] = {}
-        for event in events:
-            match event.WhichOneof("kind"):
-                case "word" if event.word.word:
-                    words[event.word.layer] = event.word.word
-                case "failed":
-                    raise error_of_job(event.job, event.failed)
-                case "cancelled":
-                    raise error_of_job(event.job, event.cancelled)
-                case "done":
-                    job = await self.job(event.job, timeout_s=timeout_s)
-                    images = [await self.fetch(image.blob) for image in job.images]
-                    return JobResult(
-                        job=job,
-                        images=tuple(images),
-                        words=words,
-                        stage_seconds=dict(event.done.stage_seconds),
-                    )
-        raise ValueError("these events do not reach the job's end")
+        return AsyncJob(self._calls, name, Span(timeout_s), after_sequence=after_sequence)
 
     async def job(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> pb.Job:
         """A job's present state."""
-        answer = await self._calls.call("GetJob", pb.GetJobRequest(name=name), Span(timeout_s))
-        job: pb.Job = answer.job
-        return job
+        return await self.watch(name).record(timeout_s=timeout_s)
 
     async def cancel(self, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> pb.Job:
         """Stops exactly this job; a finished one stays as it is."""
-        answer = await self._calls.call(
-            "CancelJob", pb.CancelJobRequest(name=name), Span(timeout_s)
-        )
-        job: pb.Job = answer.job
-        return job
+        return await self.watch(name).cancel(timeout_s=timeout_s)
 
     async def jobs(self, limit: int = 20, *, timeout_s: float = CALL_TIMEOUT_S) -> list[pb.Job]:
         """The newest jobs, at most `limit`, without plans and images."""
@@ -270,7 +245,7 @@ class AsyncCollageClient:
         """Forgets a word."""
         await self._calls.call("DeleteWord", pb.DeleteWordRequest(name=name), Span(timeout_s))
 
-    def _run(self, work: Work, request_id: str, timeout_s: float) -> Events:
+    async def _run(self, work: Work, request_id: str, timeout_s: float) -> AsyncJob:
         span = Span(timeout_s, request_id)
         request = _creation(work, span)
 
@@ -278,7 +253,7 @@ class AsyncCollageClient:
             job = await self._create(request, span)
             return self._calls.watch(job.name, 0, span)
 
-        return self._calls.follow(span, start=start)
+        return await AsyncJob.of(self._calls, self._calls.follow(span, start=start), span)
 
     async def _create(self, request: pb.CreateJobRequest, span: Span) -> pb.Job:
         work: Work = getattr(request, request.WhichOneof("work") or "")
@@ -294,10 +269,10 @@ class AsyncCollageClient:
 
         One rule for all sizes: messages stay small, and a sweep or a redo sends no picture twice.
         """
-        inline = [picture for picture in pictures if picture.WhichOneof("source") == "data"]
-        refs = await self._calls.put_all([picture.data for picture in inline], span)
-        for picture, ref in zip(inline, refs, strict=True):
-            picture.blob.CopyFrom(ref)
+        inline = [each for each in pictures if each.WhichOneof("source") == "data"]
+        refs = await self._calls.put_all([each.data for each in inline], span)
+        for each, ref in zip(inline, refs, strict=True):
+            each.blob.CopyFrom(ref)
 
 
 def _creation(work: Work, span: Span) -> pb.CreateJobRequest:

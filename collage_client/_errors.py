@@ -1,16 +1,6 @@
-"""What a call may raise, read from google.rpc error details.
+"""What a call may raise: `CollageError` and its kinds, read from google.rpc error details.
 
-    CollageError             code, reason, message, field_violations, retry_after_s
-    ├── InvalidInput         the request or a collage file is wrong: mend it
-    │   └── MessageTooLarge  one message is above gRPC's limit: pictures go up as blobs, so a text is too long
-    ├── PreconditionFailed   a blob or a word that the request names is missing
-    ├── NotFound             no such job, word or blob
-    ├── Full                 no room now: come again after retry_after_s
-    ├── Unavailable          not reached, and the retries are used up
-    ├── DeadlineExceeded     the caller's time is over; a job may still be going on
-    └── JobFailed            the job ended without a result; CANCELLED when someone stopped it
-
-Nothing outside this module looks at trailing metadata or at packed details.
+The tree stands in the package's docstring. Nothing outside this module looks at trailing metadata or at packed details.
 """
 
 from __future__ import annotations

@@ -1,41 +1,148 @@
-"""The synchronous client: `CollageClient`, a facade that runs `AsyncCollageClient` on a loop of its own.
+"""The synchronous flavour: `CollageClient` and `Job`, which run their asynchronous twins on a loop of their own.
 
-No logic lives here: every method hands its arguments on and waits.
+No logic and no signature is written twice: each method is the twin's, waited for, with the twin's arguments and types.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import grpc
 
-from collage.v1 import blob_pb2, collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client._client import AsyncCollageClient, Events, JobResult, Work
+from collage_client._client import JOB_TIMEOUT_S, AsyncCollageClient
+from collage_client._job import AsyncJob
 
-T = TypeVar("T")
-OnEvent = Callable[[pb.JobEvent], object]
+A = TypeVar("A")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class CollageClient:
-    """A connection to one collage service, for programs without an event loop. Close it, or use `with`.
+class _Loop:
+    """An event loop in a thread of its own."""
 
-    Methods, arguments and errors are those of `AsyncCollageClient`; `generate`, `redo` and `learn` wait for
-    the end of their job and call `on_event` (in the caller's thread) with each event on the way. An interrupt
-    while waiting leaves the job running: `cancel` stops it.
-    """
-
-    def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="collage-client", daemon=True
         )
         self._thread.start()
-        self._client = self._wait(self._open(address, credentials))
+
+    @property
+    def is_closed(self) -> bool:
+        return self._loop.is_closed()
+
+    def wait(self, work: Coroutine[Any, Any, R]) -> R:
+        """The outcome of `work`, which carries its own deadline, so that this wait needs no second bound."""
+        if self.is_closed:
+            work.close()
+            raise RuntimeError("this client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+class _Twin(Generic[A]):
+    """Something synchronous over its asynchronous twin."""
+
+    _loop: _Loop
+    _async: A
+
+
+def _waited(
+    method: Callable[Concatenate[A, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[_Twin[A], P], R]:
+    """The twin's method, waited for."""
+
+    @functools.wraps(method)
+    def wait(self: _Twin[A], /, *args: P.args, **options: P.kwargs) -> R:
+        return self._loop.wait(method(self._async, *args, **options))
+
+    return wait
+
+
+def _followed(
+    method: Callable[Concatenate[A, P], Coroutine[Any, Any, AsyncJob]],
+) -> Callable[Concatenate[_Twin[A], P], Job]:
+    """The twin's method, waited for, whose handle becomes a synchronous one."""
+
+    @functools.wraps(method)
+    def wait(self: _Twin[A], /, *args: P.args, **options: P.kwargs) -> Job:
+        return Job(self._loop, self._loop.wait(method(self._async, *args, **options)))
+
+    return wait
+
+
+class Job(_Twin[AsyncJob]):
+    """A job at the server: `AsyncJob` without `await`.
+
+    An interrupt while waiting leaves the job running: `cancel` stops it.
+    """
+
+    def __init__(self, loop: _Loop, job: AsyncJob) -> None:
+        self._loop = loop
+        self._async = job
+
+    @property
+    def name(self) -> str:
+        """The job's name, "jobs/..."."""
+        return self._async.name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> pb.JobEvent:
+        # A coroutine must not end with StopAsyncIteration.
+        event = self._loop.wait(self._next())
+        if event is None:
+            raise StopIteration
+        return event
+
+    async def _next(self) -> pb.JobEvent | None:
+        return await anext(self._async, None)
+
+    close = _waited(AsyncJob.close)
+    result = _waited(AsyncJob.result)
+    record = _waited(AsyncJob.record)
+    cancel = _waited(AsyncJob.cancel)
+
+
+class CollageClient(_Twin[AsyncCollageClient]):
+    """A connection to one collage service, for programs without an event loop. Close it, or use `with`.
+
+    Methods, arguments, types and errors are those of `AsyncCollageClient`, without `await`; jobs are `Job`.
+    """
+
+    def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._loop = _Loop()
+        self._async = self._loop.wait(self._open(address, credentials))
 
     @staticmethod
     async def _open(
@@ -57,132 +164,27 @@ class CollageClient:
 
     def close(self) -> None:
         """Closes the connection and ends the loop's thread. Again: nothing."""
-        if self._loop.is_closed():
-            return
-        self._wait(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-        self._loop.close()
+        if not self._loop.is_closed:
+            self._loop.wait(self._async.close())
+            self._loop.close()
 
-    def plan(
-        self,
-        collage: collage_pb2.Collage,
-        sampling: collage_pb2.Sampling | None = None,
-        **options: Any,
-    ) -> pb.Plan:
-        """See `AsyncCollageClient.plan`."""
-        return self._wait(self._client.plan(collage, sampling, **options))
-
-    def generate(
-        self,
-        collage: collage_pb2.Collage,
-        sampling: collage_pb2.Sampling | None = None,
-        *,
-        on_event: OnEvent = lambda event: None,
-        **options: Any,
-    ) -> JobResult:
-        """Draws the collage; returns the finished job with its pictures. See `AsyncCollageClient.generate`."""
-        return self._finish(self._client.generate(collage, sampling, **options), on_event)
-
-    def redo(
-        self,
-        collage: collage_pb2.Collage,
-        parent: bytes,
-        layers: Sequence[str],
-        sampling: collage_pb2.Sampling | None = None,
-        *,
-        on_event: OnEvent = lambda event: None,
-        **options: Any,
-    ) -> JobResult:
-        """Draws layers of `parent` again; returns the finished job. See `AsyncCollageClient.redo`."""
-        events = self._client.redo(collage, parent, layers, sampling, **options)
-        return self._finish(events, on_event)
-
-    def learn(
-        self,
-        collage: collage_pb2.Collage,
-        layers: Sequence[str] = (),
-        *,
-        on_event: OnEvent = lambda event: None,
-        **options: Any,
-    ) -> JobResult:
-        """Learns words; returns the finished job with the words' names. See `AsyncCollageClient.learn`."""
-        return self._finish(self._client.learn(collage, layers, **options), on_event)
-
-    def create_job(self, work: Work, **options: Any) -> pb.Job:
-        """See `AsyncCollageClient.create_job`."""
-        return self._wait(self._client.create_job(work, **options))
-
-    def watch(self, name: str, **options: Any) -> Iterator[pb.JobEvent]:
+    def watch(self, name: str, *, after_sequence: int = 0, timeout_s: float = JOB_TIMEOUT_S) -> Job:
         """See `AsyncCollageClient.watch`."""
-        return self._each(self._client.watch(name, **options))
+        watched = self._async.watch(name, after_sequence=after_sequence, timeout_s=timeout_s)
+        return Job(self._loop, watched)
 
-    def result(self, name: str, **options: Any) -> JobResult:
-        """Waits for a job to end and returns it with its pictures. Options as for `watch`."""
-        return self._finish(self._client.watch(name, **options), lambda event: None)
-
-    def job(self, name: str, **options: Any) -> pb.Job:
-        """See `AsyncCollageClient.job`."""
-        return self._wait(self._client.job(name, **options))
-
-    def cancel(self, name: str, **options: Any) -> pb.Job:
-        """See `AsyncCollageClient.cancel`."""
-        return self._wait(self._client.cancel(name, **options))
-
-    def jobs(self, limit: int = 20, **options: Any) -> list[pb.Job]:
-        """See `AsyncCollageClient.jobs`."""
-        return self._wait(self._client.jobs(limit, **options))
-
-    def put(self, data: bytes, **options: Any) -> blob_pb2.BlobRef:
-        """See `AsyncCollageClient.put`."""
-        return self._wait(self._client.put(data, **options))
-
-    def fetch(self, blob: blob_pb2.BlobRef | str, **options: Any) -> bytes:
-        """See `AsyncCollageClient.fetch`."""
-        return self._wait(self._client.fetch(blob, **options))
-
-    def models(self, **options: Any) -> list[pb.Model]:
-        """See `AsyncCollageClient.models`."""
-        return self._wait(self._client.models(**options))
-
-    def words(self, **options: Any) -> list[pb.Word]:
-        """See `AsyncCollageClient.words`."""
-        return self._wait(self._client.words(**options))
-
-    def word(self, name: str, **options: Any) -> pb.Word:
-        """See `AsyncCollageClient.word`."""
-        return self._wait(self._client.word(name, **options))
-
-    def import_word(self, text: str, vectors: bytes, **options: Any) -> pb.Word:
-        """See `AsyncCollageClient.import_word`."""
-        return self._wait(self._client.import_word(text, vectors, **options))
-
-    def delete_word(self, name: str, **options: Any) -> None:
-        """See `AsyncCollageClient.delete_word`."""
-        self._wait(self._client.delete_word(name, **options))
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        # Every coroutine carries its own deadline, so this wait needs no second bound.
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def _each(self, events: Events) -> Iterator[pb.JobEvent]:
-        async def following() -> pb.JobEvent | None:
-            return await anext(events, None)
-
-        try:
-            while (event := self._wait(following())) is not None:
-                yield event
-        finally:
-            self._wait(events.aclose())
-
-    def _finish(self, events: Events, on_event: OnEvent) -> JobResult:
-        seen = []
-        for event in self._each(events):
-            on_event(event)
-            seen.append(event)
-        return self._wait(self._client.result(seen))
+    plan = _waited(AsyncCollageClient.plan)
+    generate = _followed(AsyncCollageClient.generate)
+    redo = _followed(AsyncCollageClient.redo)
+    learn = _followed(AsyncCollageClient.learn)
+    create_job = _waited(AsyncCollageClient.create_job)
+    job = _waited(AsyncCollageClient.job)
+    cancel = _waited(AsyncCollageClient.cancel)
+    jobs = _waited(AsyncCollageClient.jobs)
+    put = _waited(AsyncCollageClient.put)
+    fetch = _waited(AsyncCollageClient.fetch)
+    models = _waited(AsyncCollageClient.models)
+    words = _waited(AsyncCollageClient.words)
+    word = _waited(AsyncCollageClient.word)
+    import_word = _waited(AsyncCollageClient.import_word)
+    delete_word = _waited(AsyncCollageClient.delete_word)

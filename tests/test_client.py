@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+import inspect
+import io
 import subprocess
 import sys
 import time
@@ -17,19 +19,27 @@ from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import (
     AsyncCollageClient,
+    AsyncJob,
+    Collage,
     CollageClient,
     CollageError,
     DeadlineExceeded,
     Full,
     InvalidInput,
+    Job,
     JobFailed,
+    Layer,
     MessageTooLarge,
     NotFound,
+    Sampling,
+    Structure,
     Unavailable,
 )
 
 PICTURE = b"\x89PNG one"
 DRAWN = b"\x89PNG drawn"
+# No *args and no **options: every argument has a name and a type.
+NAMED_KINDS = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
 def sha(data):
@@ -268,7 +278,7 @@ async def test_generate_shows_every_event_once_over_broken_streams(
 ):
     service.broken = broken
     service.answers_twice = True
-    events = [event async for event in client.generate(collage(PICTURE))]
+    events = [event async for event in await client.generate(collage(PICTURE))]
     logged = [event for event in events if not event.HasField("queued")]
     assert [event.sequence for event in logged] == [1, 2, 3, 4, 5, 6, 7]
     assert events[0].HasField("queued")
@@ -284,7 +294,7 @@ async def test_a_stream_that_never_comes_back_is_given_up(service, client, monke
     service.broken = [2] + [0] * 50
     seen = []
     with pytest.raises(Unavailable):
-        [seen.append(event.sequence) async for event in client.generate(collage(PICTURE))]
+        [seen.append(event.sequence) async for event in await client.generate(collage(PICTURE))]
     assert seen == [0, 1, 2]
     assert len(service.called("WatchJob")) == 19
     service.broken = [0] * 50
@@ -296,7 +306,8 @@ async def test_a_stream_that_never_comes_back_is_given_up(service, client, monke
 async def test_a_stream_that_means_cancel_does_not_resume(service, client):
     service.broken = [2]
     with pytest.raises(Unavailable):
-        [event async for event in client.generate(collage(PICTURE), cancel_on_disconnect=True)]
+        job = await client.generate(collage(PICTURE), cancel_on_disconnect=True)
+        [event async for event in job]
     (request,) = service.called("GenerateImages")
     assert request.on_disconnect == pb.DISCONNECT_POLICY_CANCEL
     assert not service.called("WatchJob")
@@ -364,8 +375,9 @@ async def test_nobody_at_the_address_is_unavailable():
 
 async def test_a_result_holds_pictures_words_and_timings(service, client):
     await client.put(DRAWN)
-    events = [event async for event in client.redo(collage(PICTURE), PICTURE, ["l0"], feather=0.0)]
-    result = await client.result(events)
+    job = await client.redo(collage(PICTURE), PICTURE, ["l0"], feather=0.0)
+    result = await job.result()
+    assert await job.result() is result
     assert result.images == (DRAWN,)
     assert (result.words, result.stage_seconds) == ({"a": "words/w"}, {"generate": 1.5})
     (request,) = service.called("CreateJob")
@@ -378,9 +390,10 @@ async def test_a_failed_job_raises_with_its_details(service, client):
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason="OUT_OF_MEMORY"))
     service.failure = pb.JobError(code=8, message="too large", details=[detail])
-    events = [event async for event in client.learn(collage(PICTURE), ["l0"])]
+    job = await client.learn(collage(PICTURE), ["l0"])
+    assert [event async for event in job][-1].HasField("failed")
     with pytest.raises(JobFailed) as caught:
-        await client.result(events)
+        await job.result()
     error = caught.value
     assert (error.job, error.reason) == ("jobs/a", "OUT_OF_MEMORY")
     assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -396,18 +409,102 @@ async def test_the_simple_client_does_the_same_without_a_loop(service):
         with CollageClient(service.address) as client:
             client.put(DRAWN)
             service.broken = [2]
-            seen = []
-            result = client.generate(collage(PICTURE), on_event=seen.append)
+            with client.generate(collage(PICTURE), skip_failed_words=True) as job:
+                seen = [event.sequence for event in job]
+            assert job.name == "jobs/a"
+            assert job.cancel().state == pb.JOB_STATE_CANCELLED
             watched = client.watch("jobs/a")
             assert [next(watched).sequence for _ in range(2)] == [0, 1]
             watched.close()
+            # It goes on after the last one given.
+            assert next(watched).sequence == 2
             with pytest.raises(NotFound):
                 client.job("jobs/b")
-            return result, [event.sequence for event in seen], client.result("jobs/a")
+            return job.result(), seen, client.watch("jobs/a").result()
 
     result, seen, again = await asyncio.to_thread(use)
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7]
     assert result.images == again.images == (DRAWN,)
+
+
+def test_both_flavours_have_the_same_verbs_and_arguments():
+    for waited, awaited in ((CollageClient, AsyncCollageClient), (Job, AsyncJob)):
+        verbs = {
+            name: function
+            for name, function in vars(awaited).items()
+            if callable(function) and not name.startswith("_") and name != "of"
+        }
+        names = {name for name in vars(waited) if not name.startswith("_")}
+        assert names - {"name"} == set(verbs)
+        for name, function in verbs.items():
+            told = inspect.signature(getattr(waited, name)).parameters
+            assert list(told) == list(inspect.signature(function).parameters), name
+            assert {p.kind for p in told.values()} <= NAMED_KINDS, name
+            assert getattr(waited, name).__doc__
+
+
+async def test_a_handle_goes_on_where_the_loop_was_left(service, client):
+    job = await client.generate(collage(PICTURE))
+    assert job.name == "jobs/a"
+    async for event in job:
+        if event.HasField("step"):
+            break
+    await client.put(DRAWN)
+    service.broken = [1]
+    rest = [event.sequence async for event in job]
+    assert rest == [4, 5, 6, 7]
+    # At its end it stays.
+    assert [event async for event in job] == []
+    result = await job.result()
+    assert (result.images, result.words) == ((DRAWN,), {"a": "words/w"})
+    assert (await job.cancel()).name == (await job.record()).name == "jobs/a"
+
+
+async def test_a_handle_that_gave_up_may_be_followed_again(service, client, monkeypatch):
+    monkeypatch.setattr("collage_client._calls._LONGEST_PAUSE_S", 0.001)
+    service.broken = [2] + [0] * 19
+    job = await client.generate(collage(PICTURE))
+    with pytest.raises(Unavailable):
+        await job.result()
+    await client.put(DRAWN)
+    assert (await job.result()).images == (DRAWN,)
+
+
+async def test_a_collage_is_built_from_paths_bytes_and_open_files(service, client, tmp_path):
+    (tmp_path / "box.png").write_bytes(PICTURE)
+    structure = Structure("depth", scale=0.5, image=io.BytesIO(b"\x89PNG depth"))
+    built = Collage(
+        size=(128, 96),
+        prompt="a {box} and {rice}",
+        background=(1, 2, 3),
+        layers=[
+            Layer("box", tmp_path / "box.png", text="bento box", x=64, y=0, scale=0.5, noise=0.0),
+            Layer("rice", PICTURE, text="rice", structure=["canny", structure], seed=0, learn=True),
+            Layer("old", io.BytesIO(PICTURE), text="x", word="words/w", word_weight=0.5),
+            collage_pb2.Layer(name="raw", text="y", image=blob_pb2.Image(data=PICTURE)),
+        ],
+    )
+    box, rice, old, raw = built.message().layers
+    assert built.message() == built.message(), "an open file is read once"
+    assert box.image.data == rice.image.data == old.image.data == raw.image.data == PICTURE
+    assert (box.noise, box.transform.y, box.transform.x) == (0, 0, 64)
+    assert box.HasField("noise") and box.transform.HasField("y")
+    assert not box.HasField("attract") and not box.transform.HasField("rotation")
+    assert not box.HasField("appearance") and not box.HasField("visible")
+    assert rice.HasField("seed") and rice.appearance.learn
+    assert [part.kind for part in rice.structure] == ["canny", "depth"]
+    assert rice.structure[1].image.data == b"\x89PNG depth"
+    assert (old.appearance.word, old.appearance.weight) == ("words/w", 0.5)
+    assert built.message().background.color.blue == 3
+    sampling = Sampling(images=2, seed=0, adapters={"ink": 0.8})
+    await client.generate(built, sampling)
+    (request,) = service.called("GenerateImages")
+    assert request.collage.size.height == 96
+    assert request.collage.layers[0].image.blob.sha256 == sha(PICTURE)
+    assert request.sampling.HasField("seed") and not request.sampling.HasField("steps")
+    assert request.sampling.adapters[0].weight == 0.8
+    with pytest.raises(OSError, match="none"):
+        Layer("box", tmp_path / "none.png", text="x")
 
 
 async def test_a_closed_client_may_be_closed_again(service):

@@ -52,12 +52,12 @@ async def test_a_job_survives_the_gateway_and_the_generator_with_the_same_pictur
             await Cluster(tmp_path / "data").start()
         assert stat.S_IMODE((tmp_path / "data" / "cluster.json").stat().st_mode) == 0o600
         async with AsyncCollageClient(cluster.addresses[0]) as client:
-            calm = [event async for event in client.generate(COLLAGE, SAMPLING)]
+            calm = [event async for event in await client.generate(COLLAGE, SAMPLING)]
             assert len(digests(calm)) == 2
             await forget_results(cluster)
 
             seen, to_kill = [], ["generator", "gateway-1"]
-            async for event in client.generate(COLLAGE, SAMPLING):
+            async for event in await client.generate(COLLAGE, SAMPLING):
                 seen.append(event)
                 if to_kill and event.WhichOneof("kind") == "step":
                     cluster.kill(to_kill.pop(0))

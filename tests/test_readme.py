@@ -32,7 +32,7 @@ def test_the_program_in_the_readme_writes_its_picture(tmp_path, monkeypatch):
     finally:
         wait(server.stop())
         loop.call_soon_threadsafe(loop.stop)
-    with Image.open(tmp_path / "bento.png") as picture:
+    with Image.open(tmp_path / "bento-1.png") as picture:
         assert picture.size == (128, 128)
 
 

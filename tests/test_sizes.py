@@ -120,8 +120,9 @@ async def test_a_model_of_real_size_draws_within_24_gib(folder, tmp_path, capsys
         async with AsyncCollageClient(address) as client:
             word = await client.import_word("sushi", save(vectors))
             sampling = collage_pb2.Sampling(steps=STEPS, guidance_scale=5.0, seed=0)
-            events = [event async for event in client.generate(collage(word.name), sampling)]
-            result = await client.result(events)
+            job = await client.generate(collage(word.name), sampling)
+            events = [event async for event in job]
+            result = await job.result()
         drawn_gib = peak_gib(server)
     finally:
         await server.terminate()

@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,14 @@ import grpc
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import files
-from collage_client._client import AsyncCollageClient, Events, JobResult
-from collage_client._errors import CollageError, InvalidInput
+from collage_client import (
+    AsyncCollageClient,
+    AsyncJob,
+    CollageError,
+    InvalidInput,
+    JobResult,
+    files,
+)
 from collage_client.cli import report, results
 from collage_client.cli.folder import Folder
 from collage_client.cli.progress import Progress
@@ -64,8 +69,8 @@ async def generate(args: argparse.Namespace) -> None:
     out = Folder(args.out)
     async with _service(args) as client:
         sampling = _sampling(args)
-        events = client.generate(collage, sampling, skip_failed_words=args.skip_failed_words)
-        result = await _follow(client, events, "")
+        job = await client.generate(collage, sampling, skip_failed_words=args.skip_failed_words)
+        result = await _follow(job)
         drawn = await results.plan_pictures(client, result.job.plan)
     work = pb.GenerateWork(
         collage=collage, sampling=sampling, skip_failed_words=args.skip_failed_words
@@ -110,8 +115,7 @@ async def redo(args: argparse.Namespace) -> None:
     out = Folder(args.out)
     work = pb.RedoWork(collage=collage, layers=args.layer, sampling=sampling)
     async with _service(args) as client:
-        events = client.redo(collage, earlier.parent, args.layer, sampling)
-        result = await _follow(client, events, "")
+        result = await _follow(await client.redo(collage, earlier.parent, args.layer, sampling))
         drawn = await results.plan_pictures(client, result.job.plan)
     written = results.write_result(out, collage, work, result, drawn)
     print(report.result(result, collage.size))
@@ -132,7 +136,7 @@ async def sweep(args: argparse.Namespace) -> None:
         for value in values:
             setattr(layer, name, value)
             title = f"{args.layer} {name} {value:g}"
-            result = await _follow(client, client.generate(collage, sampling), title)
+            result = await _follow(await client.generate(collage, sampling), title)
             drawn = await results.plan_pictures(client, result.job.plan)
             folder = Folder(args.out / f"{args.layer}-{name}-{value:g}")
             work = pb.GenerateWork(collage=collage, sampling=sampling)
@@ -156,7 +160,7 @@ async def learn(args: argparse.Namespace) -> None:
                 layer.appearance.vectors = args.vectors
     async with _service(args) as client:
         model = _sampling(args).model
-        result = await _follow(client, client.learn(collage, args.layer, model=model), "")
+        result = await _follow(await client.learn(collage, args.layer, model=model))
     print(report.table(("layer", "word"), result.words.items(), left=2))
     print("use a word with  appearance: {word: NAME}  in a layer")
 
@@ -280,26 +284,22 @@ async def _embedded(args: argparse.Namespace, address: str, *, log_level: str) -
         raise InvalidInput.in_field("", str(error), reason="SETTING") from error
 
 
-async def _follow(client: AsyncCollageClient, events: Events, title: str) -> JobResult:
+async def _follow(job: AsyncJob, title: str = "") -> JobResult:
     """Shows a job to its end. An interrupt cancels the job, not only the wait for it."""
     progress = Progress(sys.stderr, title)
-    seen: list[pb.JobEvent] = []
     try:
-        async with aclosing(events):
-            async for event in events:
-                progress.show(event)
-                if event.WhichOneof("kind") != "preview":
-                    seen.append(event)
+        async for event in job:
+            progress.show(event)
     except asyncio.CancelledError:
         progress.close()
-        if seen:
-            with suppress(CollageError):
-                await client.cancel(seen[0].job, timeout_s=_CANCEL_TIMEOUT_S)
-                _note(f"cancelled {seen[0].job}")
+        with suppress(CollageError):
+            await job.cancel(timeout_s=_CANCEL_TIMEOUT_S)
+            _note(f"cancelled {job.name}")
         raise
     finally:
         progress.close()
-    return await client.result(seen)
+        await job.close()
+    return await job.result()
 
 
 def _note(text: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import files
-from collage_client._client import JobResult
+from collage_client import JobResult, files
 from collage_client._errors import CollageError
 
 # The contract's stages, in the order they run.

@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import files
-from collage_client._client import AsyncCollageClient, JobResult, Work
+from collage_client import AsyncCollageClient, JobResult, files
+from collage_client._client import Work
 from collage_client._errors import InvalidInput
 from collage_client.cli.folder import Folder
 
