@@ -26,7 +26,7 @@ from collage.v1 import (
 )
 from gateway.jobs import job_id_of
 from gateway.planner import Models, Planned, Planner, parse_redo
-from services.common import wire
+from services.common import limits, wire
 from services.common.blobs import BlobRef, BlobStoreUnavailable
 from services.common.collage import Collage, Layer
 from services.common.errors import (
@@ -441,7 +441,7 @@ async def _latest(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
                 waiting.pop()
             if answer.HasField("preview"):
                 previews = [one for one in waiting if one.HasField("preview")]
-                if len(previews) >= wire.MAX_IMAGES:
+                if len(previews) >= limits.MAX_IMAGES:
                     waiting.remove(previews[0])
             waiting.append(answer)
             news.set()

@@ -25,7 +25,7 @@ from collage.v1 import (
 )
 from gateway.prompt import BoundPrompt, bind
 from gateway.words import Words
-from services.common import wire
+from services.common import limits, wire
 from services.common.blobs import BlobRef, BlobStore, put_blob
 from services.common.collage import Collage, Layer, Picture, Redo, Sampling
 from services.common.errors import (
@@ -201,7 +201,7 @@ class Planner:
             collage=stored,
             sampling=settings,
             bound=bound,
-            plate=wire.parse_blob(composed.plate, "plate", limit_bytes=wire.MAX_PLATE_BYTES),
+            plate=wire.parse_blob(composed.plate, "plate", limit_bytes=limits.MAX_PLATE_BYTES),
             plan=_render_plan(stored, settings, bound, composed, estimate, model.max_steps),
             redo=stored_redo,
             words=words,
@@ -593,13 +593,13 @@ def parse_redo(message: Any) -> RedoFields:
     """
     check = wire.Checker()
     feather = (
-        check.number("redo.feather", message.feather, 0, wire.MAX_FEATHER)
+        check.number("redo.feather", message.feather, 0, limits.MAX_FEATHER)
         if message.HasField("feather")
         else 4.0
     )
-    if len(message.layers) > wire.MAX_LAYERS:
+    if len(message.layers) > limits.MAX_LAYERS:
         check.refuse(
-            "redo.layers", f"has {len(message.layers)} names; allowed: at most {wire.MAX_LAYERS}"
+            "redo.layers", f"has {len(message.layers)} names; allowed: at most {limits.MAX_LAYERS}"
         )
     check.done()
     return RedoFields(

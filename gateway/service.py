@@ -52,7 +52,7 @@ from services.common.telemetry import log
 
 DEFAULT_PAGE, LARGEST_PAGE = 20, 100
 MAX_CHECKED_DIGESTS = 256
-# Uploads held in memory at a time, each up to wire.MAX_BLOB_BYTES.
+# Uploads held in memory at a time, each up to limits.MAX_BLOB_BYTES.
 MAX_UPLOADS = 4
 # Uploads that may wait for their turn.
 MAX_WAITING_UPLOADS = 64

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save
 
 from services.common.errors import InvalidRequest
-from services.common.wire import MAX_VECTORS
+from services.common.limits import MAX_VECTORS
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import load
 from services.generator.stages import Text, TorchStages

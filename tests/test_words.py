@@ -27,7 +27,7 @@ from gateway.jobs_sqlite import SqliteJobs
 from gateway.pipeline import Pipeline
 from gateway.words import Words
 from gateway.worker import sweep
-from services.common import wire
+from services.common import limits
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
@@ -581,7 +581,7 @@ async def test_the_bundled_models_words_are_one_batch_and_a_large_models_are_not
     catalog = Catalog.read("")
     engine = Engine(catalog, recipe=Recipe(), threads=1)
     card = catalog.find("")
-    assert engine.together(card) == wire.MAX_LAYERS
+    assert engine.together(card) == limits.MAX_LAYERS
     large = replace(card, facts=replace(card.known, native_side=512, size_multiple=64))
     assert engine.together(large) == 2
     assert engine.together(replace(large, facts=replace(card.known, native_side=1024))) == 1

@@ -15,9 +15,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from services.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from services.common.operator_file import Place, read_file, resolve
 from services.common.settings import InvalidSetting
-from services.common.wire import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 
 # The bundled model, beside the packages in the repository.
 BUNDLED = Path(__file__).parents[2] / "models" / "mini" / "weights"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2
+from services.common import limits
 from services.common.blobs import BlobMissing, BlobRef, BlobStore, BlobTooLarge
 from services.common.collage import (
     DEFAULT_BACKGROUND,
@@ -26,29 +27,7 @@ from services.common.collage import (
 )
 from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
 
-MAX_LAYERS = 32
-MIN_SIDE, MAX_SIDE = 16, 2048
-# About 1,000 English words: far above any text encoder's window, far below what hurts a regular expression.
-MAX_PROMPT_CHARACTERS = 4000
-MAX_TEXT_CHARACTERS = 300
-# gRPC's default message limit is 4 MiB; a picture above this goes through PutBlob.
-MAX_INLINE_BYTES = 1024 * 1024
-MAX_BLOB_BYTES = 64 * 1024 * 1024
-# A plate of 2048 x 2048 with 32 layers at latent factor 4 is 50 MiB; each control picture in it, one a kind, adds 12.
-MAX_PLATE_BYTES = 160 * 1024 * 1024
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
-# Control kinds are a handful.
-MAX_STRUCTURES = 8
-MAX_STEPS = 1000
-MAX_GUIDANCE = 50.0
-MAX_IMAGES = 16
-# Previews are kept in the job's log, up to some 100 kB each.
-MAX_PREVIEWS = 512
-MAX_FEATHER = 64.0
-MAX_ADAPTERS = 8
-MAX_ADAPTER_WEIGHT = 2.0
-# Vectors of one learned word: each takes a token of the prompt.
-MAX_VECTORS = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
@@ -97,20 +76,25 @@ def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Colla
         InvalidRequest: naming every wrong field below `field`.
     """
     check = Checker()
-    width = int(check.number(f"{field}.size.width", message.size.width, MIN_SIDE, MAX_SIDE))
-    height = int(check.number(f"{field}.size.height", message.size.height, MIN_SIDE, MAX_SIDE))
-    prompt = check.text(f"{field}.prompt", message.prompt, MAX_PROMPT_CHARACTERS)
+    width = int(
+        check.number(f"{field}.size.width", message.size.width, limits.MIN_SIDE, limits.MAX_SIDE)
+    )
+    height = int(
+        check.number(f"{field}.size.height", message.size.height, limits.MIN_SIDE, limits.MAX_SIDE)
+    )
+    prompt = check.text(f"{field}.prompt", message.prompt, limits.MAX_PROMPT_CHARACTERS)
     negative = check.text(
-        f"{field}.negative_prompt", message.negative_prompt, MAX_PROMPT_CHARACTERS
+        f"{field}.negative_prompt", message.negative_prompt, limits.MAX_PROMPT_CHARACTERS
     )
     background = _parse_background(check, message.background, f"{field}.background")
-    if not 1 <= len(message.layers) <= MAX_LAYERS:
+    if not 1 <= len(message.layers) <= limits.MAX_LAYERS:
         check.refuse(
-            f"{field}.layers", f"has {len(message.layers)} layers; allowed: from 1 to {MAX_LAYERS}"
+            f"{field}.layers",
+            f"has {len(message.layers)} layers; allowed: from 1 to {limits.MAX_LAYERS}",
         )
     layers: list[Layer] = []
     first_use: dict[str, int] = {}
-    for index, part in enumerate(message.layers[:MAX_LAYERS]):
+    for index, part in enumerate(message.layers[: limits.MAX_LAYERS]):
         path = f"{field}.layers[{index}]"
         layer = _parse_layer(check, part, path)
         if layer.name in first_use:
@@ -122,9 +106,10 @@ def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Colla
         first_use.setdefault(layer.name, index)
         layers.append(layer)
     kinds = {structure.kind for layer in layers for structure in layer.structure}
-    if len(kinds) > MAX_STRUCTURES:
+    if len(kinds) > limits.MAX_STRUCTURES:
         check.refuse(
-            f"{field}.layers", f"name {len(kinds)} control kinds; allowed: at most {MAX_STRUCTURES}"
+            f"{field}.layers",
+            f"name {len(kinds)} control kinds; allowed: at most {limits.MAX_STRUCTURES}",
         )
     check.done()
     return Collage(
@@ -142,7 +127,7 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
             f"{path}.name",
             f"is {quote(message.name)}; allowed: 1 to 64 of A-Z a-z 0-9 _ -",
         )
-    text = check.text(f"{path}.text", message.text, MAX_TEXT_CHARACTERS).strip()
+    text = check.text(f"{path}.text", message.text, limits.MAX_TEXT_CHARACTERS).strip()
     if not message.text.strip():
         check.refuse(f"{path}.text", "is empty; required: the words that name the object")
     dials = {
@@ -152,13 +137,13 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
     }
     structure = tuple(
         _parse_structure(check, part, f"{path}.structure[{index}]")
-        for index, part in enumerate(message.structure[:MAX_STRUCTURES])
+        for index, part in enumerate(message.structure[: limits.MAX_STRUCTURES])
     )
     kinds = [part.kind for part in structure]
-    if len(message.structure) > MAX_STRUCTURES:
+    if len(message.structure) > limits.MAX_STRUCTURES:
         check.refuse(
             f"{path}.structure",
-            f"has {len(message.structure)} parts; allowed: at most {MAX_STRUCTURES}",
+            f"has {len(message.structure)} parts; allowed: at most {limits.MAX_STRUCTURES}",
         )
     else:
         for index, kind in enumerate(kinds):
@@ -187,7 +172,7 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
 
 def _parse_transform(check: Checker, message: collage_pb2.Transform, path: str) -> Transform:
     # A centre may lie outside the canvas, but not so far that arithmetic on it loses sub-pixels.
-    far = 16.0 * MAX_SIDE
+    far = 16.0 * limits.MAX_SIDE
     values = {
         name: check.number(f"{path}.{name}", getattr(message, name), low, high, above=above)
         for name, low, high, above in (
@@ -239,7 +224,9 @@ def _parse_appearance(check: Checker, message: collage_pb2.Layer, path: str) -> 
     )
     vectors = 1
     if source.HasField("vectors"):
-        vectors = int(check.number(f"{path}.appearance.vectors", source.vectors, 1, MAX_VECTORS))
+        vectors = int(
+            check.number(f"{path}.appearance.vectors", source.vectors, 1, limits.MAX_VECTORS)
+        )
         if source.HasField("word"):
             check.refuse(
                 f"{path}.appearance.vectors",
@@ -269,10 +256,10 @@ def _parse_picture(check: Checker, message: blob_pb2.Image, path: str) -> Pictur
     if source == "blob":
         return _parse_blob(check, message.blob, f"{path}.blob")
     if source == "data":
-        if not 1 <= len(message.data) <= MAX_INLINE_BYTES:
+        if not 1 <= len(message.data) <= limits.MAX_INLINE_BYTES:
             check.refuse(
                 f"{path}.data",
-                f"has {len(message.data)} bytes; allowed: from 1 to {MAX_INLINE_BYTES}, "
+                f"has {len(message.data)} bytes; allowed: from 1 to {limits.MAX_INLINE_BYTES}, "
                 "larger pictures go through PutBlob",
             )
             return b""
@@ -305,7 +292,7 @@ async def read_blob(store: BlobStore, ref: BlobRef, field: str, *, limit_bytes: 
 
 
 def _parse_blob(
-    check: Checker, message: blob_pb2.BlobRef, path: str, limit_bytes: int = MAX_BLOB_BYTES
+    check: Checker, message: blob_pb2.BlobRef, path: str, limit_bytes: int = limits.MAX_BLOB_BYTES
 ) -> Picture:
     size_bytes = int(check.number(f"{path}.size_bytes", message.size_bytes, 0, limit_bytes))
     try:
@@ -326,7 +313,7 @@ def _parse_blob(
 
 
 def parse_blob(
-    message: blob_pb2.BlobRef, field: str, *, limit_bytes: int = MAX_BLOB_BYTES
+    message: blob_pb2.BlobRef, field: str, *, limit_bytes: int = limits.MAX_BLOB_BYTES
 ) -> BlobRef:
     """The blob a message refers to, which may have `limit_bytes`.
 
@@ -366,7 +353,10 @@ def parse_sampling(
     """
     check = Checker()
     defaults = model.defaults
-    max_steps, max_images = model.max_steps or MAX_STEPS, model.max_images or MAX_IMAGES
+    max_steps, max_images = (
+        model.max_steps or limits.MAX_STEPS,
+        model.max_images or limits.MAX_IMAGES,
+    )
 
     def pick(name: str, low: float, high: float) -> float:
         source = message if message.HasField(name) else defaults
@@ -381,20 +371,22 @@ def parse_sampling(
         model=model.name,
         sampler=message.sampler or defaults.sampler,
         steps=int(pick("steps", 1, max_steps)),
-        guidance_scale=pick("guidance_scale", 0, MAX_GUIDANCE),
+        guidance_scale=pick("guidance_scale", 0, limits.MAX_GUIDANCE),
         images=int(pick("images", 1, max_images)) if message.HasField("images") else 1,
         seed=message.seed if message.HasField("seed") else fallback_seed,
         preview_every=(
-            int(pick("preview_every", 1, MAX_STEPS)) if message.HasField("preview_every") else None
+            int(pick("preview_every", 1, limits.MAX_STEPS))
+            if message.HasField("preview_every")
+            else None
         ),
         adapters=_parse_adapters(check, message, model, f"{field}.adapters"),
     )
     if sampling.preview_every is not None:
         previews = sampling.steps // sampling.preview_every * sampling.images
-        if previews > MAX_PREVIEWS:
+        if previews > limits.MAX_PREVIEWS:
             check.refuse(
                 f"{field}.preview_every",
-                f"is {sampling.preview_every}, which makes {previews} previews; allowed: {MAX_PREVIEWS}",
+                f"is {sampling.preview_every}, which makes {previews} previews; allowed: {limits.MAX_PREVIEWS}",
             )
     check.done()
     return sampling
@@ -403,10 +395,12 @@ def parse_sampling(
 def _parse_adapters(
     check: Checker, message: collage_pb2.Sampling, model: collage_service_pb2.Model, path: str
 ) -> tuple[Adapter, ...]:
-    if len(message.adapters) > MAX_ADAPTERS:
-        check.refuse(path, f"has {len(message.adapters)} adapters; allowed: at most {MAX_ADAPTERS}")
+    if len(message.adapters) > limits.MAX_ADAPTERS:
+        check.refuse(
+            path, f"has {len(message.adapters)} adapters; allowed: at most {limits.MAX_ADAPTERS}"
+        )
     adapters: dict[str, Adapter] = {}
-    for index, part in enumerate(message.adapters[:MAX_ADAPTERS]):
+    for index, part in enumerate(message.adapters[: limits.MAX_ADAPTERS]):
         weight = part.weight if part.HasField("weight") else 1.0
         if part.name not in model.adapters:
             known = ", ".join(model.adapters) or "none, it has no adapter"
@@ -420,7 +414,10 @@ def _parse_adapters(
         adapters[part.name] = Adapter(
             name=part.name,
             weight=check.number(
-                f"{path}[{index}].weight", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT
+                f"{path}[{index}].weight",
+                weight,
+                -limits.MAX_ADAPTER_WEIGHT,
+                limits.MAX_ADAPTER_WEIGHT,
             ),
         )
     return tuple(adapters[name] for name in sorted(adapters))

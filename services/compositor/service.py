@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
-from services.common import wire
+from services.common import limits, wire
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, blob_key, put_blob
 from services.common.collage import Collage, Extent, Picture, Redo, Structure
 from services.common.errors import (
@@ -266,7 +266,9 @@ def parse(
     check.done()
     for name, side in (("width", collage.size.width), ("height", collage.size.height)):
         below, above = side // factor * factor, -(-side // factor) * factor
-        nearest = [f"{near}" for near in (below, above) if wire.MIN_SIDE <= near <= wire.MAX_SIDE]
+        nearest = [
+            f"{near}" for near in (below, above) if limits.MIN_SIDE <= near <= limits.MAX_SIDE
+        ]
         if below != above:
             check.refuse(
                 f"collage.size.{name}",
@@ -331,7 +333,7 @@ def _parse_redo(
     return Redo(
         parent=wire.parse_blob(message.parent, "redo.parent"),
         layers=tuple(message.layers),
-        feather=check.number("redo.feather", message.feather, 0, wire.MAX_FEATHER),
+        feather=check.number("redo.feather", message.feather, 0, limits.MAX_FEATHER),
         restore_cutout=message.restore_cutout,
     )
 

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
+from services.common.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from services.common.registry import (
     CONTROLNET_FILES,
     Defaults,
@@ -29,7 +30,6 @@ from services.common.registry import (
 )
 from services.common.settings import InvalidSetting
 from services.common.telemetry import log
-from services.common.wire import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from services.generator.adapters import AdapterFile
 from services.generator.models import SAMPLERS, ModelFacts, check_controlnet, read_facts
 

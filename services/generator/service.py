@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
 from collage.v1 import collage_service_pb2, generator_service_pb2, generator_service_pb2_grpc
-from services.common import wire
+from services.common import limits, wire
 from services.common.blobs import (
     BlobCorrupt,
     BlobMissing,
@@ -47,7 +47,9 @@ MAX_WORD_BYTES = 1024 * 1024
 # A list of 16 pictures.
 MAX_RESULT_BYTES = 64 * 1024
 # A prompt as long as the contract allows, and every layer's text appended to it.
-MAX_BOUND_CHARACTERS = wire.MAX_PROMPT_CHARACTERS + wire.MAX_LAYERS * (wire.MAX_TEXT_CHARACTERS + 2)
+MAX_BOUND_CHARACTERS = limits.MAX_PROMPT_CHARACTERS + limits.MAX_LAYERS * (
+    limits.MAX_TEXT_CHARACTERS + 2
+)
 # Plates read at a time: what bounds memory before the queue does.
 MAX_READING = 4
 # Longest a job may take when its caller names no deadline.
@@ -129,9 +131,9 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check = wire.Checker()
         for name in ("prompt", "negative_prompt"):
             check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
-        check.number("word_tokens", request.word_tokens, 0, wire.MAX_LAYERS * wire.MAX_VECTORS)
-        width = check.number("size.width", request.size.width, wire.MIN_SIDE, wire.MAX_SIDE)
-        height = check.number("size.height", request.size.height, wire.MIN_SIDE, wire.MAX_SIDE)
+        check.number("word_tokens", request.word_tokens, 0, limits.MAX_LAYERS * limits.MAX_VECTORS)
+        width = check.number("size.width", request.size.width, limits.MIN_SIDE, limits.MAX_SIDE)
+        height = check.number("size.height", request.size.height, limits.MIN_SIDE, limits.MAX_SIDE)
         check.done()
         size = Extent(width=int(width), height=int(height))
         card.check_size(size, field="size")
@@ -208,7 +210,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     async def _read_plate(
         self, request: generator_service_pb2.GenerateRequest, card: ModelCard
     ) -> Plate:
-        limit = wire.MAX_PLATE_BYTES
+        limit = limits.MAX_PLATE_BYTES
         ref = wire.parse_blob(request.plate, "plate", limit_bytes=limit)
         data = await wire.read_blob(self._blobs, ref, "plate", limit_bytes=limit)
         try:
@@ -273,11 +275,11 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
     check = wire.Checker()
     for name in ("prompt", "negative_prompt"):
         check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
-    if not 1 <= len(request.layers) <= wire.MAX_LAYERS:
+    if not 1 <= len(request.layers) <= limits.MAX_LAYERS:
         check.refuse(
-            "layers", f"has {len(request.layers)} layers; allowed: from 1 to {wire.MAX_LAYERS}"
+            "layers", f"has {len(request.layers)} layers; allowed: from 1 to {limits.MAX_LAYERS}"
         )
-    for index, layer in enumerate(request.layers[: wire.MAX_LAYERS]):
+    for index, layer in enumerate(request.layers[: limits.MAX_LAYERS]):
         for dial in ("attract", "repel"):
             check.number(f"layers[{index}].{dial}", getattr(layer, dial), 0, 1)
         if not 0 <= layer.text_start <= layer.text_end <= len(request.prompt):
@@ -412,7 +414,7 @@ def _render_model(card: ModelCard) -> collage_service_pb2.Model:
         samplers=list(SAMPLERS),
         defaults=wire.render_sampling(card.defaults()),
         control_kinds=list(card.controlnets),
-        max_layers=wire.MAX_LAYERS,
+        max_layers=limits.MAX_LAYERS,
         adapters=list(card.adapters),
         max_images=card.max_images,
         max_steps=card.max_steps,

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from services.common.wire import MAX_VECTORS
+from services.common.limits import MAX_VECTORS
 
 # The names of a file's tensors for models with two text encoders, in the encoders' order, as files everywhere have it.
 ENCODERS = ("clip_l", "clip_g")

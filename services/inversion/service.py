@@ -16,7 +16,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
-from services.common import wire, words
+from services.common import limits, wire, words
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore
 from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs, quote
 from services.common.telemetry import log
@@ -110,7 +110,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         """See inversion_service.proto."""
         card = self._engine.catalog.find(request.model)
         check = wire.Checker()
-        text = check.text("text", request.text, wire.MAX_TEXT_CHARACTERS).strip()
+        text = check.text("text", request.text, limits.MAX_TEXT_CHARACTERS).strip()
         if not request.text.strip():
             check.refuse("text", "is empty; required: the words of the object it stands before")
         check.done()
@@ -139,9 +139,9 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             InvalidRequest: naming every wrong field.
         """
         check = wire.Checker()
-        if not 1 <= len(request.subjects) <= wire.MAX_LAYERS:
+        if not 1 <= len(request.subjects) <= limits.MAX_LAYERS:
             check.refuse(
-                "subjects", f"has {len(request.subjects)}; allowed: from 1 to {wire.MAX_LAYERS}"
+                "subjects", f"has {len(request.subjects)}; allowed: from 1 to {limits.MAX_LAYERS}"
             )
         try:
             words.checkpoint_key(request.job, "0" * 64)
@@ -152,14 +152,14 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             )
         layers = [subject.layer for subject in request.subjects]
         found = []
-        for index, subject in enumerate(request.subjects[: wire.MAX_LAYERS]):
+        for index, subject in enumerate(request.subjects[: limits.MAX_LAYERS]):
             field = f"subjects[{index}]"
-            text = check.text(f"{field}.text", subject.text, wire.MAX_TEXT_CHARACTERS).strip()
+            text = check.text(f"{field}.text", subject.text, limits.MAX_TEXT_CHARACTERS).strip()
             if not subject.text.strip():
                 check.refuse(f"{field}.text", "is empty; required: the words that name the object")
             if layers.index(subject.layer) < index:
                 check.refuse(f"{field}.layer", f"is {subject.layer!r}, which stands before already")
-            vectors = int(check.number(f"{field}.vectors", subject.vectors, 1, wire.MAX_VECTORS))
+            vectors = int(check.number(f"{field}.vectors", subject.vectors, 1, limits.MAX_VECTORS))
             image = wire.parse_blob(subject.image, f"{field}.image")
             inputs = (
                 f"{VERSION} {card.digest} {self._engine.recipe.inputs()} {image.sha256} "

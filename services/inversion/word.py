@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from services.common.wire import MAX_VECTORS
+from services.common.limits import MAX_VECTORS
 from services.inversion.networks import ONE
 
 # Eight vectors for two text encoders are 64 KiB; files made elsewhere carry training notes.
