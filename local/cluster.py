@@ -1,13 +1,12 @@
 """The production shape on one machine: NATS, SeaweedFS and every service as a process of its own, on loopback.
 
-Main type: `Cluster`; `main` is the command `collage cluster`. A process counts as started when it has done real work,
-and one that dies is started again on the same data and port, as Kubernetes would. What the processes say to one
+Main type: `Cluster`; the command `collage cluster` runs `serve`. A process counts as started when it has done real
+work, and one that dies is started again on the same data and port, as Kubernetes would. What the processes say to one
 another is none of its business.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -256,34 +255,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command `collage cluster`; answers its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="collage cluster", description="Run the production shape as processes on this machine."
-    )
-    parser.add_argument("--data", metavar="DIR", type=Path, default=Path("data/cluster"))
-    parser.add_argument("--gateways", metavar="N", type=int, default=2)
-    parser.add_argument(
-        "--port",
-        metavar="P",
-        type=int,
-        default=50051,
-        help="of the first gateway, the others following (%(default)s); 0 for free ones",
-    )
-    parser.add_argument(
-        "--models", metavar="NAME=FOLDER", default="", help="what the generator serves"
-    )
-    args = parser.parse_args(argv)
-    if args.gateways < 1:
-        parser.error("--gateways must be at least 1")
-    cluster = Cluster(
-        args.data, gateways=args.gateways, port=args.port, models=args.models, tell=_say
-    )
-    return asyncio.run(_serve(cluster))
+async def serve(cluster: Cluster, *, tell: Callable[[str], None]) -> int:
+    """Runs until SIGTERM or SIGINT, a second of which does not wait for anybody; the exit code.
 
-
-async def _serve(cluster: Cluster) -> int:
-    """Runs until SIGTERM or SIGINT; a second one does not wait for anybody."""
+    `tell` hears of the way; the table of what runs where goes to standard output.
+    """
     asked, urged = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -291,7 +267,7 @@ async def _serve(cluster: Cluster) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    _say("starting; the generator takes a while to read its model")
+    tell("starting; the generator takes a while to read its model")
     starting = asyncio.create_task(cluster.start())
     try:
         if not await _finished(starting, asked):
@@ -300,13 +276,13 @@ async def _serve(cluster: Cluster) -> int:
     except (OSError, ProcessFailed) as error:
         sys.stderr.write(f"collage cluster: {error}\n")
         return 1
-    _say(cluster.table())
-    _say(f"ready: collage generate PATH --out DIR --server {cluster.addresses[0]}")
+    tell(cluster.table())
+    tell(f"ready: collage generate PATH --out DIR --server {cluster.addresses[0]}")
     await asked.wait()
-    _say("stopping: gateways, services, storage")
+    tell("stopping: gateways, services, storage")
     if not await _finished(asyncio.create_task(cluster.stop()), urged):
         cluster.kill_all()
-    _say("stopped")
+    tell("stopped")
     return 0
 
 
@@ -320,8 +296,3 @@ async def _finished(task: asyncio.Task[None], event: asyncio.Event) -> bool:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return False
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

@@ -11,7 +11,7 @@ import gateway.__main__ as gateway
 import services.compositor.__main__ as compositor
 import services.generator.__main__ as generator
 import services.inversion.__main__ as inversion
-from services.common.registry import MODELS_FILE_SUFFIXES
+from local.served import models_setting
 from services.common.rpc import Server
 
 # Free ports, on loopback only.
@@ -57,7 +57,7 @@ async def start(
     """
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
     blobs = f"folder:{data / 'blobs'}"
-    models = _models_setting(model)
+    models = models_setting(model)
     servers: list[Server] = []
     try:
         compositing = await compositor.build(
@@ -103,10 +103,3 @@ async def start(
             await server.stop(drain_s=0)
         raise
     return Embedded(servers)
-
-
-def _models_setting(model: str) -> str:
-    """`COLLAGE_MODELS` for one model or a models.yaml."""
-    if not model or Path(model).suffix in MODELS_FILE_SUFFIXES:
-        return model
-    return f"{Path(model).name}={model}"

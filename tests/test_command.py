@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import signal
+import subprocess
 import sys
 
 import grpc
@@ -14,7 +15,8 @@ from PIL import Image
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import files
-from collage_client.cli.command import dial, main
+from collage_client.cli import main
+from collage_client.cli.options import dial
 from collage_client.cli.progress import Progress
 from tests.test_client import Service, refused, sha
 
@@ -84,7 +86,8 @@ class Studio(Service):
         self.works.append(work)
         self.submitted.set()
         parent = isinstance(work, pb.RedoWork)
-        self.plan = self.planned(work.collage, work.sampling)
+        sampling = getattr(work, "sampling", collage_pb2.Sampling())
+        self.plan = self.planned(work.collage, sampling)
         self.images = [] if isinstance(work, pb.LearnWork) else self.drawn(self.plan, parent)
 
     def events(self, job="jobs/a"):
@@ -237,6 +240,121 @@ async def test_a_second_result_in_the_same_folder_leaves_nothing_of_the_first(co
     await collage("generate", folder, "--out", out, "--images", 3)
     assert (await collage("generate", folder, "--out", out))[0] == 0
     assert [path.name for path in out.glob("image-*.png")] == ["image-0.png"]
+
+
+async def test_redo_takes_every_dial_of_its_own_and_of_sampling(studio, collage, folder):
+    await collage("generate", folder, "--out", folder / "out", "--adapter", "ink=0.5")
+    words = (
+        "redo {}/out --layer one --out {}/two --feather 0 --restore-cutout --steps 3 --guidance 2"
+    )
+    code, _, _ = await collage(*words.replace("{}", str(folder)).split(), "--adapter", "ink=1.5")
+    assert code == 0
+    redo = studio.works[-1]
+    assert redo.HasField("feather") and redo.feather == 0
+    assert redo.restore_cutout
+    assert (redo.sampling.steps, redo.sampling.guidance_scale) == (3, 2)
+    assert [adapter.weight for adapter in redo.sampling.adapters] == [1.5]
+
+
+async def test_json_is_all_that_standard_output_holds(studio, collage, folder):
+    out = folder / "out"
+    code, printed, progress = await collage("generate", folder, "--out", out, "--json")
+    told = json.loads(printed)
+    assert code == 0
+    assert told["job"] == "jobs/a"
+    assert told["files"][-1] == str(out / "result.json")
+    assert "step 2 of 4" in progress
+    for words, key in (
+        (["plan", folder, "--out", folder / "p"], "prompt"),
+        (["redo", out, "--layer", "one", "--out", folder / "r"], "images"),
+        (
+            ["sweep", folder, "--layer", "two", "--dial", "noise=0:1:2", "--out", folder / "s"],
+            "values",
+        ),
+        (["learn", folder, "--layer", "one"], "words"),
+        (["jobs"], "jobs"),
+        (["words"], "words"),
+        (["words", "list"], "words"),
+        (["models"], "models"),
+        (["job", "show", "jobs/a"], "name"),
+        (["job", "cancel", "a"], "name"),
+    ):
+        code, printed, _ = await collage(*words, "--json")
+        assert (code, key in json.loads(printed)) == (0, True), words
+    code, printed, _ = await collage(
+        "plan", folder, "--steps", 2000, "--out", folder / "x", "--json"
+    )
+    assert code == 2
+    wrong = json.loads(printed)["error"]
+    assert wrong["field_violations"][0]["field"] == "sampling.steps"
+    assert wrong["code"] == "INVALID_ARGUMENT"
+
+
+async def test_quiet_says_results_and_errors_only(collage, folder):
+    code, printed, progress = await collage("generate", folder, "--out", folder / "o", "--quiet")
+    assert (code, progress) == (0, "")
+    assert "result.json" in printed
+    assert "collage: bad input" in (await collage("plan", folder, "--out", folder, "--quiet"))[2]
+
+
+async def test_a_job_is_shown_watched_fetched_and_cancelled_by_its_name(studio, collage, folder):
+    await collage("generate", folder, "--out", folder / "out", "--images", 2)
+    code, printed, _ = await collage("job", "show", "jobs/a")
+    assert code == 0
+    assert "done" in printed and "seed 1235" in printed and "LAYER_HIDDEN" in printed
+    code, printed, progress = await collage("job", "watch", "a")
+    assert code == 0
+    assert "step 2 of 4" in progress and "jobs/a done: generate 1.25 s" in printed
+    code, printed, _ = await collage("job", "watch", "a", "--json")
+    events = [json.loads(line) for line in printed.splitlines()]
+    assert [*events[-1]["done"]["stage_seconds"]] == ["generate"]
+    assert len(events) == 9
+    again = folder / "again"
+    code, _, _ = await collage("job", "fetch", "jobs/a", "--out", again)
+    assert code == 0
+    first, second = (json.loads((folder / n / "result.json").read_text()) for n in ("out", "again"))
+    assert first.pop("request") and first == second
+    assert (again / "image-1.png").read_bytes() == (folder / "out" / "image-1.png").read_bytes()
+    assert (await collage("job", "cancel", "jobs/a"))[0] == 0
+    assert [request.name for request in studio.called("CancelJob")] == ["jobs/a"]
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("collage 0.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("collage ", {"generate", "job", "words", "completion"}),
+        ("collage gen", {"generate"}),
+        ("collage redo --fea", {"--feather"}),
+        ("collage job ", {"show", "watch", "fetch", "cancel"}),
+        ("collage job watch --j", {"--json"}),
+        ("collage completion ", {"bash", "zsh", "fish"}),
+    ],
+)
+def test_bash_completes_commands_and_options(typed, offered, capsys):
+    assert main(["completion", "bash"]) == 0
+    words = typed.split(" ")
+    program = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=({' '.join(words[:-1])} '{words[-1]}')\n"
+        f'COMP_CWORD={len(words) - 1}\n_collage\necho "${{COMPREPLY[*]}}"'
+    )
+    ran = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=20)
+    assert ran.stderr == ""
+    assert offered <= set(ran.stdout.split())
+
+
+def test_zsh_and_fish_have_scripts_too(capsys):
+    main(["completion", "zsh"])
+    assert "bashcompinit" in capsys.readouterr().out
+    main(["completion", "fish"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("__fish_seen_subcommand_from redo" in line and "feather" in line for line in lines)
 
 
 async def test_only_what_a_result_wrote_is_deleted(collage, folder):
@@ -397,7 +515,9 @@ def test_a_dial_that_is_none_is_refused_with_exit_2(text, capsys):
     assert "--dial" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "generate", "plan", "redo", "sweep", "learn", "serve"])
+@pytest.mark.parametrize(
+    "command", ["", "generate", "plan", "redo", "sweep", "learn", "serve", "cluster"]
+)
 def test_help_is_there(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*filter(None, [command]), "-h"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TextIO
+from types import TracebackType
+from typing import Self, TextIO
 
 from collage.v1 import collage_service_pb2 as pb
 
@@ -14,15 +15,29 @@ _LINES_PER_STAGE = 4
 
 
 class Progress:
-    """Shows the events of one job. `title` stands before each line, so that jobs of a sweep can be told apart."""
+    """Shows the events of one job, from its making to the end of a `with`; without a stream it shows nothing.
 
-    def __init__(self, stream: TextIO, title: str = "") -> None:
+    `title` stands before each line, so that jobs of a sweep can be told apart.
+    """
+
+    def __init__(self, stream: TextIO | None, title: str = "") -> None:
         self._stream = stream
         self._title = f"{title}  " if title else ""
-        self._moves = stream.isatty()
+        self._moves = stream is not None and stream.isatty()
         self._start = time.monotonic()
         self._quarter = 0
         self._open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def show(self, event: pb.JobEvent) -> None:
         """Shows one event."""
@@ -46,7 +61,7 @@ class Progress:
 
     def close(self) -> None:
         """Leaves the terminal with an empty line to go on from."""
-        if self._open:
+        if self._open and self._stream is not None:
             self._stream.write(_ERASE_LINE)
             self._stream.flush()
             self._open = False
@@ -63,6 +78,8 @@ class Progress:
             self._line(f"{stage}, step {step} of {total}")
 
     def _line(self, text: str) -> None:
+        if self._stream is None:
+            return
         passed = f"{time.monotonic() - self._start:5.1f} s"
         if self._moves:
             self._stream.write(f"{_ERASE_LINE}{passed}  {self._title}{text}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import JobResult, files
-from collage_client._errors import CollageError
+from collage_client import CollageError, JobFailed, JobResult, files
 
 # The contract's stages, in the order they run.
 _STAGES = ("compose", "learn", "generate")
@@ -27,15 +27,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) 
     )
 
 
-def sampling(size: collage_pb2.Size, used: collage_pb2.Sampling) -> str:
-    """How pictures are drawn, on one line."""
+def sampling(size: collage_pb2.Size | None, used: collage_pb2.Sampling) -> str:
+    """How pictures are drawn, on one line; a job's record does not say the size."""
+    canvas = f"{size.width} x {size.height}, " if size else ""
     return (
-        f"{size.width} x {size.height}, model {used.model}, {used.sampler}, {used.steps} steps, "
+        f"{canvas}model {used.model}, {used.sampler}, {used.steps} steps, "
         f"guidance {used.guidance_scale:g}, seed {used.seed}"
     )
 
 
-def plan(made: pb.Plan, size: collage_pb2.Size) -> str:
+def plan(made: pb.Plan, size: collage_pb2.Size | None) -> str:
     """How a collage will be, or was, drawn: sampling, prompt, each layer's resolved dials, warnings."""
     lines = [
         sampling(size, made.sampling),
@@ -71,7 +72,7 @@ def cost(made: pb.Plan) -> str:
     )
 
 
-def result(finished: JobResult, size: collage_pb2.Size) -> str:
+def result(finished: JobResult, size: collage_pb2.Size | None = None) -> str:
     """A finished job: how it was drawn, how much a redo changed, where the time went."""
     job, spent = finished.job, finished.stage_seconds
     changed = [
@@ -80,7 +81,23 @@ def result(finished: JobResult, size: collage_pb2.Size) -> str:
         if image.HasField("changed_pixels")
     ]
     stages = ", ".join(f"{name} {spent[name]:.2f} s" for name in _STAGES if name in spent)
-    return "\n".join([plan(job.plan, size), *changed, f"{job.name} done: {stages}"])
+    learned = [f"{layer} learned: {word}" for layer, word in finished.words.items()]
+    planned = [plan(job.plan, size)] if job.HasField("plan") else []
+    return "\n".join([*planned, *changed, *learned, f"{job.name} done: {stages}"])
+
+
+def job(found: pb.Job) -> str:
+    """One job as it stands."""
+    lines = [jobs([found])]
+    if found.HasField("plan"):
+        lines += ["", plan(found.plan, None)]
+    lines += [
+        f"image {image.index}: seed {image.seed}, blob {image.blob.sha256}"
+        for image in found.images
+    ]
+    if found.HasField("error"):
+        lines.append(f"error  {found.error.message}")
+    return "\n".join(lines)
 
 
 def jobs(found: Sequence[pb.Job]) -> str:
@@ -161,6 +178,21 @@ def model(found: pb.Model) -> str:
 def paths(written: Sequence[Path]) -> str:
     """The paths written, one a line, ready to be copied."""
     return "\n".join(["wrote", *(f"  {path}" for path in written)])
+
+
+def error_tree(problem: CollageError) -> dict[str, Any]:
+    """An error for programs."""
+    return {
+        "code": problem.code.name,
+        "reason": problem.reason,
+        "message": problem.message,
+        "field_violations": [
+            {"field": violation.field, "description": violation.description}
+            for violation in problem.field_violations
+        ],
+        "retry_after_s": problem.retry_after_s,
+        **({"job": problem.job} if isinstance(problem, JobFailed) else {}),
+    }
 
 
 def error(problem: CollageError, *, is_input: bool, collage_path: Path | None) -> str:

@@ -7,13 +7,12 @@ and `result.json` (job, model, seeds, every resolved dial, warnings, timings, re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.message import Message
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
@@ -21,6 +20,7 @@ from collage_client import AsyncCollageClient, JobResult, files
 from collage_client._client import Work
 from collage_client._errors import InvalidInput
 from collage_client.cli.folder import Folder
+from collage_client.cli.output import tree
 
 RESULT_NAME = "result.json"
 PLAN_NAME = "plan.json"
@@ -44,6 +44,22 @@ class Earlier:
     parent: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written: the files (`masks` stands for its own), and what the folder's JSON file says with them."""
+
+    files: tuple[Path, ...]
+    tree: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Folder, name: str, tree: dict[str, Any], files: Sequence[Path]) -> Written:
+        """Writes the JSON file, which is last."""
+        target = folder.write(name, f"{json.dumps(tree, indent=2, ensure_ascii=False)}\n".encode())
+        all_files = (*files, target)
+        told = {**tree, "folder": str(folder.path), "files": [str(path) for path in all_files]}
+        return cls(files=all_files, tree=told)
+
+
 async def plan_pictures(client: AsyncCollageClient, plan: pb.Plan) -> PlanPictures:
     """Fetches composite and masks of a plan."""
     return PlanPictures(
@@ -54,11 +70,8 @@ async def plan_pictures(client: AsyncCollageClient, plan: pb.Plan) -> PlanPictur
 
 def write_plan(
     folder: Folder, collage: collage_pb2.Collage, plan: pb.Plan, drawn: PlanPictures
-) -> list[Path]:
-    """Writes a plan: composite, masks, sheet, collage file, `plan.json`.
-
-    Returns the paths; that of `masks` stands for its files.
-    """
+) -> Written:
+    """Writes a plan: composite, masks, sheet, collage file, `plan.json`."""
     folder.clear()
     shown = [("composite", drawn.composite), *drawn.masks.items()]
     written = [*_write_pictures(folder, drawn, shown), _write_collage(folder, collage)]
@@ -68,7 +81,7 @@ def write_plan(
         "prompt_tokens": plan.prompt_tokens,
         "prompt_tokens_limit": plan.prompt_tokens_limit,
     }
-    return [*written, _write_json(folder, PLAN_NAME, {**plan_tree(plan), **cost})]
+    return Written.of(folder, PLAN_NAME, {**_plan_tree(plan), **cost}, written)
 
 
 def write_result(
@@ -77,40 +90,19 @@ def write_result(
     work: Work,
     result: JobResult,
     drawn: PlanPictures,
-) -> list[Path]:
-    """Writes a finished job's folder; `collage` carries its pictures inline.
-
-    Returns the paths; that of `masks` stands for its files.
-    """
+) -> Written:
+    """Writes a finished job's folder; `collage` carries its pictures inline."""
     folder.clear()
-    job = result.job
-    written, shown, images = [], [("composite", drawn.composite)], []
-    for image, data in zip(job.images, result.images, strict=True):
-        target = folder.write(f"image-{image.index}.png", data)
-        written.append(target)
-        shown.append((f"image {image.index}, seed {image.seed}", data))
-        entry = {
-            "file": target.name,
-            "index": image.index,
-            "seed": image.seed,
-            "sha256": image.blob.sha256,
-        }
-        if image.HasField("changed_pixels"):
-            entry["changed_pixels"] = image.changed_pixels
-        images.append(entry)
-    written += [*_write_pictures(folder, drawn, shown), _write_collage(folder, collage)]
-    tree = {
-        "job": job.name,
-        "request_id": job.request_id,
-        "attempts": job.attempts,
-        "model": job.plan.sampling.model,
-        "model_digest": job.images[0].model_digest if job.images else "",
-        "images": images,
-        **plan_tree(job.plan),
-        "timings_s": {**_waits(job), "stages": result.stage_seconds},
-        "request": _request_tree(work),
-    }
-    return [*written, _write_json(folder, RESULT_NAME, tree)]
+    written = [*_write_images(folder, result, drawn), _write_collage(folder, collage)]
+    told = {**_result_tree(result), "request": _request_tree(work)}
+    return Written.of(folder, RESULT_NAME, told, written)
+
+
+def write_fetched(folder: Folder, result: JobResult, drawn: PlanPictures | None) -> Written:
+    """Writes what a server holds of a finished job. It does not hold the collage, so there is no redo from here."""
+    folder.clear()
+    written = _write_images(folder, result, drawn) if drawn else []
+    return Written.of(folder, RESULT_NAME, _result_tree(result), written)
 
 
 def write_sweep(
@@ -120,22 +112,22 @@ def write_sweep(
     values: Sequence[float],
     parts: Sequence[Path],
     rows: list[list[tuple[str, bytes]]],
-) -> list[Path]:
+) -> Written:
     """Writes what joins a sweep's folders: the contact sheet, and `sweep.json` with each value's `result.json`."""
     folder.clear()
     swept = [
         {"value": value, "result": str(part.relative_to(folder.path))}
         for value, part in zip(values, parts, strict=True)
     ]
-    tree = {"layer": layer, "dial": dial, "values": swept}
-    return [*write_sheet(folder, rows), _write_json(folder, SWEEP_NAME, tree)]
+    told = {"layer": layer, "dial": dial, "values": swept}
+    return Written.of(folder, SWEEP_NAME, told, [*parts, *write_sheet(folder, rows)])
 
 
 def read(folder: Path, index: int) -> Earlier:
     """Reads back a results folder with picture `index` as parent. Raises `InvalidInput` if it is none."""
     try:
-        tree = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
-        sampling = json_format.ParseDict(tree["sampling"], collage_pb2.Sampling())
+        told = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+        sampling = json_format.ParseDict(told["sampling"], collage_pb2.Sampling())
     except (OSError, ValueError, KeyError, TypeError, json_format.ParseError) as error:
         text = f"{folder} is no results folder: {RESULT_NAME} cannot be read ({error})"
         raise InvalidInput.in_field("DIR", text, reason="FILE") from error
@@ -148,6 +140,15 @@ def read(folder: Path, index: int) -> Earlier:
 
 def _write_collage(folder: Folder, collage: collage_pb2.Collage) -> Path:
     return [folder.write(name, data) for name, data in files.parts(collage).items()][-1]
+
+
+def _write_images(folder: Folder, result: JobResult, drawn: PlanPictures) -> list[Path]:
+    """The pictures of a job, and what its plan drew."""
+    shown, written = [("composite", drawn.composite)], []
+    for image, data in zip(result.job.images, result.images, strict=True):
+        written.append(folder.write(f"image-{image.index}.png", data))
+        shown.append((f"image {image.index}, seed {image.seed}", data))
+    return [*written, *_write_pictures(folder, drawn, shown)]
 
 
 def _write_pictures(
@@ -170,18 +171,41 @@ def write_sheet(folder: Folder, rows: list[list[tuple[str, bytes]]]) -> list[Pat
     return [folder.write("sheet.png", sheet.draw(rows))]
 
 
-def plan_tree(plan: pb.Plan) -> dict[str, Any]:
+def _plan_tree(plan: pb.Plan) -> dict[str, Any]:
     """A plan as plain values, blob references replaced by the names of the files written."""
     layers = []
     for layer in plan.layers:
-        tree = _tree(layer)
-        tree["mask"] = f"masks/{layer.name}.png"
-        layers.append(tree)
+        layers.append({**tree(layer), "mask": f"masks/{layer.name}.png"})
     return {
         "prompt": plan.prompt,
-        "sampling": _tree(plan.sampling),
+        "sampling": tree(plan.sampling),
         "layers": layers,
-        "warnings": [_tree(warning) for warning in plan.warnings],
+        "warnings": [tree(warning) for warning in plan.warnings],
+    }
+
+
+def _result_tree(result: JobResult) -> dict[str, Any]:
+    """A finished job as plain values."""
+    job, images = result.job, []
+    for image in job.images:
+        entry: dict[str, Any] = {
+            "file": f"image-{image.index}.png",
+            "index": image.index,
+            "seed": image.seed,
+            "sha256": image.blob.sha256,
+        }
+        if image.HasField("changed_pixels"):
+            entry["changed_pixels"] = image.changed_pixels
+        images.append(entry)
+    return {
+        "job": job.name,
+        "request_id": job.request_id,
+        "attempts": job.attempts,
+        "model": job.plan.sampling.model,
+        "model_digest": job.images[0].model_digest if job.images else "",
+        "images": images,
+        **_plan_tree(job.plan),
+        "timings_s": {**_waits(job), "stages": result.stage_seconds},
     }
 
 
@@ -196,22 +220,8 @@ def _request_tree(work: Work) -> dict[str, Any]:
     return {"kind": kind, **json_format.MessageToDict(copy, preserving_proto_field_name=True)}
 
 
-def _tree(message: Message) -> dict[str, Any]:
-    """A message as plain values. Zeros are written out: a dial of 0 is a decision, not an absence."""
-    tree: dict[str, Any] = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    if tree.get("seed") is not None:
-        tree["seed"] = int(tree["seed"])
-    return tree
-
-
 def _waits(job: pb.Job) -> dict[str, float]:
     created, started, ended = (
         moment.ToNanoseconds() / 1e9 for moment in (job.create_time, job.start_time, job.end_time)
     )
     return {"queued": round(started - created, 3), "total": round(ended - created, 3)}
-
-
-def _write_json(folder: Folder, name: str, tree: Mapping[str, Any]) -> Path:
-    return folder.write(name, f"{json.dumps(tree, indent=2, ensure_ascii=False)}\n".encode())

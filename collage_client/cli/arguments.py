@@ -1,0 +1,313 @@
+"""The arguments of `collage`: commands, help texts. Each command's `action` is what it does."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from collage_client.cli import completion, drawing, listing, server
+from collage_client.cli.options import (
+    SWEPT_DIALS,
+    add_data,
+    add_out,
+    add_output,
+    add_path,
+    add_sampling,
+    add_served,
+    add_server,
+    count,
+    dial,
+    port,
+)
+
+# Where a version stands: the client's own distribution, or the one of servers and client together.
+_DISTRIBUTIONS = ("collage-client", "collage-diffusion")
+
+_INTRODUCTION = """\
+Turns a stack of cut-out pictures into one coherent picture (Collage Diffusion).
+
+A collage is a file, collage.yaml: a canvas, a prompt, and layers from back to front, each with its picture, its
+words, its place and three dials, all 0 to 1:
+  noise    how far the layer may move from its cut-out: 0 keeps every pixel, 1 only the place
+  attract  how much attention its words gain where it stands
+  repel    how much attention its words lose elsewhere
+A dial that is left out is chosen from the layer's size; `collage plan` shows the value.
+"""
+_START = """\
+to begin:
+  collage plan examples/bento --out out/plan          what would be drawn, and draw nothing
+  collage generate examples/bento --out out/bento     draw it
+  collage redo out/bento --layer rice --out out/two   draw one layer again, keep every other pixel
+  collage sweep examples/bento --layer rice --dial noise=0:1:5 --out out/sweep
+
+every command takes --json and --quiet; `collage completion bash|zsh|fish` completes them.
+exit codes: 0 done, 1 failed, 2 bad input (the field is named), 130 interrupted
+"""
+
+Action = Callable[[argparse.Namespace], Awaitable[int | None]]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog="collage",
+        description=_INTRODUCTION,
+        epilog=_START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--version", action="version", version=f"collage {version()}")
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    _add_drawing(commands)
+    _add_listing(commands)
+    _add_serving(commands)
+
+    async def complete(args: argparse.Namespace) -> None:
+        print(completion.script(args.shell, root), end="")
+
+    sub = _command(
+        commands,
+        "completion",
+        complete,
+        "Print a script that completes this command in a shell.",
+        'eval "$(collage completion bash)"; the same for zsh; collage completion fish | source',
+    )
+    sub.add_argument("shell", choices=completion.SHELLS)
+    return root
+
+
+def version() -> str:
+    """Of what is installed; "unknown" where it runs from a folder alone."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _command(
+    commands: Any, name: str, action: Action, line: str, more: str = "", *, again: bool = False
+) -> argparse.ArgumentParser:
+    """Adds one; `again` where the command above takes the same options."""
+    sub: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=line,
+        description=f"{line}\n\n{more}".strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(action=action)
+    add_output(sub, again=again)
+    return sub
+
+
+def _add_drawing(commands: Any) -> None:
+    sub = _command(
+        commands,
+        "generate",
+        drawing.generate,
+        "Draw a collage.",
+        "Writes image-0.png and so on, composite.png, masks/, sheet.png (all of them side by side),\n"
+        "collage.yaml with its pictures, and result.json: every seed and every dial as used. Of an earlier\n"
+        "result in the folder it deletes the files that .collage.json lists, and nothing else.",
+    )
+    add_path(sub)
+    _add_skip(sub)
+    add_out(sub)
+    add_sampling(sub)
+    add_server(sub)
+
+    sub = _command(
+        commands,
+        "plan",
+        drawing.plan,
+        "Show what would be drawn, without drawing it.",
+        "Resolves every dial, draws composite and masks, warns of hidden layers and lost words, estimates\n"
+        "the cost. Runs no model.",
+    )
+    add_path(sub)
+    add_out(sub)
+    add_sampling(sub)
+    add_server(sub)
+
+    sub = _command(
+        commands,
+        "redo",
+        drawing.redo,
+        "Draw layers of an earlier result again.",
+        "Every pixel outside the layers' masks stays byte for byte. The new folder can be redone in turn.\n"
+        "Sampling that is left out is as before, but for the seed, which is a new one, and one picture.",
+    )
+    sub.add_argument("folder", metavar="DIR", type=Path, help="results folder of generate or redo")
+    sub.add_argument(
+        "--layer", metavar="NAME", action="append", required=True, help="layer; may be repeated"
+    )
+    sub.add_argument(
+        "--noise", metavar="X", type=float, help="its noise now, 0 to 1 (default: as before)"
+    )
+    sub.add_argument(
+        "--image", metavar="K", type=int, default=0, help="which picture of DIR (default: 0)"
+    )
+    sub.add_argument(
+        "--feather",
+        metavar="PX",
+        type=float,
+        help="width of the mask's soft inner edge in pixels, 0 to 64 (default: 4)",
+    )
+    sub.add_argument(
+        "--restore-cutout",
+        action=argparse.BooleanOptionalAction,
+        help="start from the layer's own cut-out rather than from the picture (default: no)",
+    )
+    _add_skip(sub)
+    add_out(sub)
+    add_sampling(sub)
+    add_server(sub)
+
+    sub = _command(
+        commands,
+        "sweep",
+        drawing.sweep,
+        "Draw a collage once for each value of one dial, all with one seed.",
+        "Writes a results folder for each value and one labelled contact sheet, sheet.png.",
+    )
+    add_path(sub)
+    sub.add_argument("--layer", metavar="NAME", required=True, help="the layer whose dial moves")
+    sub.add_argument(
+        "--dial",
+        metavar="NAME=FIRST:LAST:COUNT",
+        type=dial,
+        required=True,
+        help=f"one of {', '.join(SWEPT_DIALS)}, and its values: noise=0:1:5 is 0, 0.25, ... 1",
+    )
+    add_out(sub)
+    add_sampling(sub)
+    add_server(sub)
+
+    sub = _command(
+        commands,
+        "learn",
+        drawing.learn,
+        "Learn the look of layers as words.",
+        "A learned word stands before a layer's text (appearance: {word: NAME}) and carries its look over.",
+    )
+    add_path(sub)
+    sub.add_argument(
+        "--layer",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="layer; may be repeated (default: each whose appearance says learn)",
+    )
+    sub.add_argument(
+        "--vectors",
+        metavar="N",
+        type=count,
+        help="vectors of each word, 1 to 8: more hold more, and take as many tokens (default: 1)",
+    )
+    sub.add_argument("--model", default="", help="for which model (default: the server's)")
+    add_server(sub)
+
+
+def _add_listing(commands: Any) -> None:
+    words = _command(
+        commands,
+        "words",
+        listing.words,
+        "List the learned words, or get, import, export or delete one.",
+        "Alone it lists them. A word is a safetensors file that diffusers' load_textual_inversion reads.",
+    )
+    add_server(words)
+    inner = words.add_subparsers(metavar="COMMAND")
+
+    def word(
+        name: str, action: Action, line: str, argument: str = "WORD"
+    ) -> argparse.ArgumentParser:
+        sub = _command(inner, name, action, line, again=True)
+        if argument == "WORD":
+            sub.add_argument("name", metavar="WORD", help="as the list shows it: words/...")
+        add_server(sub, again=True)
+        return sub
+
+    word("list", listing.words, "List the learned words.", "")
+    word("get", listing.get_word, "Show one word.")
+    sub = word("export", listing.export_word, "Write a word's vectors as a safetensors file.")
+    sub.add_argument("--out", metavar="FILE", type=Path, required=True, help="file to write")
+    sub = word("import", listing.import_word, "Take in a word learned elsewhere.", "")
+    sub.add_argument(
+        "file", metavar="FILE", type=Path, help="safetensors, as diffusers or A1111 write it"
+    )
+    sub.add_argument("--text", metavar="TEXT", required=True, help="the words it stands before")
+    sub.add_argument("--model", default="", help="for which model (default: the server's)")
+    word("delete", listing.delete_word, "Forget a word.")
+
+    sub = _command(
+        commands, "models", listing.models, "List the models, their limits and defaults."
+    )
+    add_server(sub)
+    sub = _command(commands, "jobs", listing.jobs, "List the newest jobs.")
+    sub.add_argument(
+        "--limit", metavar="N", type=count, default=20, help="how many (default: %(default)s)"
+    )
+    add_server(sub)
+
+    inner = commands.add_parser(
+        "job", help="Show, watch, fetch or cancel one job.", description="One job, by its name."
+    ).add_subparsers(metavar="COMMAND", required=True)
+    for name, action, line in (
+        ("show", listing.show_job, "Show a job as it stands."),
+        ("watch", listing.watch_job, "Follow a job to its end; with --json an event a line."),
+        ("fetch", listing.fetch_job, "Write what a job drew into a folder, when it has ended."),
+        ("cancel", listing.cancel_job, "Stop a job."),
+    ):
+        sub = _command(inner, name, action, line)
+        sub.add_argument("name", metavar="JOB", help="as `collage jobs` shows it")
+        if name == "fetch":
+            add_out(sub)
+        add_server(sub)
+
+
+def _add_serving(commands: Any) -> None:
+    sub = _command(
+        commands, "serve", server.serve, "Run all services in this process until Ctrl-C."
+    )
+    sub.add_argument(
+        "--address",
+        metavar="ADDR",
+        default="127.0.0.1:50051",
+        help="host:port (default: %(default)s)",
+    )
+    add_served(sub)
+    add_data(sub)
+    sub.set_defaults(server="")
+
+    sub = _command(
+        commands,
+        "cluster",
+        server.cluster,
+        "Run the production shape as processes on this machine, until Ctrl-C.",
+        "NATS, SeaweedFS, the three services and as many gateways as wanted. A second Ctrl-C waits for nobody.",
+    )
+    sub.add_argument(
+        "--gateways", metavar="N", type=count, default=2, help="how many (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--port",
+        metavar="P",
+        type=port,
+        default=50051,
+        help="of the first gateway, the others following (default: %(default)s); 0 for free ones",
+    )
+    add_served(sub)
+    add_data(sub)
+    sub.set_defaults(data=Path("data/cluster"), server="")
+
+
+def _add_skip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-failed-words",
+        action="store_true",
+        help="draw a layer whose word cannot be learned without it (default: fail)",
+    )

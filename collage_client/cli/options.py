@@ -1,0 +1,148 @@
+"""Options that several commands share, and the values that options take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SWEPT_DIALS = ("noise", "attract", "repel", "opacity")
+MAX_SWEEP_VALUES = 16
+
+
+def dial(text: str) -> tuple[str, list[float]]:
+    """Reads `noise=0:1:5`: a dial's name, and that many values from the first to the last, both included."""
+    name, _, span = text.partition("=")
+    try:
+        first, last, count = span.split(":")
+        start, stop, steps = float(first), float(last), int(count)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=FIRST:LAST:COUNT, for example noise=0:1:5"
+        ) from None
+    if name not in SWEPT_DIALS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SWEPT_DIALS)}")
+    if not (0 <= start <= 1 and 0 <= stop <= 1):
+        raise argparse.ArgumentTypeError(f"{name} goes from 0 to 1, not {start:g} to {stop:g}")
+    if not 2 <= steps <= MAX_SWEEP_VALUES:
+        raise argparse.ArgumentTypeError(f"2 to {MAX_SWEEP_VALUES} values, not {steps}")
+    return name, [start + (stop - start) * k / (steps - 1) for k in range(steps)]
+
+
+def count(text: str) -> int:
+    """Reads a whole number above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """Reads `ink` or `ink=0.8`: an adapter's name and weight."""
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{weight!r} is no number; NAME or NAME=WEIGHT") from None
+
+
+def port(text: str) -> int:
+    """Reads a port, 0 for a free one."""
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
+    return int(text)
+
+
+def add_path(parser: argparse.ArgumentParser) -> None:
+    """The collage."""
+    parser.add_argument("path", metavar="PATH", type=Path, help="a collage.yaml, or its folder")
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The folder that is written."""
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder to write, made if absent"
+    )
+
+
+def add_data(parser: argparse._ActionsContainer, *, again: bool = False) -> None:
+    """Where a server here keeps its things; `again` as for `add_server`."""
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        default=argparse.SUPPRESS if again else Path("data"),
+        help="where an embedded server keeps jobs and pictures (default: ./data)",
+    )
+
+
+def add_server(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
+    """Which server. `again`: the command above takes the same options, whose values count if not repeated."""
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--server",
+        metavar="ADDR",
+        default=argparse.SUPPRESS if again else "",
+        help="host:port of a running server (default: one is started here)",
+    )
+    add_data(parser, again=again)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How pictures are drawn."""
+    group = parser.add_argument_group("sampling", "What is left out is the model's default.")
+    group.add_argument(
+        "--images", metavar="N", type=int, help="how many pictures, 1 to 16 (default: 1)"
+    )
+    group.add_argument(
+        "--seed", metavar="S", type=int, help="0 to 2^64 - 1; picture k uses S + k (default: drawn)"
+    )
+    group.add_argument("--steps", metavar="N", type=int, help="denoising steps at noise 1")
+    group.add_argument(
+        "--guidance", metavar="G", type=float, help="guidance scale, 0 to 50; 1 or less is none"
+    )
+    group.add_argument("--sampler", metavar="NAME", default="", help="see `collage models`")
+    group.add_argument(
+        "--adapter",
+        metavar="NAME[=W]",
+        type=adapter,
+        action="append",
+        default=[],
+        help="draw with this adapter (LoRA), its weight -2 to 2 (default: 1); may be repeated",
+    )
+    group.add_argument(
+        "--model",
+        metavar="M",
+        default="",
+        help="a served model's name; without --server also a model folder, hub id or models.yaml to serve",
+    )
+
+
+def add_served(parser: argparse.ArgumentParser) -> None:
+    """What a server that is started serves, and how."""
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        default="",
+        help="model folder, hub id, or models.yaml (default: the bundled model)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=count,
+        default=0,
+        help="CPU threads of one operation of a network (default: one a core)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
+    """How it is said; `again` as for `add_server`."""
+    group = parser.add_argument_group("output")
+    default = argparse.SUPPRESS if again else False
+    group.add_argument(
+        "--json",
+        action="store_true",
+        default=default,
+        help="results, and errors, as JSON on standard output",
+    )
+    group.add_argument(
+        "--quiet", action="store_true", default=default, help="no progress and no notes"
+    )
