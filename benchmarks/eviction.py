@@ -67,7 +67,9 @@ class Served:
             plate=wire.render_blob(ref),
             prompt=plates.PROMPT,
             layers=[
-                generator_service_pb2.LayerControl(text_start=start, text_end=end, attract=0.5)
+                generator_service_pb2.LayerControl(
+                    plan={"text_start": start, "text_end": end, "attract": 0.5}
+                )
                 for start, end in plates.SPANS
             ],
             sampling=wire.render_sampling(plates.sampling(model=model, seed=seed, steps=steps)),

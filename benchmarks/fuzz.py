@@ -183,8 +183,11 @@ async def examples(target: Target) -> dict[str, list[Any]]:
     name = created.job.name
     redo = {"collage": scene, "parent": parent, "layers": ["a"], "feather": 2.0}
     controls = [
-        {"name": "a", "text_start": 2, "text_end": 7, "attract": 0.5, "repel": 0.2, "seed": 3},
-        {"name": "b", "text_start": 14, "text_end": 18},
+        {
+            "plan": {"name": "a", "text_start": 2, "text_end": 7, "attract": 0.5, "repel": 0.2},
+            "seed": 3,
+        },
+        {"plan": {"name": "b", "text_start": 14, "text_end": 18}},
     ]
     plain = {"prompt": "a sushi and a cake", "sampling": settings}
     requests = [
@@ -221,7 +224,9 @@ async def examples(target: Target) -> dict[str, list[Any]]:
         generator_service_pb2.GenerateRequest(
             plate=plate.plate, layers=controls, parent=plate.composite, **plain
         ),
-        generator_service_pb2.EstimateRequest(size=stored.size, layers=2, **plain),
+        generator_service_pb2.EstimateRequest(
+            size=stored.size, layers=[each["plan"] for each in controls], **plain
+        ),
         generator_service_pb2.DescribeModelsRequest(),
         inversion_service_pb2.LearnWordsRequest(
             model="toy", subjects=[{"layer": "a", "image": blob, "text": "cake"}], job="fuzz"

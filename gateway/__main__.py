@@ -9,9 +9,11 @@ from collage.v1 import compositor_service_pb2_grpc as compositor_grpc
 from collage.v1 import generator_service_pb2_grpc as generator_grpc
 from collage.v1 import inversion_service_pb2_grpc as inversion_grpc
 from gateway.jobs import Jobs, QueuePolicy
+from gateway.models import Models
 from gateway.pipeline import Pipeline
-from gateway.planner import Models, Planner
+from gateway.plan import Planner
 from gateway.service import CollageServicer
+from gateway.stages import Stages
 from gateway.words import Words
 from gateway.worker import Worker, exhausted_event
 from services.common.rpc import Server, connect
@@ -75,28 +77,16 @@ async def build(settings: Settings) -> Server:
     inverting = inversion_grpc.InversionServiceStub(inversion)
     compositing = compositor_grpc.CompositorServiceStub(compositor)
     models, words = Models(generating, compositing), Words(blobs)
-    planner = Planner(
-        blobs=blobs,
-        words=words,
-        models=models,
-        compositor=compositing,
-        generator=generating,
-    )
-    pipeline = Pipeline(
-        planner=planner,
-        models=models,
-        inversion=inverting,
-        generator=generating,
-    )
-    worker = Worker(jobs, pipeline, words, slots=settings.slots)
+    stages = Stages(compositor=compositing, inversion=inverting, generator=generating)
+    planner = Planner(blobs=blobs, words=words, stages=stages)
+    worker = Worker(jobs, Pipeline(stages), words, slots=settings.slots)
     server = Server("gateway", settings.address, drain=worker.drain)
     servicer = CollageServicer(
-        blobs=blobs,
+        store=blobs,
         jobs=jobs,
         words=words,
         planner=planner,
         models=models,
-        pipeline=pipeline,
         inversion=inverting,
     )
     collage_grpc.add_CollageServiceServicer_to_server(servicer, server.grpc)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from services.common.collage import Layer
 from services.common.errors import InvalidRequest, Violation, quote
+from services.common.field import Field
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -28,7 +29,9 @@ class BoundPrompt:
     not_found: tuple[int, ...]
 
 
-def bind(prompt: str, layers: Sequence[Layer], *, field: str = "collage.prompt") -> BoundPrompt:
+def bind(
+    prompt: str, layers: Sequence[Layer], *, field: Field = Field("collage.prompt")
+) -> BoundPrompt:
     """Binds each visible layer to its words.
 
     `{{` and `}}` are literal braces. A placeholder of a hidden layer is replaced by its text and binds nothing.
@@ -59,7 +62,7 @@ def bind(prompt: str, layers: Sequence[Layer], *, field: str = "collage.prompt")
 
 
 def _fill(
-    prompt: str, layers: Sequence[Layer], field: str
+    prompt: str, layers: Sequence[Layer], field: Field
 ) -> tuple[str, dict[int, tuple[int, int]]]:
     """The prompt with placeholders replaced, and the span of each layer that had one."""
     index_of = {layer.name: index for index, layer in enumerate(layers)}
@@ -76,7 +79,7 @@ def _fill(
         elif name is None:
             violations.append(
                 Violation(
-                    field=field,
+                    field=str(field),
                     description=f"lone {match.group()!r} at character {match.start()}; "
                     "write it twice for a literal brace",
                 )
@@ -87,7 +90,7 @@ def _fill(
             allowed = ", ".join(sorted(index_of))
             violations.append(
                 Violation(
-                    field=field,
+                    field=str(field),
                     description=f"placeholder {quote('{' + name + '}')} {problem}; layers: {allowed}",
                 )
             )

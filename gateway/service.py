@@ -4,9 +4,6 @@ Main type: `CollageServicer`. It knows the contract, the queue and the storage, 
 """
 
 import asyncio
-import hashlib
-import secrets
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -31,13 +28,15 @@ from gateway.jobs import (
     RequestReused,
     job_id_of,
 )
-from gateway.pipeline import Pipeline
-from gateway.planner import ASK_TIMEOUT_S, Models, Planned, Planner, asked
+from gateway.models import Models
+from gateway.plan import Planner
+from gateway.request import digest_of, parse, parse_generate, request_id_of, seed_of
+from gateway.stages import ASK_TIMEOUT_S, asked
+from gateway.uploads import Blobs
 from gateway.words import Words
 from gateway.worker import cancelled_event
 from services.common import wire
-from services.common.blobs import BlobMissing, BlobRef, BlobStore, blob_key
-from services.common.collage import Collage
+from services.common.blobs import BlobStore, blob_key
 from services.common.errors import (
     CollageError,
     InvalidRequest,
@@ -47,19 +46,11 @@ from services.common.errors import (
     Unavailable,
     quote,
 )
+from services.common.field import Field
 from services.common.rpc import bounded, outgoing
 from services.common.telemetry import log
 
 DEFAULT_PAGE, LARGEST_PAGE = 20, 100
-MAX_CHECKED_DIGESTS = 256
-# Uploads held in memory at a time, each up to limits.MAX_BLOB_BYTES.
-MAX_UPLOADS = 4
-# Uploads that may wait for their turn.
-MAX_WAITING_UPLOADS = 64
-UPLOAD_TIMEOUT_S = 120.0
-# Longest silence within an upload: a caller that sends nothing must not keep others from their turn.
-UPLOAD_SILENCE_S = 10.0
-CHUNK_BYTES = 1024 * 1024
 # How long an address handed out for a picture works.
 DOWNLOAD_URL_S = 3600
 
@@ -80,23 +71,20 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
     def __init__(
         self,
         *,
-        blobs: BlobStore,
+        store: BlobStore,
         jobs: Jobs,
         words: Words,
         planner: Planner,
         models: Models,
-        pipeline: Pipeline,
         inversion: inversion_service_pb2_grpc.InversionServiceStub,
     ) -> None:
-        self._blobs = blobs
+        self._store = store
+        self._blobs = Blobs(store)
         self._words = words
         self._inversion = inversion
         self._jobs = jobs
         self._planner = planner
         self._models = models
-        self._pipeline = pipeline
-        self._uploads = asyncio.Semaphore(MAX_UPLOADS)
-        self._admitted_uploads = 0
         # Cancels that must outlive the stream whose end asked for them.
         self._cancels: set[asyncio.Task[Any]] = set()
 
@@ -104,10 +92,16 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, request: collage_service_pb2.PlanCollageRequest, context: Any
     ) -> collage_service_pb2.PlanCollageResponse:
         """Validates and composes; runs no model."""
-        planned = await self._planner.plan(
-            request.collage, request.sampling, seed=secrets.randbits(63)
+        id_ = request_id_of("")
+        generate = await parse_generate(
+            request.collage,
+            request.sampling,
+            self._models,
+            field=Field(),
+            seed=seed_of(id_),
         )
-        return collage_service_pb2.PlanCollageResponse(plan=planned.plan)
+        drawing = await self._planner.plan(generate, request_id=id_)
+        return collage_service_pb2.PlanCollageResponse(plan=drawing.plan)
 
     async def CreateJob(
         self, request: collage_service_pb2.CreateJobRequest, context: Any
@@ -180,18 +174,9 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
                 + ", ".join(collage_service_pb2.DisconnectPolicy.keys()),
             )
         cancels = request.on_disconnect == collage_service_pb2.DISCONNECT_POLICY_CANCEL
-        create = collage_service_pb2.CreateJobRequest(
-            request_id=_request_id(request.request_id),
-            generate=collage_service_pb2.GenerateWork(
-                collage=request.collage,
-                sampling=request.sampling,
-                skip_failed_words=request.skip_failed_words,
-            ),
-        )
+        create, field = _as_job(request)
         try:
-            record = await self._submit(create)
-        except (InvalidRequest, MissingBlobs) as error:
-            raise _without_root(error, "generate.") from error
+            record = await self._submit(create, field=field)
         except asyncio.CancelledError:
             # Gone while the job was being queued: it may have been.
             if cancels:
@@ -210,51 +195,23 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, request: collage_service_pb2.CheckBlobsRequest, context: Any
     ) -> collage_service_pb2.CheckBlobsResponse:
         """Which digests are unknown here."""
-        if len(request.sha256) > MAX_CHECKED_DIGESTS:
-            raise InvalidRequest.of(
-                "sha256", f"has {len(request.sha256)} digests; allowed: {MAX_CHECKED_DIGESTS}"
-            )
-        keys = [_digest_key(digest, f"sha256[{i}]") for i, digest in enumerate(request.sha256)]
-        stats = await asyncio.gather(*map(self._blobs.stat, keys))
         return collage_service_pb2.CheckBlobsResponse(
-            missing_sha256=[
-                digest for digest, stat in zip(request.sha256, stats, strict=True) if stat is None
-            ]
+            missing_sha256=await self._blobs.missing(request.sha256)
         )
 
     async def PutBlob(
         self, requests: AsyncIterator[collage_service_pb2.PutBlobRequest], context: Any
     ) -> collage_service_pb2.PutBlobResponse:
         """Header, chunks, digest checked, stored."""
-        if self._admitted_uploads >= MAX_UPLOADS + MAX_WAITING_UPLOADS:
-            raise Overloaded(f"{MAX_WAITING_UPLOADS} uploads wait", retry_after_s=2.0)
-        self._admitted_uploads += 1
-        try:
-            async with self._uploads:
-                async with asyncio.timeout(UPLOAD_TIMEOUT_S):
-                    blob, data = await _receive(requests)
-                await self._blobs.create(blob.key, data, media_type=blob.media_type)
-        finally:
-            self._admitted_uploads -= 1
+        blob = await self._blobs.put(requests)
         return collage_service_pb2.PutBlobResponse(blob=wire.render_blob(blob))
 
     async def GetBlob(
         self, request: collage_service_pb2.GetBlobRequest, context: Any
     ) -> AsyncIterator[collage_service_pb2.GetBlobResponse]:
         """Header, then chunks."""
-        key = _digest_key(request.sha256, "sha256")
-        stat = await self._blobs.stat(key)
-        if stat is None:
-            raise _no_blob(request.sha256)
-        header = BlobRef(
-            sha256=request.sha256, size_bytes=stat.size_bytes, media_type=stat.media_type
-        )
-        yield collage_service_pb2.GetBlobResponse(header=wire.render_blob(header))
-        try:
-            async for chunk in self._blobs.read(key):
-                yield collage_service_pb2.GetBlobResponse(chunk=chunk)
-        except BlobMissing:
-            raise _no_blob(request.sha256) from None
+        async for part in self._blobs.get(request.sha256):
+            yield part
 
     async def ListModels(
         self, request: collage_service_pb2.ListModelsRequest, context: Any
@@ -284,9 +241,9 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, request: collage_service_pb2.ImportWordRequest, context: Any
     ) -> collage_service_pb2.ImportWordResponse:
         """Has the inversion service look at the vectors and keep them."""
-        model = await self._models.named(request.model, "model")
+        model = await self._models.named(request.model, Field("model"))
         vectors = wire.parse_blob(request.vectors, "vectors")
-        stat = await self._blobs.stat(vectors.key)
+        stat = await self._store.stat(vectors.key)
         if stat is None:
             raise MissingBlobs({"vectors": vectors.sha256})
         answer = await asked(
@@ -309,24 +266,32 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         await self._words.delete(request.name)
         return collage_service_pb2.DeleteWordResponse()
 
-    async def _submit(self, request: collage_service_pb2.CreateJobRequest) -> JobRecord:
-        """Plans the request and queues it, its pictures stored and referred to."""
-        accepted = job_pb2.AcceptedJob(request=request)
-        accepted.request.request_id = _request_id(request.request_id)
-        if request.request_id and _names_words(request):
-            accepted.words.extend(await self._words_taken(accepted.request.request_id))
-        checked = await self._pipeline.check(accepted)
-        _refer(accepted, checked)
-        body = accepted.SerializeToString(deterministic=True)
+    async def _submit(
+        self, request: collage_service_pb2.CreateJobRequest, *, field: Field | None = None
+    ) -> JobRecord:
+        """The job of a request: the one it has already, else one that is planned and queued now.
+
+        Looked up before anything else, so that a request sent again finds its job whatever has become of the models,
+        pictures and services that it was accepted with. `field`: as in `gateway.request.parse`.
+        """
+        request_id = request_id_of(request.request_id)
+        digest = digest_of(request)
+        if request.request_id and (record := await self._known(request_id, digest)) is not None:
+            return record
+        named = collage_service_pb2.CreateJobRequest()
+        named.CopyFrom(request)
+        named.request_id = request_id
+        work = await parse(named, self._models, field=field)
+        accepted = await self._planner.accept(work, request_id=request_id, request_digest=digest)
         try:
-            return await self._jobs.submit(accepted.request.request_id, body)
-        except RequestReused:
-            raise InvalidRequest.of(
-                "request_id",
-                f"is {quote(request.request_id)}, already used for another request; "
-                "allowed: a new UUID",
-                reason="REQUEST_ID_REUSED",
-            ) from None
+            return await self._jobs.submit(
+                request_id, accepted.SerializeToString(deterministic=True)
+            )
+        except RequestReused as error:
+            # Sent twice at once: the other was queued first, with a plan of its own.
+            if (record := await self._known(request_id, digest)) is not None:
+                return record
+            raise Unavailable("the job is just being queued; send it again") from error
         except ValueError as error:
             raise InvalidRequest.of("collage", f"is too large to queue: {error}") from error
         except QueueFull as error:
@@ -334,18 +299,25 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         except JobsUnavailable as error:
             raise _storage_down() from error
 
-    async def _words_taken(self, request_id: str) -> Sequence[collage_service_pb2.Word]:
-        """The words that the job of this request took, if there is one.
+    async def _known(self, request_id: str, digest: str) -> JobRecord | None:
+        """The job that this very request has already, None where there is none.
 
-        A request sent again is the same request, whatever became of the names in it since.
+        Raises:
+            InvalidRequest: the id stands for another request.
         """
         try:
             record = await self._jobs.get(job_id_of(request_id))
         except JobMissing:
-            return ()
+            return None
         except JobsUnavailable as error:
             raise _storage_down() from error
-        return job_pb2.AcceptedJob.FromString(record.body).words
+        if job_pb2.AcceptedJob.FromString(record.body).request_digest == digest:
+            return record
+        raise InvalidRequest.of(
+            "request_id",
+            f"is {quote(request_id)}, already used for another request; allowed: a new UUID",
+            reason="REQUEST_ID_REUSED",
+        )
 
     def _cancel_later(self, job_id: str) -> None:
         """Cancels a job whose caller is gone, and outlives the caller's stream."""
@@ -396,7 +368,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         message.sequence = event.sequence
         message.time.CopyFrom(_timestamp(event.at))
         if message.HasField("image"):
-            url = await self._blobs.presign(
+            url = await self._store.presign(
                 blob_key(message.image.blob.sha256), expires_s=DOWNLOAD_URL_S
             )
             message.image.download_url = url or ""
@@ -420,100 +392,25 @@ def _collect(job: collage_service_pb2.Job, event: collage_service_pb2.JobEvent) 
         job.error.CopyFrom(getattr(event, kind))
 
 
-async def _receive(
-    requests: AsyncIterator[collage_service_pb2.PutBlobRequest],
-) -> tuple[BlobRef, bytes]:
-    """The header and the bytes of an upload, never holding more than is allowed."""
-    header: BlobRef | None = None
-    data = bytearray()
-    while True:
-        try:
-            async with asyncio.timeout(UPLOAD_SILENCE_S):
-                request = await anext(requests)
-        except StopAsyncIteration:
-            break
-        if request.HasField("header"):
-            if header is not None:
-                raise InvalidRequest.of("header", "came twice; allowed: once, first")
-            header = wire.parse_blob(request.header, "header")
-        elif header is None:
-            raise InvalidRequest.of("header", "is missing; required: first message")
-        elif not 1 <= len(request.chunk) <= CHUNK_BYTES:
-            raise InvalidRequest.of(
-                "chunk",
-                f"has {len(request.chunk)} bytes; allowed: from 1 to {CHUNK_BYTES} a message",
-            )
-        else:
-            data += request.chunk
-            if len(data) > header.size_bytes:
-                raise InvalidRequest.of(
-                    "chunk", f"goes beyond header.size_bytes, {header.size_bytes}"
-                )
-    if header is None:
-        raise InvalidRequest.of("header", "is missing; required: first message")
-    if len(data) != header.size_bytes:
+def _as_job(
+    request: collage_service_pb2.GenerateImagesRequest,
+) -> tuple[collage_service_pb2.CreateJobRequest, Field]:
+    """The job that a stream asks for, its id set, and where its work stands in the stream's request."""
+    create = collage_service_pb2.CreateJobRequest(request_id=request_id_of(request.request_id))
+    if not request.HasField("redo"):
+        create.generate.collage.CopyFrom(request.collage)
+        create.generate.sampling.CopyFrom(request.sampling)
+        create.generate.skip_failed_words = request.skip_failed_words
+        return create, Field()
+    for name in ("collage", "sampling"):
+        if request.HasField(name):
+            raise InvalidRequest.of(name, "is set beside redo, which has its own; allowed: one")
+    if request.skip_failed_words:
         raise InvalidRequest.of(
-            "header.size_bytes", f"is {header.size_bytes}, but {len(data)} bytes came"
+            "skip_failed_words", "is set beside redo, which has its own; allowed: one"
         )
-    received = bytes(data)
-    digest = hashlib.sha256(received).hexdigest()
-    if digest != header.sha256:
-        raise InvalidRequest.of("header.sha256", f"is {header.sha256}, but the bytes have {digest}")
-    return header, received
-
-
-def _names_words(request: collage_service_pb2.CreateJobRequest) -> bool:
-    work = request.WhichOneof("work")
-    return work is not None and any(
-        layer.appearance.word for layer in getattr(request, work).collage.layers
-    )
-
-
-def _refer(job: job_pb2.AcceptedJob, checked: Planned | Collage) -> None:
-    """Has the job refer to every picture, so that equal requests have equal bodies, and hold every word that is named.
-
-    So it has the word whatever becomes of the name.
-    """
-    request = job.request
-    message = getattr(request, str(request.WhichOneof("work"))).collage
-    collage = checked if isinstance(checked, Collage) else checked.collage
-    for part, layer in zip(message.layers, collage.layers, strict=True):
-        part.image.CopyFrom(wire.render_picture(layer.image))
-        for structure, value in zip(part.structure, layer.structure, strict=True):
-            if value.image is not None:
-                structure.image.CopyFrom(wire.render_picture(value.image))
-    if isinstance(collage.background, BlobRef):
-        message.background.image.CopyFrom(wire.render_picture(collage.background))
-    del job.words[:]
-    if isinstance(checked, Planned):
-        job.words.extend(checked.words[name] for name in sorted(checked.words))
-        if checked.redo is not None:
-            request.redo.parent.CopyFrom(wire.render_picture(checked.redo.parent))
-
-
-def _request_id(text: str) -> str:
-    """A canonical UUID; a new one for an empty text."""
-    try:
-        return str(uuid.UUID(text)) if text else str(uuid.uuid4())
-    except ValueError:
-        raise InvalidRequest.of(
-            "request_id", f"is {quote(text)}; allowed: a UUID, or empty"
-        ) from None
-
-
-def _without_root(error: InvalidRequest | MissingBlobs, root: str) -> CollageError:
-    """The same error with field paths that start one level lower."""
-    if isinstance(error, MissingBlobs):
-        return MissingBlobs(
-            {field.removeprefix(root): digest for field, digest in error.missing.items()}
-        )
-    return InvalidRequest(
-        [
-            replace(violation, field=violation.field.removeprefix(root))
-            for violation in error.violations
-        ],
-        reason=error.reason,
-    )
+    create.redo.CopyFrom(request.redo)
+    return create, Field("redo")
 
 
 def render_job(record: JobRecord) -> collage_service_pb2.Job:
@@ -536,15 +433,6 @@ def _timestamp(seconds: float) -> Timestamp:
     stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
     return stamp
-
-
-def _digest_key(digest: str, field: str) -> str:
-    try:
-        return BlobRef(sha256=digest, size_bytes=0, media_type="a/b").key
-    except ValueError:
-        raise InvalidRequest.of(
-            field, f"is {quote(digest)}; allowed: 64 lowercase hexadecimal digits"
-        ) from None
 
 
 def _page_size(size: int) -> int:
@@ -572,7 +460,3 @@ def _bad_token(token: str) -> InvalidRequest:
 
 def _storage_down() -> CollageError:
     return Unavailable("the job storage does not answer", reason="STORAGE_UNAVAILABLE")
-
-
-def _no_blob(digest: str) -> NotFound:
-    return NotFound(f"no blob {digest}", reason="BLOB_NOT_FOUND", metadata={"sha256": digest})

@@ -743,7 +743,7 @@ async def test_what_does_not_fit_the_machine_is_refused_before_it_runs(system, w
 
 
 async def test_a_silent_upload_does_not_keep_its_place(system, monkeypatch):
-    monkeypatch.setattr("gateway.service.UPLOAD_SILENCE_S", 0.3)
+    monkeypatch.setattr("gateway.uploads.UPLOAD_SILENCE_S", 0.3)
 
     async def silent():
         yield HEADER

@@ -77,7 +77,13 @@ async def request_for(blobs, plate=None, *, parent=None, **changes):
         prompt=plates.PROMPT,
         layers=[
             generator_service_pb2.LayerControl(
-                name=f"layer-{index}", text_start=start, text_end=end, attract=0.5, repel=0.8
+                plan={
+                    "name": f"layer-{index}",
+                    "text_start": start,
+                    "text_end": end,
+                    "attract": 0.5,
+                    "repel": 0.8,
+                }
             )
             for index, (start, end) in enumerate(plates.SPANS)
         ],
@@ -175,7 +181,7 @@ async def test_estimates_count_tokens_and_refuse_nothing_too_long(served):
             generator_service_pb2.EstimateRequest(
                 sampling=wire.render_sampling(plates.sampling(images=count)),
                 size=collage_pb2.Size(width=32, height=32),
-                layers=2,
+                layers=[collage_pb2.LayerPlan(), collage_pb2.LayerPlan()],
                 prompt="a sushi " * 60,
                 negative_prompt="",
                 word_tokens=3,
@@ -233,11 +239,11 @@ def _not_a_plate(request):
 
 
 def _other_layer_count(request):
-    request.layers.add(name="third")
+    request.layers.add(plan={"name": "third"})
 
 
 def _span_outside(request):
-    request.layers[1].text_end = 999
+    request.layers[1].plan.text_end = 999
 
 
 def _too_long(request):
@@ -253,7 +259,7 @@ def _unknown_sampler(request):
 
 
 def _nan_dial(request):
-    request.layers[0].attract = float("nan")
+    request.layers[0].plan.attract = float("nan")
 
 
 def _missing_word(request):
@@ -289,11 +295,11 @@ def _missing_parent(request):
         (_not_a_plate, InvalidRequest, "plate"),
         (_bad_digest, InvalidRequest, "plate.sha256"),
         (_other_layer_count, InvalidRequest, "layers"),
-        (_span_outside, InvalidRequest, "layers[1].text_end"),
+        (_span_outside, InvalidRequest, "layers[1].plan.text_end"),
         (_too_long, InvalidRequest, "prompt"),
         (_unknown_model, InvalidRequest, "sampling.model"),
         (_unknown_sampler, InvalidRequest, "sampling.sampler"),
-        (_nan_dial, InvalidRequest, "layers[0].attract"),
+        (_nan_dial, InvalidRequest, "layers[0].plan.attract"),
         (_missing_word, MissingBlobs, "layers[0].word"),
         (_not_a_word, InvalidRequest, "layers[1].word"),
         (_heavy_word, InvalidRequest, "layers[1].word_weight"),

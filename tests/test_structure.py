@@ -31,7 +31,7 @@ from services.generator.runner import STAGE_SECONDS
 from services.generator.sampler import Run, step
 from services.generator.scheduler import Scheduler
 from services.generator.stages import TorchStages
-from services.generator.structure import StructureControl
+from services.generator.structure import StructureControl, acts_within, is_active
 from testing import plates, toy
 from testing import system as system_tools
 
@@ -751,8 +751,8 @@ def test_a_window_acts_where_a_whole_step_lies_in_it():
     for start, end in itertools.product(ends, ends):
         part = Structure(kind="canny", start=start, end=end)
         for steps in (1, 2, 3, 7, 10, 30, 49):
-            looked = any(part.is_active(step, steps) for step in range(steps))
-            assert part.acts_within(steps) == looked, (start, end, steps)
+            looked = any(is_active(part, step, steps) for step in range(steps))
+            assert acts_within(part, steps) == looked, (start, end, steps)
 
 
 async def test_a_controlnet_is_loaded_before_the_first_step_and_timed_apart(folder, monkeypatch):

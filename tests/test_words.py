@@ -175,7 +175,7 @@ async def test_a_picture_is_drawn_without_a_word_that_failed_only_where_the_call
     )
     events = await system.generate(request)
     assert events[-1].WhichOneof("kind") == "failed"
-    assert "generate.collage.layers[1].image" in events[-1].failed.message
+    assert events[-1].failed.message.startswith("collage.layers[1].image: ")
     assert not any(event.HasField("step") or event.HasField("image") for event in events)
     request.skip_failed_words = True
     events = await system.generate(request)
@@ -300,7 +300,7 @@ async def slowly(folder: Path, monkeypatch, *, steps: int):
 
 async def test_learning_that_outlasts_its_call_goes_on(tmp_path, monkeypatch):
     """A call's limit, an hour, was the learning's: the job failed with DEADLINE_EXCEEDED."""
-    monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
+    monkeypatch.setattr("gateway.stages.PATIENCE_S", 0.5)
     begun, learn, advance = [], Engine.learn, Trainer.advance
     ends = [3, 6]
 
@@ -330,8 +330,8 @@ async def test_learning_that_outlasts_its_call_goes_on(tmp_path, monkeypatch):
 
 
 async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("gateway.pipeline.LEARN_SILENCE_S", 1.5)
-    monkeypatch.setattr("gateway.pipeline.PATIENCE_S", 0.5)
+    monkeypatch.setattr("gateway.stages.LEARN_SILENCE_S", 1.5)
+    monkeypatch.setattr("gateway.stages.PATIENCE_S", 0.5)
     wakes, advance = threading.Event(), Trainer.advance
     wakes.set()
 

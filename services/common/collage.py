@@ -6,7 +6,7 @@ Pixels are not here, only references to them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from services.common.blobs import BlobRef
 
@@ -61,17 +61,6 @@ class Structure:
     emphasis: float = 0.0
     image: Picture | None = None
 
-    def is_active(self, step: int, steps: int) -> bool:
-        """Whether it acts in step `step` of `steps`, as diffusers' control_guidance_start and _end have it."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
-
-    def acts_within(self, steps: int) -> bool:
-        """Whether it acts in any of so many steps."""
-        # The first step not before the start is the likeliest one; the product may be off by a last bit.
-        first = int(self.start * steps)
-        near = range(max(0, first - 1), min(steps, first + 2))
-        return any(self.is_active(step, steps) for step in near)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appearance:
@@ -83,6 +72,21 @@ class Appearance:
     word: str | None
     weight: float = 1.0
     vectors: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dials:
+    """The resolved dials of one layer, each in [0, 1].
+
+    Messages, parsers and plans follow these names: a new dial is named here and in `Layer`, see CONTRIBUTING.md.
+    """
+
+    noise: float
+    attract: float
+    repel: float
+
+
+DIALS = tuple(each.name for each in fields(Dials))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +147,6 @@ class Collage:
         )
         background = pictures.get("background.image", self.background)
         return replace(self, layers=layers, background=background)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dials:
-    """The resolved dials of one layer, each in [0, 1]."""
-
-    noise: float
-    attract: float
-    repel: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

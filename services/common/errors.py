@@ -3,6 +3,7 @@
     CollageError
     ├── InvalidRequest        INVALID_ARGUMENT      fields named, with the value and what is allowed
     ├── MissingBlobs          FAILED_PRECONDITION   upload these digests, then call again
+    ├── ModelChanged          ABORTED               the job was accepted for a model that is gone or another one now
     ├── NotFound              NOT_FOUND
     ├── NotSupported          UNIMPLEMENTED         the contract has it, this server does not (yet)
     ├── Overloaded            RESOURCE_EXHAUSTED    try again after the stated delay
@@ -18,7 +19,7 @@ unchanged, so an error raised in one service reaches the client through two othe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -26,6 +27,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
+from services.common.field import Field, Places, moved
 
 DOMAIN = "collage.v1"
 # Values quoted in messages are cut to this many characters, so that a hostile value cannot swell a message.
@@ -84,6 +87,10 @@ class CollageError(Exception):
     def _more_details(self) -> Sequence[Any]:
         return ()
 
+    def moved(self, places: Places) -> "CollageError":
+        """The same error, told of another request, in which the fields of this one have these places."""
+        return self
+
     def to_status(self) -> status_pb2.Status:
         """The error as a google.rpc.Status."""
         return status_pb2.Status(code=self.code, message=self.message, details=self.details())
@@ -107,9 +114,18 @@ class InvalidRequest(CollageError):
         self.violations = _told(violations)
 
     @classmethod
-    def of(cls, field: str, description: str, *, reason: str | None = None) -> "InvalidRequest":
+    def of(
+        cls, field: Field | str, description: str, *, reason: str | None = None
+    ) -> "InvalidRequest":
         """One wrong field."""
-        return cls([Violation(field=field, description=description)], reason=reason)
+        return cls([Violation(field=str(field), description=description)], reason=reason)
+
+    def moved(self, places: Places) -> "InvalidRequest":
+        """See `CollageError.moved`."""
+        return InvalidRequest(
+            [replace(each, field=moved(each.field, places)) for each in self.violations],
+            reason=self.reason,
+        )
 
     def _more_details(self) -> Sequence[Any]:
         return [
@@ -138,6 +154,10 @@ class MissingBlobs(CollageError):
         )
         self.missing = dict(missing)
 
+    def moved(self, places: Places) -> "MissingBlobs":
+        """See `CollageError.moved`."""
+        return MissingBlobs({moved(field, places): sha for field, sha in self.missing.items()})
+
     def _more_details(self) -> Sequence[Any]:
         return [
             error_details_pb2.PreconditionFailure(
@@ -149,6 +169,24 @@ class MissingBlobs(CollageError):
                 ]
             )
         ]
+
+
+class ModelChanged(CollageError):
+    """A job was accepted for a model that is served no more, or that is another one under the same name now.
+
+    Sent again, the request is settled anew.
+    """
+
+    code = code_pb2.ABORTED
+    reason = "MODEL_CHANGED"
+
+    @classmethod
+    def of(cls, name: str, digest: str, accepted: str) -> "ModelChanged":
+        """The model of that name and digest, for which another digest was accepted."""
+        return cls(
+            f"model {name} is {digest[:12]} now; the job was accepted for {accepted[:12]}; "
+            "send the request again"
+        )
 
 
 class NotFound(CollageError):
@@ -221,7 +259,15 @@ class Internal(CollageError):
 
 _KINDS: dict[int, type[CollageError]] = {
     kind.code: kind
-    for kind in (NotFound, NotSupported, Unavailable, DeadlinePassed, Cancelled, Internal)
+    for kind in (
+        ModelChanged,
+        NotFound,
+        NotSupported,
+        Unavailable,
+        DeadlinePassed,
+        Cancelled,
+        Internal,
+    )
 }
 
 

@@ -15,6 +15,7 @@ from services.common import limits
 from services.common.blobs import BlobMissing, BlobRef, BlobStore, BlobTooLarge
 from services.common.collage import (
     DEFAULT_BACKGROUND,
+    DIALS,
     Adapter,
     Appearance,
     Collage,
@@ -26,6 +27,7 @@ from services.common.collage import (
     Transform,
 )
 from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
+from services.common.field import Field
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
@@ -37,12 +39,12 @@ class Checker:
     def __init__(self) -> None:
         self.violations: list[Violation] = []
 
-    def refuse(self, field: str, description: str) -> None:
+    def refuse(self, field: Field | str, description: str) -> None:
         """Notes one wrong field."""
-        self.violations.append(Violation(field=field, description=description))
+        self.violations.append(Violation(field=str(field), description=description))
 
     def number(
-        self, field: str, value: float, low: float, high: float, *, above: bool = False
+        self, field: Field | str, value: float, low: float, high: float, *, above: bool = False
     ) -> float:
         """`value` if it is finite and in [low, high] ((low, high] with `above`), else `high` and a note."""
         if math.isfinite(value) and low <= value <= high and not (above and value == low):
@@ -53,7 +55,7 @@ class Checker:
         self.refuse(field, f"is {value!r}; allowed: {bounds}")
         return high
 
-    def text(self, field: str, value: str, limit: int) -> str:
+    def text(self, field: Field | str, value: str, limit: int) -> str:
         """`value` if it is not too long and holds no control characters."""
         if len(value) > limit:
             self.refuse(field, f"has {len(value)} characters; allowed: at most {limit}")
@@ -69,7 +71,7 @@ class Checker:
             raise InvalidRequest(self.violations)
 
 
-def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Collage:
+def parse_collage(message: collage_pb2.Collage, field: Field = Field("collage")) -> Collage:
     """The collage a message holds.
 
     Raises:
@@ -77,29 +79,29 @@ def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Colla
     """
     check = Checker()
     width = int(
-        check.number(f"{field}.size.width", message.size.width, limits.MIN_SIDE, limits.MAX_SIDE)
+        check.number(field["size"]["width"], message.size.width, limits.MIN_SIDE, limits.MAX_SIDE)
     )
     height = int(
-        check.number(f"{field}.size.height", message.size.height, limits.MIN_SIDE, limits.MAX_SIDE)
+        check.number(field["size"]["height"], message.size.height, limits.MIN_SIDE, limits.MAX_SIDE)
     )
-    prompt = check.text(f"{field}.prompt", message.prompt, limits.MAX_PROMPT_CHARACTERS)
+    prompt = check.text(field["prompt"], message.prompt, limits.MAX_PROMPT_CHARACTERS)
     negative = check.text(
-        f"{field}.negative_prompt", message.negative_prompt, limits.MAX_PROMPT_CHARACTERS
+        field["negative_prompt"], message.negative_prompt, limits.MAX_PROMPT_CHARACTERS
     )
-    background = _parse_background(check, message.background, f"{field}.background")
+    background = _parse_background(check, message.background, field["background"])
     if not 1 <= len(message.layers) <= limits.MAX_LAYERS:
         check.refuse(
-            f"{field}.layers",
+            field["layers"],
             f"has {len(message.layers)} layers; allowed: from 1 to {limits.MAX_LAYERS}",
         )
     layers: list[Layer] = []
     first_use: dict[str, int] = {}
     for index, part in enumerate(message.layers[: limits.MAX_LAYERS]):
-        path = f"{field}.layers[{index}]"
+        path = field["layers"][index]
         layer = _parse_layer(check, part, path)
         if layer.name in first_use:
             check.refuse(
-                f"{path}.name",
+                path["name"],
                 f"is {quote(layer.name)}, the name of layers[{first_use[layer.name]}] too; "
                 "allowed: a name of its own",
             )
@@ -108,7 +110,7 @@ def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Colla
     kinds = {structure.kind for layer in layers for structure in layer.structure}
     if len(kinds) > limits.MAX_STRUCTURES:
         check.refuse(
-            f"{field}.layers",
+            field["layers"],
             f"name {len(kinds)} control kinds; allowed: at most {limits.MAX_STRUCTURES}",
         )
     check.done()
@@ -121,44 +123,44 @@ def parse_collage(message: collage_pb2.Collage, field: str = "collage") -> Colla
     )
 
 
-def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer:
+def _parse_layer(check: Checker, message: collage_pb2.Layer, path: Field) -> Layer:
     if not _NAME.fullmatch(message.name):
         check.refuse(
-            f"{path}.name",
+            path["name"],
             f"is {quote(message.name)}; allowed: 1 to 64 of A-Z a-z 0-9 _ -",
         )
-    text = check.text(f"{path}.text", message.text, limits.MAX_TEXT_CHARACTERS).strip()
+    text = check.text(path["text"], message.text, limits.MAX_TEXT_CHARACTERS).strip()
     if not message.text.strip():
-        check.refuse(f"{path}.text", "is empty; required: the words that name the object")
+        check.refuse(path["text"], "is empty; required: the words that name the object")
     dials = {
-        dial: check.number(f"{path}.{dial}", getattr(message, dial), 0, 1)
-        for dial in ("noise", "attract", "repel")
+        dial: check.number(path[dial], getattr(message, dial), 0, 1)
+        for dial in DIALS
         if message.HasField(dial)
     }
     structure = tuple(
-        _parse_structure(check, part, f"{path}.structure[{index}]")
+        _parse_structure(check, part, path["structure"][index])
         for index, part in enumerate(message.structure[: limits.MAX_STRUCTURES])
     )
     kinds = [part.kind for part in structure]
     if len(message.structure) > limits.MAX_STRUCTURES:
         check.refuse(
-            f"{path}.structure",
+            path["structure"],
             f"has {len(message.structure)} parts; allowed: at most {limits.MAX_STRUCTURES}",
         )
     else:
         for index, kind in enumerate(kinds):
             if kind in kinds[:index]:
                 check.refuse(
-                    f"{path}.structure[{index}].kind",
+                    path["structure"][index]["kind"],
                     f"is {quote(kind)}, as in structure[{kinds.index(kind)}]; allowed: each kind once",
                 )
     return Layer(
         name=message.name,
-        image=_parse_picture(check, message.image, f"{path}.image"),
+        image=_parse_picture(check, message.image, path["image"]),
         text=text,
-        transform=_parse_transform(check, message.transform, f"{path}.transform"),
+        transform=_parse_transform(check, message.transform, path["transform"]),
         opacity=(
-            check.number(f"{path}.opacity", message.opacity, 0, 1)
+            check.number(path["opacity"], message.opacity, 0, 1)
             if message.HasField("opacity")
             else 1.0
         ),
@@ -170,11 +172,11 @@ def _parse_layer(check: Checker, message: collage_pb2.Layer, path: str) -> Layer
     )
 
 
-def _parse_transform(check: Checker, message: collage_pb2.Transform, path: str) -> Transform:
+def _parse_transform(check: Checker, message: collage_pb2.Transform, path: Field) -> Transform:
     # A centre may lie outside the canvas, but not so far that arithmetic on it loses sub-pixels.
     far = 16.0 * limits.MAX_SIDE
     values = {
-        name: check.number(f"{path}.{name}", getattr(message, name), low, high, above=above)
+        name: check.number(path[name], getattr(message, name), low, high, above=above)
         for name, low, high, above in (
             ("x", -far, far, False),
             ("y", -far, far, False),
@@ -188,48 +190,46 @@ def _parse_transform(check: Checker, message: collage_pb2.Transform, path: str) 
     )
 
 
-def _parse_structure(check: Checker, message: collage_pb2.Structure, path: str) -> Structure:
+def _parse_structure(check: Checker, message: collage_pb2.Structure, path: Field) -> Structure:
     if not message.kind:
-        check.refuse(f"{path}.kind", "is empty; required: a control kind of the model")
+        check.refuse(path["kind"], "is empty; required: a control kind of the model")
     elif not _NAME.fullmatch(message.kind):
-        check.refuse(
-            f"{path}.kind", f"is {quote(message.kind)}; allowed: 1 to 64 of A-Z a-z 0-9 _ -"
-        )
+        check.refuse(path["kind"], f"is {quote(message.kind)}; allowed: 1 to 64 of A-Z a-z 0-9 _ -")
     values = {
-        name: check.number(f"{path}.{name}", getattr(message, name), 0, 1)
+        name: check.number(path[name], getattr(message, name), 0, 1)
         for name in ("scale", "start", "end", "emphasis")
         if message.HasField(name)
     }
     image = (
-        _parse_picture(check, message.image, f"{path}.image") if message.HasField("image") else None
+        _parse_picture(check, message.image, path["image"]) if message.HasField("image") else None
     )
     structure = Structure(kind=message.kind, image=image, **values)
     if structure.start > structure.end:
-        check.refuse(f"{path}.end", f"is {structure.end:g}, before start {structure.start:g}")
+        check.refuse(path["end"], f"is {structure.end:g}, before start {structure.start:g}")
     return structure
 
 
-def _parse_appearance(check: Checker, message: collage_pb2.Layer, path: str) -> Appearance | None:
+def _parse_appearance(check: Checker, message: collage_pb2.Layer, path: Field) -> Appearance | None:
     if not message.HasField("appearance"):
         return None
     source = message.appearance
     if source.WhichOneof("source") is None or (source.HasField("learn") and not source.learn):
-        check.refuse(f"{path}.appearance", "is empty; allowed: learn: true, or a word's name")
+        check.refuse(path["appearance"], "is empty; allowed: learn: true, or a word's name")
     if source.HasField("word") and not source.word:
-        check.refuse(f"{path}.appearance.word", "is empty; required: a word's name")
+        check.refuse(path["appearance"]["word"], "is empty; required: a word's name")
     weight = (
-        check.number(f"{path}.appearance.weight", source.weight, 0, 2)
+        check.number(path["appearance"]["weight"], source.weight, 0, 2)
         if source.HasField("weight")
         else 1.0
     )
     vectors = 1
     if source.HasField("vectors"):
         vectors = int(
-            check.number(f"{path}.appearance.vectors", source.vectors, 1, limits.MAX_VECTORS)
+            check.number(path["appearance"]["vectors"], source.vectors, 1, limits.MAX_VECTORS)
         )
         if source.HasField("word"):
             check.refuse(
-                f"{path}.appearance.vectors",
+                path["appearance"]["vectors"],
                 f"is {source.vectors} beside a stored word, which has as many as it has; allowed: "
                 "only with learn",
             )
@@ -237,28 +237,28 @@ def _parse_appearance(check: Checker, message: collage_pb2.Layer, path: str) -> 
 
 
 def _parse_background(
-    check: Checker, message: collage_pb2.Background, path: str
+    check: Checker, message: collage_pb2.Background, path: Field
 ) -> tuple[int, int, int] | Picture:
     kind = message.WhichOneof("kind")
     if kind == "image":
-        return _parse_picture(check, message.image, f"{path}.image")
+        return _parse_picture(check, message.image, path["image"])
     if kind == "color":
         red, green, blue = (
-            int(check.number(f"{path}.color.{name}", getattr(message.color, name), 0, 255))
+            int(check.number(path["color"][name], getattr(message.color, name), 0, 255))
             for name in ("red", "green", "blue")
         )
         return red, green, blue
     return DEFAULT_BACKGROUND
 
 
-def _parse_picture(check: Checker, message: blob_pb2.Image, path: str) -> Picture:
+def _parse_picture(check: Checker, message: blob_pb2.Image, path: Field) -> Picture:
     source = message.WhichOneof("source")
     if source == "blob":
-        return _parse_blob(check, message.blob, f"{path}.blob")
+        return _parse_blob(check, message.blob, path["blob"])
     if source == "data":
         if not 1 <= len(message.data) <= limits.MAX_INLINE_BYTES:
             check.refuse(
-                f"{path}.data",
+                path["data"],
                 f"has {len(message.data)} bytes; allowed: from 1 to {limits.MAX_INLINE_BYTES}, "
                 "larger pictures go through PutBlob",
             )
@@ -266,7 +266,7 @@ def _parse_picture(check: Checker, message: blob_pb2.Image, path: str) -> Pictur
         return message.data
     if source == "path":
         check.refuse(
-            f"{path}.path",
+            path["path"],
             f"is {quote(message.path)}; a server opens no paths: send data or a blob",
         )
     else:
@@ -292,28 +292,28 @@ async def read_blob(store: BlobStore, ref: BlobRef, field: str, *, limit_bytes: 
 
 
 def _parse_blob(
-    check: Checker, message: blob_pb2.BlobRef, path: str, limit_bytes: int = limits.MAX_BLOB_BYTES
+    check: Checker, message: blob_pb2.BlobRef, path: Field, limit_bytes: int = limits.MAX_BLOB_BYTES
 ) -> Picture:
-    size_bytes = int(check.number(f"{path}.size_bytes", message.size_bytes, 0, limit_bytes))
+    size_bytes = int(check.number(path["size_bytes"], message.size_bytes, 0, limit_bytes))
     try:
         ref = BlobRef(sha256=message.sha256, size_bytes=size_bytes, media_type=UNKNOWN_MEDIA_TYPE)
     except ValueError:
         check.refuse(
-            f"{path}.sha256", f"is {quote(message.sha256)}; allowed: 64 lowercase hex digits"
+            path["sha256"], f"is {quote(message.sha256)}; allowed: 64 lowercase hex digits"
         )
         return b""
     try:
         return replace(ref, media_type=message.media_type or UNKNOWN_MEDIA_TYPE)
     except ValueError:
         check.refuse(
-            f"{path}.media_type",
+            path["media_type"],
             f"is {quote(message.media_type)}; allowed: one that reads like 'image/png'",
         )
         return b""
 
 
 def parse_blob(
-    message: blob_pb2.BlobRef, field: str, *, limit_bytes: int = limits.MAX_BLOB_BYTES
+    message: blob_pb2.BlobRef, field: Field | str, *, limit_bytes: int = limits.MAX_BLOB_BYTES
 ) -> BlobRef:
     """The blob a message refers to, which may have `limit_bytes`.
 
@@ -321,13 +321,13 @@ def parse_blob(
         InvalidRequest: naming the wrong field below `field`.
     """
     check = Checker()
-    blob = _parse_blob(check, message, field, limit_bytes)
+    blob = _parse_blob(check, message, Field(str(field)), limit_bytes)
     check.done()
     assert isinstance(blob, BlobRef), "a checked reference is a reference"
     return blob
 
 
-def parse_picture(message: blob_pb2.Image, field: str) -> Picture:
+def parse_picture(message: blob_pb2.Image, field: Field) -> Picture:
     """The picture a message holds or refers to.
 
     Raises:
@@ -344,7 +344,7 @@ def parse_sampling(
     model: collage_service_pb2.Model,
     *,
     fallback_seed: int,
-    field: str = "sampling",
+    field: Field = Field("sampling"),
 ) -> Sampling:
     """The sampling settings, what is unset taken from the model's defaults and `fallback_seed`.
 
@@ -360,11 +360,11 @@ def parse_sampling(
 
     def pick(name: str, low: float, high: float) -> float:
         source = message if message.HasField(name) else defaults
-        return check.number(f"{field}.{name}", getattr(source, name), low, high)
+        return check.number(field[name], getattr(source, name), low, high)
 
     if message.sampler and message.sampler not in model.samplers:
         check.refuse(
-            f"{field}.sampler",
+            field["sampler"],
             f"is {quote(message.sampler)}; allowed: {', '.join(model.samplers)}",
         )
     sampling = Sampling(
@@ -379,13 +379,13 @@ def parse_sampling(
             if message.HasField("preview_every")
             else None
         ),
-        adapters=_parse_adapters(check, message, model, f"{field}.adapters"),
+        adapters=_parse_adapters(check, message, model, field["adapters"]),
     )
     if sampling.preview_every is not None:
         previews = sampling.steps // sampling.preview_every * sampling.images
         if previews > limits.MAX_PREVIEWS:
             check.refuse(
-                f"{field}.preview_every",
+                field["preview_every"],
                 f"is {sampling.preview_every}, which makes {previews} previews; allowed: {limits.MAX_PREVIEWS}",
             )
     check.done()
@@ -393,7 +393,7 @@ def parse_sampling(
 
 
 def _parse_adapters(
-    check: Checker, message: collage_pb2.Sampling, model: collage_service_pb2.Model, path: str
+    check: Checker, message: collage_pb2.Sampling, model: collage_service_pb2.Model, path: Field
 ) -> tuple[Adapter, ...]:
     if len(message.adapters) > limits.MAX_ADAPTERS:
         check.refuse(
@@ -405,16 +405,16 @@ def _parse_adapters(
         if part.name not in model.adapters:
             known = ", ".join(model.adapters) or "none, it has no adapter"
             check.refuse(
-                f"{path}[{index}].name", f"is {quote(part.name)}; model {model.name} takes: {known}"
+                path[index]["name"], f"is {quote(part.name)}; model {model.name} takes: {known}"
             )
         elif part.name in adapters:
             check.refuse(
-                f"{path}[{index}].name", f"is {quote(part.name)} again; allowed: each adapter once"
+                path[index]["name"], f"is {quote(part.name)} again; allowed: each adapter once"
             )
         adapters[part.name] = Adapter(
             name=part.name,
             weight=check.number(
-                f"{path}[{index}].weight",
+                path[index]["weight"],
                 weight,
                 -limits.MAX_ADAPTER_WEIGHT,
                 limits.MAX_ADAPTER_WEIGHT,
@@ -477,9 +477,7 @@ def _render_layer(layer: Layer) -> collage_pb2.Layer:
         transform=render_transform(layer.transform),
         opacity=layer.opacity,
         visible=layer.visible,
-        noise=layer.noise,
-        attract=layer.attract,
-        repel=layer.repel,
+        **{dial: getattr(layer, dial) for dial in DIALS},
         structure=render_structure(layer.structure),
         seed=layer.seed,
     )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
 from services.common import limits, wire
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, blob_key, put_blob
-from services.common.collage import Collage, Extent, Picture, Redo, Structure
+from services.common.collage import DIALS, Collage, Extent, Picture, Redo, Structure
 from services.common.errors import (
     Cancelled,
     InvalidRequest,
@@ -405,9 +405,7 @@ def _render_layer(part: ComposedLayer, mask: BlobRef) -> collage_pb2.LayerPlan:
     return collage_pb2.LayerPlan(
         name=part.layer.name,
         opacity=part.layer.opacity,
-        noise=part.dials.noise,
-        attract=part.dials.attract,
-        repel=part.dials.repel,
+        **{dial: getattr(part.dials, dial) for dial in DIALS},
         visible_fraction=part.visible_fraction,
         unoccluded_fraction=part.unoccluded_fraction,
         mask=wire.render_blob(mask),

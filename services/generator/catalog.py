@@ -351,7 +351,11 @@ class Catalog:
         if not name:
             return self.cards[0]
         if name not in self._cards:
-            raise InvalidRequest.of(field, f"is {quote(name)}; allowed: {', '.join(self._cards)}")
+            raise InvalidRequest.of(
+                field,
+                f"is {quote(name)}; allowed: {', '.join(self._cards)}",
+                reason="UNKNOWN_MODEL",
+            )
         return self._cards[name]
 
 

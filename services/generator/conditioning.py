@@ -11,10 +11,10 @@ in the prompt's place for them (noun phrases alone: Feng et al. 2022, Structured
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
 
-from services.common.collage import Structure
+from services.common.collage import DIALS, Structure
 from services.common.errors import InvalidRequest
 from services.generator.models import TextTooLong, Tokens
 from services.generator.stages import Stages, Text, TextStates
@@ -36,6 +36,10 @@ class LayerControl:
     seed: int | None = None
     structures: tuple[Structure, ...] = ()
     word: Word | None = None
+
+
+# The layer's dials that steer attention; the others act through the plate.
+STEERING = tuple(dial for dial in DIALS if dial in {each.name for each in fields(LayerControl)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
-from collage.v1 import collage_service_pb2, generator_service_pb2, generator_service_pb2_grpc
+from collage.v1 import (
+    collage_pb2,
+    collage_service_pb2,
+    generator_service_pb2,
+    generator_service_pb2_grpc,
+)
 from services.common import limits, wire
 from services.common.blobs import (
     BlobCorrupt,
@@ -28,13 +33,14 @@ from services.common.blobs import (
     blob_key,
     put_blob,
 )
-from services.common.collage import Extent, Sampling, Structure
-from services.common.errors import InvalidRequest, quote
+from services.common.collage import DIALS, Extent, Sampling
+from services.common.errors import InvalidRequest, ModelChanged, quote
 from services.common.plate import Plate
 from services.common.telemetry import log
 from services.generator.catalog import ModelCard
-from services.generator.conditioning import LayerControl
+from services.generator.conditioning import STEERING, LayerControl
 from services.generator.engine import Engine
+from services.generator.estimate import coarse_dials, idle_structure, read_structure, unread
 from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
 from services.generator.models import SAMPLERS
 from services.generator.word import InvalidWord, Word
@@ -73,6 +79,8 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         """See generator_service.proto."""
         deadline_s = time.monotonic() + min(context.time_remaining() or MAX_JOB_S, MAX_JOB_S)
         card = self._engine.catalog.find(request.sampling.model)
+        if request.model_digest not in ("", card.digest):
+            raise ModelChanged.of(card.name, card.digest, request.model_digest)
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
         card.check_sampling(sampling)
         _check(request, card)
@@ -134,26 +142,45 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check.number("word_tokens", request.word_tokens, 0, limits.MAX_LAYERS * limits.MAX_VECTORS)
         width = check.number("size.width", request.size.width, limits.MIN_SIDE, limits.MAX_SIDE)
         height = check.number("size.height", request.size.height, limits.MIN_SIDE, limits.MAX_SIDE)
+        largest_noise = check.number("largest_noise", request.largest_noise, 0, 1)
+        _check_plans(check, request.layers, card, request.prompt, "layers", "")
         check.done()
         size = Extent(width=int(width), height=int(height))
         card.check_size(size, field="size")
+        has_emphasis = any(
+            part.emphasis > 0 for layer in request.layers for part in layer.structure
+        )
         memory_bytes = self._memory_bytes(
             card,
             size,
             sampling,
-            has_structure=request.has_structure,
-            has_emphasis=request.has_emphasis,
+            has_structure=any(layer.structure for layer in request.layers),
+            has_emphasis=has_emphasis,
         )
+        is_negative_read = card.facts.reads_negative(sampling.guidance_scale)
+        warnings = [
+            *(
+                []
+                if is_negative_read
+                else unread(request.layers, request.negative_prompt, sampling)
+            ),
+            *coarse_dials(request.layers, sampling.steps),
+            *idle_structure(
+                request.layers,
+                largest_noise=largest_noise,
+                steps=sampling.steps,
+                max_steps=card.max_steps,
+            ),
+        ]
         return generator_service_pb2.EstimateResponse(
             prompt_tokens=card.count_tokens(request.prompt) + request.word_tokens,
             negative_prompt_tokens=(
-                card.count_tokens(request.negative_prompt)
-                if card.facts.reads_negative(sampling.guidance_scale)
-                else 0
+                card.count_tokens(request.negative_prompt) if is_negative_read else 0
             ),
             prompt_tokens_limit=card.tokens_limit,
-            seconds=self._engine.seconds(card, size, sampling, has_emphasis=request.has_emphasis),
+            seconds=self._engine.seconds(card, size, sampling, has_emphasis=has_emphasis),
             memory_bytes=memory_bytes,
+            warnings=warnings,
         )
 
     def _memory_bytes(
@@ -275,20 +302,11 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
     check = wire.Checker()
     for name in ("prompt", "negative_prompt"):
         check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
-    if not 1 <= len(request.layers) <= limits.MAX_LAYERS:
-        check.refuse(
-            "layers", f"has {len(request.layers)} layers; allowed: from 1 to {limits.MAX_LAYERS}"
-        )
+    if not request.layers:
+        check.refuse("layers", f"has 0 layers; allowed: from 1 to {limits.MAX_LAYERS}")
+    plans = [layer.plan for layer in request.layers]
+    _check_plans(check, plans, card, request.prompt, "layers", ".plan")
     for index, layer in enumerate(request.layers[: limits.MAX_LAYERS]):
-        for dial in ("attract", "repel"):
-            check.number(f"layers[{index}].{dial}", getattr(layer, dial), 0, 1)
-        if not 0 <= layer.text_start <= layer.text_end <= len(request.prompt):
-            check.refuse(
-                f"layers[{index}].text_end",
-                f"spans characters {layer.text_start} to {layer.text_end}; the prompt has "
-                f"{len(request.prompt)}",
-            )
-        _check_structures(check, layer, card, f"layers[{index}].structures")
         if layer.HasField("word"):
             check.number(f"layers[{index}].word_weight", layer.word_weight, 0, 2)
         elif layer.word_weight:
@@ -299,11 +317,34 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
     check.done()
 
 
-def _check_structures(
-    check: wire.Checker, layer: generator_service_pb2.LayerControl, card: ModelCard, path: str
+def _check_plans(
+    check: wire.Checker,
+    plans: Sequence[collage_pb2.LayerPlan],
+    card: ModelCard,
+    prompt: str,
+    field: str,
+    below: str,
 ) -> None:
-    kinds = [structure.kind for structure in layer.structures]
-    for index, structure in enumerate(layer.structures):
+    """Refuses what planned layers show to be wrong; each stands at `field[index]below`."""
+    if len(plans) > limits.MAX_LAYERS:
+        check.refuse(field, f"has {len(plans)} layers; allowed: from 1 to {limits.MAX_LAYERS}")
+    for index, plan in enumerate(plans[: limits.MAX_LAYERS]):
+        path = f"{field}[{index}]{below}"
+        for dial in DIALS:
+            check.number(f"{path}.{dial}", getattr(plan, dial), 0, 1)
+        if not 0 <= plan.text_start <= plan.text_end <= len(prompt):
+            check.refuse(
+                f"{path}.text_end",
+                f"spans characters {plan.text_start} to {plan.text_end}; the prompt has {len(prompt)}",
+            )
+        _check_structures(check, plan, card, f"{path}.structure")
+
+
+def _check_structures(
+    check: wire.Checker, plan: collage_pb2.LayerPlan, card: ModelCard, path: str
+) -> None:
+    kinds = [structure.kind for structure in plan.structure]
+    for index, structure in enumerate(plan.structure):
         for name in ("scale", "start", "end", "emphasis"):
             check.number(f"{path}[{index}].{name}", getattr(structure, name), 0, 1)
         if structure.start > structure.end:
@@ -331,6 +372,8 @@ def _digest(
     inputs.sampling.ClearField("model")
     inputs.sampling.ClearField("preview_every")
     inputs.sampling.ClearField("adapters")
+    # The card's own digest stands before the message.
+    inputs.ClearField("model_digest")
     message = inputs.SerializeToString(deterministic=True)
     controlnets = [card.controlnets[kind].digest for kind in _kinds(request)]
     adapters = [
@@ -343,7 +386,7 @@ def _digest(
 
 def _kinds(request: generator_service_pb2.GenerateRequest) -> list[str]:
     """The control kinds that the layers name, each once."""
-    return sorted({part.kind for layer in request.layers for part in layer.structures})
+    return sorted({part.kind for layer in request.layers for part in layer.plan.structure})
 
 
 def _controls(
@@ -357,22 +400,12 @@ def _controls(
         raise InvalidRequest.of("plate", f"has no control picture of kind {', '.join(lacking)}")
     return tuple(
         LayerControl(
-            text_start=layer.text_start,
-            text_end=layer.text_end,
-            attract=layer.attract,
-            repel=layer.repel,
+            text_start=layer.plan.text_start,
+            text_end=layer.plan.text_end,
             seed=layer.seed if layer.HasField("seed") else None,
-            structures=tuple(
-                Structure(
-                    kind=part.kind,
-                    scale=part.scale,
-                    start=part.start,
-                    end=part.end,
-                    emphasis=part.emphasis,
-                )
-                for part in layer.structures
-            ),
+            structures=tuple(map(read_structure, layer.plan.structure)),
             word=word,
+            **{dial: getattr(layer.plan, dial) for dial in STEERING},
         )
         for layer, word in zip(request.layers, words, strict=True)
     )

@@ -33,6 +33,19 @@ from services.common.collage import Structure
 Acting = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+def is_active(part: Structure, step: int, steps: int) -> bool:
+    """Whether it acts in step `step` of `steps`, as diffusers' control_guidance_start and _end have it."""
+    return step / steps >= part.start and (step + 1) / steps <= part.end
+
+
+def acts_within(part: Structure, steps: int) -> bool:
+    """Whether it acts in any of so many steps."""
+    # The first step not before the start is the likeliest one; the product may be off by a last bit.
+    first = int(part.start * steps)
+    near = range(max(0, first - 1), min(steps, first + 2))
+    return any(is_active(part, step, steps) for step in near)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StructureStep:
     """What acts in one step: in predictions with the prompt, without it, and in bare ones.
@@ -97,7 +110,7 @@ class StructureControl:
         return tuple(
             kind
             for kind in self.pictures
-            if any(part.acts_within(steps) for _, part in self.asked[kind])
+            if any(acts_within(part, steps) for _, part in self.asked[kind])
         )
 
     def at(self, step: int, steps: int) -> StructureStep:
@@ -106,7 +119,7 @@ class StructureControl:
             (index, part)
             for kind in self.pictures
             for index, part in self.asked[kind]
-            if part.is_active(step, steps)
+            if is_active(part, step, steps)
         ]
         key = tuple((part.kind, index) for index, part in active)
         if key not in self._steps:

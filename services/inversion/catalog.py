@@ -107,7 +107,11 @@ class Catalog:
         if not name:
             return next(iter(self._cards.values()))
         if name not in self._cards:
-            raise InvalidRequest.of("model", f"is {quote(name)}; allowed: {', '.join(self._cards)}")
+            raise InvalidRequest.of(
+                "model",
+                f"is {quote(name)}; allowed: {', '.join(self._cards)}",
+                reason="UNKNOWN_MODEL",
+            )
         return self._cards[name]
 
     def networks(self, card: ModelCard) -> Networks:

@@ -18,7 +18,14 @@ from prometheus_client import Counter
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from services.common import limits, wire, words
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore
-from services.common.errors import CollageError, Internal, InvalidRequest, MissingBlobs, quote
+from services.common.errors import (
+    CollageError,
+    Internal,
+    InvalidRequest,
+    MissingBlobs,
+    ModelChanged,
+    quote,
+)
 from services.common.telemetry import log
 from services.inversion.catalog import ModelCard
 from services.inversion.engine import Engine, Learned
@@ -68,6 +75,8 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         """See inversion_service.proto."""
         deadline_s = time.monotonic() + min(context.time_remaining() or MAX_CALL_S, MAX_CALL_S)
         card = self._engine.catalog.find(request.model)
+        if request.model_digest not in ("", card.digest):
+            raise ModelChanged.of(card.name, card.digest, request.model_digest)
         card.known  # noqa: B018 # refuses a model that takes no words, before anything is read
         every = self._parse(request, card)
         missing = []

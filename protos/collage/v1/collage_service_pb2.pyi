@@ -331,18 +331,20 @@ class Done(_message.Message):
     def __init__(self, stage_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class GenerateImagesRequest(_message.Message):
-    __slots__ = ("request_id", "collage", "sampling", "on_disconnect", "skip_failed_words")
+    __slots__ = ("request_id", "collage", "sampling", "on_disconnect", "skip_failed_words", "redo")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     COLLAGE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ON_DISCONNECT_FIELD_NUMBER: _ClassVar[int]
     SKIP_FAILED_WORDS_FIELD_NUMBER: _ClassVar[int]
+    REDO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     collage: _collage_pb2.Collage
     sampling: _collage_pb2.Sampling
     on_disconnect: DisconnectPolicy
     skip_failed_words: bool
-    def __init__(self, request_id: _Optional[str] = ..., collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., on_disconnect: _Optional[_Union[DisconnectPolicy, str]] = ..., skip_failed_words: _Optional[bool] = ...) -> None: ...
+    redo: RedoWork
+    def __init__(self, request_id: _Optional[str] = ..., collage: _Optional[_Union[_collage_pb2.Collage, _Mapping]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., on_disconnect: _Optional[_Union[DisconnectPolicy, str]] = ..., skip_failed_words: _Optional[bool] = ..., redo: _Optional[_Union[RedoWork, _Mapping]] = ...) -> None: ...
 
 class GenerateImagesResponse(_message.Message):
     __slots__ = ("event",)

@@ -27,7 +27,7 @@ from collage.v1 import collage_pb2 as collage_dot_v1_dot_collage__pb2
 from collage.v1 import collage_service_pb2 as collage_dot_v1_dot_collage__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"collage/v1/generator_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a\x18\x63ollage/v1/collage.proto\x1a collage/v1/collage_service.proto\"\xd5\x01\n\x0fGenerateRequest\x12\"\n\x05plate\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12(\n\x06layers\x18\x04 \x03(\x0b\x32\x18.collage.v1.LayerControl\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.collage.v1.Sampling\x12#\n\x06parent\x18\x06 \x01(\x0b\x32\x13.collage.v1.BlobRef\"\xe8\x01\n\x0cLayerControl\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ntext_start\x18\x02 \x01(\x05\x12\x10\n\x08text_end\x18\x03 \x01(\x05\x12\x0f\n\x07\x61ttract\x18\x04 \x01(\x01\x12\r\n\x05repel\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12!\n\x04word\x18\x07 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x13\n\x0bword_weight\x18\x08 \x01(\x01\x12\x30\n\nstructures\x18\t \x03(\x0b\x32\x1c.collage.v1.StructureControlB\x07\n\x05_seed\"]\n\x10StructureControl\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05scale\x18\x02 \x01(\x01\x12\r\n\x05start\x18\x03 \x01(\x01\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x01\x12\x10\n\x08\x65mphasis\x18\x05 \x01(\x01\"\xb8\x01\n\x10GenerateResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.collage.v1.QueuedH\x00\x12 \n\x04step\x18\x02 \x01(\x0b\x32\x10.collage.v1.StepH\x00\x12&\n\x07preview\x18\x03 \x01(\x0b\x32\x13.collage.v1.PreviewH\x00\x12+\n\x05image\x18\x04 \x01(\x0b\x32\x1a.collage.v1.GeneratedImageH\x00\x42\x07\n\x05\x65vent\"\x17\n\x15\x44\x65scribeModelsRequest\";\n\x16\x44\x65scribeModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.collage.v1.Model\"\xd4\x01\n\x0f\x45stimateRequest\x12&\n\x08sampling\x18\x01 \x01(\x0b\x32\x14.collage.v1.Sampling\x12\x1e\n\x04size\x18\x02 \x01(\x0b\x32\x10.collage.v1.Size\x12\x0e\n\x06layers\x18\x03 \x01(\x05\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x05 \x01(\t\x12\x13\n\x0bword_tokens\x18\x06 \x01(\x05\x12\x15\n\rhas_structure\x18\x07 \x01(\x08\x12\x14\n\x0chas_emphasis\x18\x08 \x01(\x08\"\x8d\x01\n\x10\x45stimateResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1e\n\x16negative_prompt_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13prompt_tokens_limit\x18\x03 \x01(\x05\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x32\xfb\x01\n\x10GeneratorService\x12G\n\x08Generate\x12\x1b.collage.v1.GenerateRequest\x1a\x1c.collage.v1.GenerateResponse0\x01\x12W\n\x0e\x44\x65scribeModels\x12!.collage.v1.DescribeModelsRequest\x1a\".collage.v1.DescribeModelsResponse\x12\x45\n\x08\x45stimate\x12\x1b.collage.v1.EstimateRequest\x1a\x1c.collage.v1.EstimateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"collage/v1/generator_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a\x18\x63ollage/v1/collage.proto\x1a collage/v1/collage_service.proto\"\xeb\x01\n\x0fGenerateRequest\x12\"\n\x05plate\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12(\n\x06layers\x18\x04 \x03(\x0b\x32\x18.collage.v1.LayerControl\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.collage.v1.Sampling\x12#\n\x06parent\x18\x06 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x14\n\x0cmodel_digest\x18\x07 \x01(\t\"\x93\x01\n\x0cLayerControl\x12#\n\x04plan\x18\n \x01(\x0b\x32\x15.collage.v1.LayerPlan\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12!\n\x04word\x18\x07 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x13\n\x0bword_weight\x18\x08 \x01(\x01\x42\x07\n\x05_seedJ\x04\x08\x01\x10\x06J\x04\x08\t\x10\n\"\xb8\x01\n\x10GenerateResponse\x12$\n\x06queued\x18\x01 \x01(\x0b\x32\x12.collage.v1.QueuedH\x00\x12 \n\x04step\x18\x02 \x01(\x0b\x32\x10.collage.v1.StepH\x00\x12&\n\x07preview\x18\x03 \x01(\x0b\x32\x13.collage.v1.PreviewH\x00\x12+\n\x05image\x18\x04 \x01(\x0b\x32\x1a.collage.v1.GeneratedImageH\x00\x42\x07\n\x05\x65vent\"\x17\n\x15\x44\x65scribeModelsRequest\";\n\x16\x44\x65scribeModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.collage.v1.Model\"\xe7\x01\n\x0f\x45stimateRequest\x12&\n\x08sampling\x18\x01 \x01(\x0b\x32\x14.collage.v1.Sampling\x12\x1e\n\x04size\x18\x02 \x01(\x0b\x32\x10.collage.v1.Size\x12\x0e\n\x06prompt\x18\x04 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x05 \x01(\t\x12\x13\n\x0bword_tokens\x18\x06 \x01(\x05\x12%\n\x06layers\x18\t \x03(\x0b\x32\x15.collage.v1.LayerPlan\x12\x15\n\rlargest_noise\x18\n \x01(\x01J\x04\x08\x03\x10\x04J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"\xb4\x01\n\x10\x45stimateResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1e\n\x16negative_prompt_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13prompt_tokens_limit\x18\x03 \x01(\x05\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12%\n\x08warnings\x18\x06 \x03(\x0b\x32\x13.collage.v1.Warning2\xfb\x01\n\x10GeneratorService\x12G\n\x08Generate\x12\x1b.collage.v1.GenerateRequest\x1a\x1c.collage.v1.GenerateResponse0\x01\x12W\n\x0e\x44\x65scribeModels\x12!.collage.v1.DescribeModelsRequest\x1a\".collage.v1.DescribeModelsResponse\x12\x45\n\x08\x45stimate\x12\x1b.collage.v1.EstimateRequest\x1a\x1c.collage.v1.EstimateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'collage.v1.generator_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=134
-  _globals['_GENERATEREQUEST']._serialized_end=347
-  _globals['_LAYERCONTROL']._serialized_start=350
-  _globals['_LAYERCONTROL']._serialized_end=582
-  _globals['_STRUCTURECONTROL']._serialized_start=584
-  _globals['_STRUCTURECONTROL']._serialized_end=677
-  _globals['_GENERATERESPONSE']._serialized_start=680
-  _globals['_GENERATERESPONSE']._serialized_end=864
-  _globals['_DESCRIBEMODELSREQUEST']._serialized_start=866
-  _globals['_DESCRIBEMODELSREQUEST']._serialized_end=889
-  _globals['_DESCRIBEMODELSRESPONSE']._serialized_start=891
-  _globals['_DESCRIBEMODELSRESPONSE']._serialized_end=950
-  _globals['_ESTIMATEREQUEST']._serialized_start=953
-  _globals['_ESTIMATEREQUEST']._serialized_end=1165
-  _globals['_ESTIMATERESPONSE']._serialized_start=1168
-  _globals['_ESTIMATERESPONSE']._serialized_end=1309
-  _globals['_GENERATORSERVICE']._serialized_start=1312
-  _globals['_GENERATORSERVICE']._serialized_end=1563
+  _globals['_GENERATEREQUEST']._serialized_end=369
+  _globals['_LAYERCONTROL']._serialized_start=372
+  _globals['_LAYERCONTROL']._serialized_end=519
+  _globals['_GENERATERESPONSE']._serialized_start=522
+  _globals['_GENERATERESPONSE']._serialized_end=706
+  _globals['_DESCRIBEMODELSREQUEST']._serialized_start=708
+  _globals['_DESCRIBEMODELSREQUEST']._serialized_end=731
+  _globals['_DESCRIBEMODELSRESPONSE']._serialized_start=733
+  _globals['_DESCRIBEMODELSRESPONSE']._serialized_end=792
+  _globals['_ESTIMATEREQUEST']._serialized_start=795
+  _globals['_ESTIMATEREQUEST']._serialized_end=1026
+  _globals['_ESTIMATERESPONSE']._serialized_start=1029
+  _globals['_ESTIMATERESPONSE']._serialized_end=1209
+  _globals['_GENERATORSERVICE']._serialized_start=1212
+  _globals['_GENERATORSERVICE']._serialized_end=1463
 # @@protoc_insertion_point(module_scope)

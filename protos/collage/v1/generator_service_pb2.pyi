@@ -10,56 +10,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("plate", "prompt", "negative_prompt", "layers", "sampling", "parent")
+    __slots__ = ("plate", "prompt", "negative_prompt", "layers", "sampling", "parent", "model_digest")
     PLATE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     plate: _blob_pb2.BlobRef
     prompt: str
     negative_prompt: str
     layers: _containers.RepeatedCompositeFieldContainer[LayerControl]
     sampling: _collage_pb2.Sampling
     parent: _blob_pb2.BlobRef
-    def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerControl, _Mapping]]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., parent: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ...) -> None: ...
+    model_digest: str
+    def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerControl, _Mapping]]] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., parent: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., model_digest: _Optional[str] = ...) -> None: ...
 
 class LayerControl(_message.Message):
-    __slots__ = ("name", "text_start", "text_end", "attract", "repel", "seed", "word", "word_weight", "structures")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    TEXT_START_FIELD_NUMBER: _ClassVar[int]
-    TEXT_END_FIELD_NUMBER: _ClassVar[int]
-    ATTRACT_FIELD_NUMBER: _ClassVar[int]
-    REPEL_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("plan", "seed", "word", "word_weight")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
     WORD_WEIGHT_FIELD_NUMBER: _ClassVar[int]
-    STRUCTURES_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    text_start: int
-    text_end: int
-    attract: float
-    repel: float
+    plan: _collage_pb2.LayerPlan
     seed: int
     word: _blob_pb2.BlobRef
     word_weight: float
-    structures: _containers.RepeatedCompositeFieldContainer[StructureControl]
-    def __init__(self, name: _Optional[str] = ..., text_start: _Optional[int] = ..., text_end: _Optional[int] = ..., attract: _Optional[float] = ..., repel: _Optional[float] = ..., seed: _Optional[int] = ..., word: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., word_weight: _Optional[float] = ..., structures: _Optional[_Iterable[_Union[StructureControl, _Mapping]]] = ...) -> None: ...
-
-class StructureControl(_message.Message):
-    __slots__ = ("kind", "scale", "start", "end", "emphasis")
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    SCALE_FIELD_NUMBER: _ClassVar[int]
-    START_FIELD_NUMBER: _ClassVar[int]
-    END_FIELD_NUMBER: _ClassVar[int]
-    EMPHASIS_FIELD_NUMBER: _ClassVar[int]
-    kind: str
-    scale: float
-    start: float
-    end: float
-    emphasis: float
-    def __init__(self, kind: _Optional[str] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., emphasis: _Optional[float] = ...) -> None: ...
+    def __init__(self, plan: _Optional[_Union[_collage_pb2.LayerPlan, _Mapping]] = ..., seed: _Optional[int] = ..., word: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., word_weight: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("queued", "step", "preview", "image")
@@ -84,35 +62,35 @@ class DescribeModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[_collage_service_pb2.Model, _Mapping]]] = ...) -> None: ...
 
 class EstimateRequest(_message.Message):
-    __slots__ = ("sampling", "size", "layers", "prompt", "negative_prompt", "word_tokens", "has_structure", "has_emphasis")
+    __slots__ = ("sampling", "size", "prompt", "negative_prompt", "word_tokens", "layers", "largest_noise")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    LAYERS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     WORD_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    HAS_STRUCTURE_FIELD_NUMBER: _ClassVar[int]
-    HAS_EMPHASIS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_NOISE_FIELD_NUMBER: _ClassVar[int]
     sampling: _collage_pb2.Sampling
     size: _collage_pb2.Size
-    layers: int
     prompt: str
     negative_prompt: str
     word_tokens: int
-    has_structure: bool
-    has_emphasis: bool
-    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., layers: _Optional[int] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ..., has_structure: _Optional[bool] = ..., has_emphasis: _Optional[bool] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[_collage_pb2.LayerPlan]
+    largest_noise: float
+    def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., largest_noise: _Optional[float] = ...) -> None: ...
 
 class EstimateResponse(_message.Message):
-    __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes")
+    __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes", "warnings")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_LIMIT_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     negative_prompt_tokens: int
     prompt_tokens_limit: int
     seconds: float
     memory_bytes: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., negative_prompt_tokens: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    warnings: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Warning]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., negative_prompt_tokens: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ...) -> None: ...

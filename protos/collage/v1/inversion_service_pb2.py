@@ -26,7 +26,7 @@ from collage.v1 import blob_pb2 as collage_dot_v1_dot_blob__pb2
 from collage.v1 import collage_service_pb2 as collage_dot_v1_dot_collage__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"collage/v1/inversion_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a collage/v1/collage_service.proto\"V\n\x11LearnWordsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08subjects\x18\x02 \x03(\x0b\x32\x13.collage.v1.Subject\x12\x0b\n\x03job\x18\x03 \x01(\t\"[\n\x07Subject\x12\r\n\x05layer\x18\x01 \x01(\t\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07vectors\x18\x04 \x01(\x05\"\x85\x01\n\x12LearnWordsResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x18.collage.v1.WordProgress\x12\x1e\n\x04word\x18\x02 \x01(\x0b\x32\x10.collage.v1.Word\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.collage.v1.JobError\"U\n\x10\x41\x64optWordRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x07vectors\x18\x03 \x01(\x0b\x32\x13.collage.v1.BlobRef\"3\n\x11\x41\x64optWordResponse\x12\x1e\n\x04word\x18\x01 \x01(\x0b\x32\x10.collage.v1.Word2\xab\x01\n\x10InversionService\x12M\n\nLearnWords\x12\x1d.collage.v1.LearnWordsRequest\x1a\x1e.collage.v1.LearnWordsResponse0\x01\x12H\n\tAdoptWord\x12\x1c.collage.v1.AdoptWordRequest\x1a\x1d.collage.v1.AdoptWordResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"collage/v1/inversion_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a collage/v1/collage_service.proto\"l\n\x11LearnWordsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08subjects\x18\x02 \x03(\x0b\x32\x13.collage.v1.Subject\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\"[\n\x07Subject\x12\r\n\x05layer\x18\x01 \x01(\t\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07vectors\x18\x04 \x01(\x05\"\x85\x01\n\x12LearnWordsResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x18.collage.v1.WordProgress\x12\x1e\n\x04word\x18\x02 \x01(\x0b\x32\x10.collage.v1.Word\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.collage.v1.JobError\"U\n\x10\x41\x64optWordRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x07vectors\x18\x03 \x01(\x0b\x32\x13.collage.v1.BlobRef\"3\n\x11\x41\x64optWordResponse\x12\x1e\n\x04word\x18\x01 \x01(\x0b\x32\x10.collage.v1.Word2\xab\x01\n\x10InversionService\x12M\n\nLearnWords\x12\x1d.collage.v1.LearnWordsRequest\x1a\x1e.collage.v1.LearnWordsResponse0\x01\x12H\n\tAdoptWord\x12\x1c.collage.v1.AdoptWordRequest\x1a\x1d.collage.v1.AdoptWordResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'collage.v1.inversion_servic
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEARNWORDSREQUEST']._serialized_start=107
-  _globals['_LEARNWORDSREQUEST']._serialized_end=193
-  _globals['_SUBJECT']._serialized_start=195
-  _globals['_SUBJECT']._serialized_end=286
-  _globals['_LEARNWORDSRESPONSE']._serialized_start=289
-  _globals['_LEARNWORDSRESPONSE']._serialized_end=422
-  _globals['_ADOPTWORDREQUEST']._serialized_start=424
-  _globals['_ADOPTWORDREQUEST']._serialized_end=509
-  _globals['_ADOPTWORDRESPONSE']._serialized_start=511
-  _globals['_ADOPTWORDRESPONSE']._serialized_end=562
-  _globals['_INVERSIONSERVICE']._serialized_start=565
-  _globals['_INVERSIONSERVICE']._serialized_end=736
+  _globals['_LEARNWORDSREQUEST']._serialized_end=215
+  _globals['_SUBJECT']._serialized_start=217
+  _globals['_SUBJECT']._serialized_end=308
+  _globals['_LEARNWORDSRESPONSE']._serialized_start=311
+  _globals['_LEARNWORDSRESPONSE']._serialized_end=444
+  _globals['_ADOPTWORDREQUEST']._serialized_start=446
+  _globals['_ADOPTWORDREQUEST']._serialized_end=531
+  _globals['_ADOPTWORDRESPONSE']._serialized_start=533
+  _globals['_ADOPTWORDRESPONSE']._serialized_end=584
+  _globals['_INVERSIONSERVICE']._serialized_start=587
+  _globals['_INVERSIONSERVICE']._serialized_end=758
 # @@protoc_insertion_point(module_scope)

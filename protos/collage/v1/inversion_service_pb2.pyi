@@ -9,14 +9,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LearnWordsRequest(_message.Message):
-    __slots__ = ("model", "subjects", "job")
+    __slots__ = ("model", "subjects", "job", "model_digest")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SUBJECTS_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     model: str
     subjects: _containers.RepeatedCompositeFieldContainer[Subject]
     job: str
-    def __init__(self, model: _Optional[str] = ..., subjects: _Optional[_Iterable[_Union[Subject, _Mapping]]] = ..., job: _Optional[str] = ...) -> None: ...
+    model_digest: str
+    def __init__(self, model: _Optional[str] = ..., subjects: _Optional[_Iterable[_Union[Subject, _Mapping]]] = ..., job: _Optional[str] = ..., model_digest: _Optional[str] = ...) -> None: ...
 
 class Subject(_message.Message):
     __slots__ = ("layer", "image", "text", "vectors")

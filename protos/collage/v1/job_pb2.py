@@ -23,15 +23,22 @@ _sym_db = _symbol_database.Default()
 
 
 from collage.v1 import collage_service_pb2 as collage_dot_v1_dot_collage__service__pb2
+from collage.v1 import compositor_service_pb2 as collage_dot_v1_dot_compositor__service__pb2
+from collage.v1 import generator_service_pb2 as collage_dot_v1_dot_generator__service__pb2
+from collage.v1 import inversion_service_pb2 as collage_dot_v1_dot_inversion__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63ollage/v1/job.proto\x12\ncollage.v1\x1a collage/v1/collage_service.proto\"]\n\x0b\x41\x63\x63\x65ptedJob\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.collage.v1.CreateJobRequest\x12\x1f\n\x05words\x18\x02 \x03(\x0b\x32\x10.collage.v1.Wordb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63ollage/v1/job.proto\x12\ncollage.v1\x1a collage/v1/collage_service.proto\x1a#collage/v1/compositor_service.proto\x1a\"collage/v1/generator_service.proto\x1a\"collage/v1/inversion_service.proto\"\x8b\x01\n\x0b\x41\x63\x63\x65ptedJob\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12&\n\x07\x64rawing\x18\x04 \x01(\x0b\x32\x13.collage.v1.DrawingH\x00\x12(\n\x08learning\x18\x05 \x01(\x0b\x32\x14.collage.v1.LearningH\x00\x42\x06\n\x04workJ\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03\"\xbc\x01\n\x07\x44rawing\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.collage.v1.Plan\x12+\n\x07\x63ompose\x18\x03 \x01(\x0b\x32\x1a.collage.v1.ComposeRequest\x12&\n\x08learning\x18\x04 \x01(\x0b\x32\x14.collage.v1.Learning\x12-\n\x08generate\x18\x05 \x01(\x0b\x32\x1b.collage.v1.GenerateRequest\"o\n\x08Learning\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.collage.v1.LearnWordsRequest\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\x05\x12\x14\n\x0cskips_failed\x18\x04 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'collage.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACCEPTEDJOB']._serialized_start=70
-  _globals['_ACCEPTEDJOB']._serialized_end=163
+  _globals['_ACCEPTEDJOB']._serialized_start=180
+  _globals['_ACCEPTEDJOB']._serialized_end=319
+  _globals['_DRAWING']._serialized_start=322
+  _globals['_DRAWING']._serialized_end=510
+  _globals['_LEARNING']._serialized_start=512
+  _globals['_LEARNING']._serialized_end=623
 # @@protoc_insertion_point(module_scope)
