@@ -5,19 +5,28 @@ queue (SQLite) differ from production, and those are settings.
 """
 
 import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import gateway.__main__ as gateway
 import services.compositor.__main__ as compositor
 import services.generator.__main__ as generator
 import services.inversion.__main__ as inversion
-from local.served import models_setting
+from collage.v1.collage_service_pb2 import JobError, JobEvent
+from gateway.jobs import JobState
+from local.residence import Kind, Residence, Resident, model_key, program, seen
+from local.served import model_files, models_setting
+from services.common.errors import Cancelled
 from services.common.rpc import Server
 
 # Free ports, on loopback only.
 ANY_PORT = "127.0.0.1:0"
 # An embedded server is stopped by its one user, who waits.
 DRAIN_S = 5.0
+_LIVE = (JobState.QUEUED, JobState.RUNNING)
 
 
 class Embedded:
@@ -42,32 +51,96 @@ class Embedded:
             await server.stop(drain_s=DRAIN_S)
 
 
+@asynccontextmanager
+async def living(
+    residence: Residence,
+    *,
+    kind: Kind,
+    inputs: Mapping[str, list[int]],
+    address: str = ANY_PORT,
+    sockets: Path | None = None,
+    model: str = "",
+    threads: int = 0,
+) -> AsyncIterator[Embedded]:
+    """The one server of a data folder, for as long as the context is entered; within `residence.held`.
+
+    Args:
+        residence: where it says what it is, once it is ready.
+        kind: see `Resident`. Jobs that an earlier server left are taken up by "serve" alone.
+        inputs: what `residence.seen` said of its code before that was imported.
+        address: see `start`, as the rest.
+        sockets: see `start`.
+        model: see `start`.
+        threads: see `start`.
+    """
+    seen_files = {**inputs, **seen(model_files(model))}
+    server = await start(
+        residence.data,
+        address=address,
+        sockets=sockets,
+        model=model,
+        threads=threads,
+        is_fresh=kind != "serve",
+    )
+    try:
+        residence.describe(
+            Resident(
+                pid=os.getpid(),
+                address=server.address,
+                kind=kind,
+                model=model_key(model),
+                program=program(),
+                started_at=time.time(),
+                inputs=seen_files,
+            )
+        )
+        yield server
+    finally:
+        await server.stop()
+
+
 async def start(
-    data: Path, *, address: str = ANY_PORT, model: str = "", threads: int = 0, word_steps: int = 0
+    data: Path,
+    *,
+    address: str = ANY_PORT,
+    sockets: Path | None = None,
+    model: str = "",
+    threads: int = 0,
+    word_steps: int = 0,
+    is_fresh: bool = False,
 ) -> Embedded:
     """Starts everything and returns when the gateway serves, the model loaded and warm.
 
     Args:
         data: folder for blobs and jobs; made when absent, found again when present.
         address: the gateway's host:port.
+        sockets: a folder on whose unix sockets all listen instead, so that its permissions say who may call.
         model: folder or hub id of the one model to serve, named after its last part; or a models.yaml; empty for the
             bundled model.
         threads: CPU threads of one operation of a network, 0 for one a core.
         word_steps: training steps of a learned word at most, 0 for the default.
+        is_fresh: whether jobs that an earlier server left are cancelled rather than taken up, because the commands that
+            asked for them ended with it. Only for the one server of its data folder.
     """
+
+    def at(service: str, address: str = ANY_PORT) -> str:
+        return address if sockets is None else f"unix:{sockets / service}"
+
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
     blobs = f"folder:{data / 'blobs'}"
     models = models_setting(model)
     servers: list[Server] = []
     try:
         compositing = await compositor.build(
-            compositor.Settings(address=ANY_PORT, blobs=blobs, models=models, threads=threads)
+            compositor.Settings(
+                address=at("compositor"), blobs=blobs, models=models, threads=threads
+            )
         )
         servers.append(compositing)
         await compositing.start()
         inverting = await inversion.build(
             inversion.Settings(
-                address=ANY_PORT,
+                address=at("inversion"),
                 blobs=blobs,
                 models=models,
                 threads=threads,
@@ -78,7 +151,7 @@ async def start(
         await inverting.start()
         generating = await generator.build(
             generator.Settings(
-                address=ANY_PORT,
+                address=at("generator"),
                 blobs=blobs,
                 models=models,
                 threads=threads,
@@ -86,16 +159,17 @@ async def start(
         )
         servers.append(generating)
         await generating.start()
-        fronting = await gateway.build(
-            gateway.Settings(
-                address=address,
-                compositor=compositing.address,
-                inversion=inverting.address,
-                generator=generating.address,
-                blobs=blobs,
-                jobs=f"sqlite:{data / 'jobs.sqlite'}",
-            )
+        settings = gateway.Settings(
+            address=at("gateway", address),
+            compositor=compositing.address,
+            inversion=inverting.address,
+            generator=generating.address,
+            blobs=blobs,
+            jobs=f"sqlite:{data / 'jobs.sqlite'}",
         )
+        if is_fresh:
+            await _abandon(settings)
+        fronting = await gateway.build(settings)
         servers.append(fronting)
         await fronting.start()
     except BaseException:
@@ -103,3 +177,24 @@ async def start(
             await server.stop(drain_s=0)
         raise
     return Embedded(servers)
+
+
+async def _abandon(settings: gateway.Settings) -> None:
+    """Cancels the jobs that an earlier server left; one that was at work ends so when its lease has run out."""
+    error = Cancelled("abandoned: the server it was given to has ended", reason="JOB_ABANDONED")
+    told = JobError(code=error.code, message=error.message, details=error.details())
+    payload = JobEvent(cancelled=told).SerializeToString()
+    jobs = await gateway.open_jobs(settings)
+    try:
+        counts = await jobs.counts()
+        left, token = sum(counts[state] for state in _LIVE), ""
+        while left > 0:
+            page, token = await jobs.list(page_size=100, page_token=token)
+            for job in page:
+                if job.state in _LIVE:
+                    await jobs.cancel(job.id, payload=payload)
+                    left -= 1
+            if not token:
+                return
+    finally:
+        await jobs.close()

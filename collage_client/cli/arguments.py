@@ -304,6 +304,20 @@ def _add_serving(commands: Any) -> None:
     add_data(sub)
     sub.set_defaults(data=Path("data/cluster"), server="")
 
+    inner = commands.add_parser(
+        "server",
+        help="Tell of, or end, the server that a command left.",
+        description="A command without --server leaves its server for the next one; it ends by itself after\n"
+        "10 idle minutes (COLLAGE_IDLE_S, in seconds).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).add_subparsers(metavar="COMMAND", required=True)
+    for name, action, line in (
+        ("status", server.status, "Tell of the server that lives in a data folder."),
+        ("stop", server.stop, "End the server that lives in a data folder."),
+    ):
+        sub = _command(inner, name, action, line)
+        add_data(sub)
+
 
 def _add_skip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -30,9 +30,14 @@ async def generate(args: argparse.Namespace) -> None:
     """Draws a collage and writes a results folder."""
     collage = files.attach(files.load(args.path))
     out = Folder(args.out)
-    async with connected(args) as client:
+    async with connected(args, draws=True) as client:
         sampling = _sampling(args)
-        job = await client.generate(collage, sampling, skip_failed_words=args.skip_failed_words)
+        job = await client.generate(
+            collage,
+            sampling,
+            skip_failed_words=args.skip_failed_words,
+            cancel_on_disconnect=not args.server,
+        )
         result = await _follow(args, job)
         drawn = await results.plan_pictures(client, result.job.plan)
     work = pb.GenerateWork(
@@ -48,7 +53,7 @@ async def plan(args: argparse.Namespace) -> None:
     """Resolves a collage without drawing it and writes what is known."""
     collage = files.attach(files.load(args.path))
     out = Folder(args.out)
-    async with connected(args) as client:
+    async with connected(args, draws=True) as client:
         made = await client.plan(collage, _sampling(args))
         drawn = await results.plan_pictures(client, made)
     written = results.write_plan(out, collage, made, drawn)
@@ -86,7 +91,7 @@ async def redo(args: argparse.Namespace) -> None:
         restore_cutout=args.restore_cutout,
         skip_failed_words=args.skip_failed_words,
     )
-    async with connected(args) as client:
+    async with connected(args, draws=True) as client:
         job = await client.redo(
             collage,
             earlier.parent,
@@ -112,13 +117,14 @@ async def sweep(args: argparse.Namespace) -> None:
     name, values = args.dial
     parts: list[Path] = []
     rows: list[list[tuple[str, bytes]]] = []
-    async with connected(args) as client:
+    async with connected(args, draws=True) as client:
         # The plan checks the request before the first picture and draws the seed that all share.
         sampling = (await client.plan(collage, _sampling(args))).sampling
         for value in values:
             setattr(layer, name, value)
             title = f"{args.layer} {name} {value:g}"
-            result = await _follow(args, await client.generate(collage, sampling), title)
+            job = await client.generate(collage, sampling, cancel_on_disconnect=not args.server)
+            result = await _follow(args, job, title)
             drawn = await results.plan_pictures(client, result.job.plan)
             folder = Folder(args.out / f"{args.layer}-{name}-{value:g}")
             work = pb.GenerateWork(collage=collage, sampling=sampling)
@@ -140,7 +146,7 @@ async def learn(args: argparse.Namespace) -> None:
             if named or layer.appearance.learn:
                 layer.appearance.learn = True
                 layer.appearance.vectors = args.vectors
-    async with connected(args) as client:
+    async with connected(args, draws=True) as client:
         job = await client.learn(collage, args.layer, model=served_model(args))
         result = await _follow(args, job)
     text = report.table(("layer", "word"), result.words.items(), left=2)

@@ -70,7 +70,7 @@ def add_data(parser: argparse._ActionsContainer, *, again: bool = False) -> None
         metavar="DIR",
         type=Path,
         default=argparse.SUPPRESS if again else Path("data"),
-        help="where an embedded server keeps jobs and pictures (default: ./data)",
+        help="where a server here keeps jobs and pictures (default: ./data)",
     )
 
 
@@ -81,7 +81,13 @@ def add_server(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
         "--server",
         metavar="ADDR",
         default=argparse.SUPPRESS if again else "",
-        help="host:port of a running server (default: one is started here)",
+        help="host:port of a running server (default: the one that works with --data; else one is started)",
+    )
+    group.add_argument(
+        "--no-reuse",
+        action="store_true",
+        default=argparse.SUPPRESS if again else False,
+        help="start a server for this command alone (COLLAGE_REUSE=0: always)",
     )
     add_data(parser, again=again)
 

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,49 @@ import grpc
 
 from collage_client import AsyncCollageClient, CollageError, InvalidInput
 
+_ANY_PORT = "127.0.0.1:0"
+
 
 @asynccontextmanager
-async def connected(args: argparse.Namespace) -> AsyncIterator[AsyncCollageClient]:
-    """A client of the named server, or of one started here for the call."""
+async def connected(
+    args: argparse.Namespace, *, draws: bool = False
+) -> AsyncIterator[AsyncCollageClient]:
+    """A client of the named server, of the one at hand in the data folder, or of one started here.
+
+    Whoever `draws` needs a server of the model that --model names; others take any that is at hand.
+    """
     if args.server:
         async with AsyncCollageClient(args.server) as client:
             yield client
         return
-    args.output.note(
-        f"starting an embedded server, data in {args.data} (--server ADDR uses a running one)"
-    )
-    server = await _embedded(args, "127.0.0.1:0", log_level="ERROR")
-    try:
-        async with AsyncCollageClient(server.address) as client:
-            yield client
-    finally:
-        await server.stop()
+    async with AsyncExitStack() as stack:
+        background, read = _local()
+        try:
+            settings = read(background.Settings)
+            if settings.reuse and not args.no_reuse:
+                address = await stack.enter_async_context(
+                    background.reach(
+                        args.data,
+                        _model(args) if draws else None,
+                        idle_s=settings.idle_s,
+                        tell=args.output.note,
+                    )
+                )
+            else:
+                own = _own(args, background, kind="call", address=_ANY_PORT, level="ERROR")
+                address = (await stack.enter_async_context(own)).address
+        except background.InvalidSetting as error:
+            raise InvalidInput.in_field("", str(error), reason="SETTING") from error
+        except background.StartFailed as error:
+            if error.is_setting:
+                raise InvalidInput.in_field("", str(error), reason="SETTING") from error
+            raise CollageError(str(error), code=grpc.StatusCode.UNAVAILABLE) from error
+        yield await stack.enter_async_context(AsyncCollageClient(address))
 
 
 def served_model(args: argparse.Namespace) -> str:
     """What --model says as the name of a served model; "" where it says what is to be served here."""
-    return "" if _is_served_here(args) else getattr(args, "model", "")
+    return "" if _model(args) else getattr(args, "model", "")
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -47,20 +68,20 @@ async def serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
-    args.output.note("starting (the model is loaded and tried once)")
-    server = await _embedded(args, args.address, log_level="INFO")
+    background, _ = _local()
     try:
-        args.output.tell(
-            f"collage service on {server.address}, data in {args.data}; Ctrl-C stops it",
-            {"address": server.address, "data": str(args.data)},
-        )
-        ends = [asyncio.create_task(ended.wait()), asyncio.create_task(server.failed())]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in ends:
-            task.cancel()
-        args.output.note("stopping")
-    finally:
-        await server.stop()
+        async with _own(args, background, kind="serve", address=args.address, level="INFO") as own:
+            args.output.tell(
+                f"collage service on {own.address}, data in {args.data}; Ctrl-C stops it",
+                {"address": own.address, "data": str(args.data)},
+            )
+            ends = [asyncio.create_task(ended.wait()), asyncio.create_task(own.failed())]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in ends:
+                task.cancel()
+            args.output.note("stopping")
+    except background.InvalidSetting as error:
+        raise InvalidInput.in_field("", str(error), reason="SETTING") from error
     if not ended.is_set():
         raise CollageError(
             "a service has failed; its log is above", code=grpc.StatusCode.UNAVAILABLE
@@ -73,7 +94,7 @@ async def cluster(args: argparse.Namespace) -> int:
         from local import cluster as processes
         from local.served import models_setting
     except ModuleNotFoundError as error:
-        raise _not_installed("cluster", error) from error
+        raise _not_installed(error) from error
     running = processes.Cluster(
         args.data,
         gateways=args.gateways,
@@ -85,32 +106,90 @@ async def cluster(args: argparse.Namespace) -> int:
     return await processes.serve(running, tell=args.output.note)
 
 
-def _is_served_here(args: argparse.Namespace) -> bool:
-    """Does --model name a folder, models.yaml or hub id for an embedded server to load, rather than a served model?"""
-    model = getattr(args, "model", "")
-    return not args.server and bool(model) and ("/" in model or Path(model).exists())
+async def status(args: argparse.Namespace) -> None:
+    """Tells of the server that lives in the data folder."""
+    residence = _residence(args)
+    found = residence.resident() if residence else None
+    if residence is None or found is None:
+        state = "starting or ending" if residence and residence.is_occupied() else "none"
+        args.output.tell(f"server in {args.data}: {state}", {"state": state})
+        return
+    is_current = found.serves(found.model)
+    rows = {
+        "state": "in use" if residence.is_used() else "idle",
+        "kind": found.kind,
+        "pid": found.pid,
+        "address": found.address,
+        "model": found.model,
+        "is_current": is_current,
+        "idle_s": round(residence.idle_s(), 1),
+        "log": str(residence.log),
+    }
+    shown = {
+        **rows,
+        "model": found.model or "bundled",
+        "is_current": "yes" if is_current else "no: code, files or variables have changed",
+    }
+    lines = [f"server in {args.data}", *(f"  {name:<10} {value}" for name, value in shown.items())]
+    args.output.tell("\n".join(lines), rows)
 
 
-async def _embedded(args: argparse.Namespace, address: str, *, log_level: str) -> Any:
-    try:
-        from local import embedded
-        from services.common.settings import InvalidSetting
-        from services.common.telemetry import start_logging
-    except ModuleNotFoundError as error:
-        raise _not_installed("embedded server", error) from error
-    start_logging("embedded", level=log_level)
-    model = args.model if _is_served_here(args) else ""
-    try:
-        return await embedded.start(
-            args.data, address=address, model=model, threads=getattr(args, "threads", 0)
+async def stop(args: argparse.Namespace) -> None:
+    """Ends the server that lives in the data folder, whoever uses it."""
+    residence = _residence(args)
+    found = residence.resident() if residence else None
+    if residence and found:
+        await residence.stop(found)
+    elif residence and residence.is_occupied():
+        raise CollageError(
+            f"a server is starting or ending in {args.data}; try again",
+            code=grpc.StatusCode.UNAVAILABLE,
         )
-    except InvalidSetting as error:
-        raise InvalidInput.in_field("", str(error), reason="SETTING") from error
+    pid = found.pid if found else None
+    args.output.tell(f"ended {pid}" if pid else f"no server in {args.data}", {"ended": pid})
 
 
-def _not_installed(what: str, error: ModuleNotFoundError) -> CollageError:
+def _residence(args: argparse.Namespace) -> Any:
+    """What the data folder says of its server; None where none was ever there, and nothing is made."""
+    background, _ = _local()
+    return background.Residence(args.data) if background.Residence.exists(args.data) else None
+
+
+def _model(args: argparse.Namespace) -> str:
+    """The folder, models.yaml or hub id that --model names for a server here to load; "" where it is a served name."""
+    model: str = getattr(args, "model", "")
+    return model if not args.server and ("/" in model or (model and Path(model).exists())) else ""
+
+
+def _own(
+    args: argparse.Namespace, background: Any, *, kind: str, address: str, level: str
+) -> AbstractAsyncContextManager[Any]:
+    """A server in this process."""
+    server: AbstractAsyncContextManager[Any] = background.own(
+        args.data,
+        _model(args),
+        kind=kind,
+        address=address,
+        threads=getattr(args, "threads", 0),
+        level=level,
+        tell=args.output.note,
+    )
+    return server
+
+
+def _local() -> tuple[Any, Any]:
+    """What starts and finds servers on this machine, and what reads settings."""
+    try:
+        from local import background
+        from services.common.settings import read
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
+    return background, read
+
+
+def _not_installed(error: ModuleNotFoundError) -> CollageError:
     return CollageError(
-        f"no {what} here, {error.name} is not installed; name a server with --server",
+        f"no server can run here, {error.name} is not installed; name a server with --server",
         code=grpc.StatusCode.UNAVAILABLE,
         reason="NOT_INSTALLED",
     )

@@ -295,7 +295,7 @@ class Server:
 
     Args:
         name: what logs call it.
-        address: host:port; port 0 takes a free one, see `address` after `start`.
+        address: host:port; port 0 takes a free one, see `address`. Or `unix:PATH`.
         drain: awaited on `stop` after health says NOT_SERVING; finishes what was admitted.
     """
 
@@ -318,7 +318,7 @@ class Server:
             port = self.grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"{name}: cannot listen on {address}: {error}") from error
-        self.address = f"{host}:{port}"
+        self.address = address if address.startswith("unix:") else f"{host}:{port}"
 
     def add(self, full_name: str) -> None:
         """Announces a service that was added to `grpc`: `collage.v1.CollageService`, say."""
