@@ -99,18 +99,9 @@ class AsyncCollageClient:
             request_id=span.request_id,
             collage=collage_message(collage),
             sampling=sampling_message(sampling),
-            on_disconnect=(
-                pb.DISCONNECT_POLICY_CANCEL if cancel_on_disconnect else pb.DISCONNECT_POLICY_DETACH
-            ),
             skip_failed_words=skip_failed_words,
         )
-
-        async def start() -> Any:
-            await self._upload(_pictures(request.collage), span)
-            return self._calls.stub.GenerateImages(request, **span.options())
-
-        events = self._calls.follow(span, start=start, resumes=not cancel_on_disconnect)
-        return await AsyncJob.of(self._calls, events, span)
+        return await self._draw(request, _pictures(request.collage), cancel_on_disconnect, span)
 
     async def redo(
         self,
@@ -123,9 +114,14 @@ class AsyncCollageClient:
         restore_cutout: bool | None = None,
         skip_failed_words: bool = False,
         request_id: str = "",
+        cancel_on_disconnect: bool = False,
         timeout_s: float = JOB_TIMEOUT_S,
     ) -> AsyncJob:
-        """Draws some layers of `parent` (a picture of the canvas' size) again. Returns once the job is accepted."""
+        """Draws some layers of `parent` (a picture of the canvas' size) again. Returns once the job is accepted.
+
+        The rest is as for `generate`.
+        """
+        span = Span(timeout_s, request_id)
         work = pb.RedoWork(
             collage=collage_message(collage),
             parent=picture(parent),
@@ -135,7 +131,9 @@ class AsyncCollageClient:
             restore_cutout=restore_cutout,
             skip_failed_words=skip_failed_words,
         )
-        return await self._run(work, request_id, timeout_s)
+        request = pb.GenerateImagesRequest(request_id=span.request_id, redo=work)
+        pictures = [*_pictures(request.redo.collage), request.redo.parent]
+        return await self._draw(request, pictures, cancel_on_disconnect, span)
 
     async def learn(
         self,
@@ -155,7 +153,14 @@ class AsyncCollageClient:
             layers=[layers] if isinstance(layers, str) else layers,
             model=model,
         )
-        return await self._run(work, request_id, timeout_s)
+        span = Span(timeout_s, request_id)
+        request = _creation(work, span)
+
+        async def start() -> Any:
+            job = await self._create(request, span)
+            return self._calls.watch(job.name, 0, span)
+
+        return await AsyncJob.of(self._calls, self._calls.follow(span, start=start), span)
 
     async def create_job(
         self,
@@ -245,15 +250,25 @@ class AsyncCollageClient:
         """Forgets a word."""
         await self._calls.call("DeleteWord", pb.DeleteWordRequest(name=name), Span(timeout_s))
 
-    async def _run(self, work: Work, request_id: str, timeout_s: float) -> AsyncJob:
-        span = Span(timeout_s, request_id)
-        request = _creation(work, span)
+    async def _draw(
+        self,
+        request: pb.GenerateImagesRequest,
+        pictures: Sequence[blob_pb2.Image],
+        cancel_on_disconnect: bool,
+        span: Span,
+    ) -> AsyncJob:
+        """Creates a job and follows it, in one stream."""
+        policy = (
+            pb.DISCONNECT_POLICY_CANCEL if cancel_on_disconnect else pb.DISCONNECT_POLICY_DETACH
+        )
+        request.on_disconnect = policy
 
         async def start() -> Any:
-            job = await self._create(request, span)
-            return self._calls.watch(job.name, 0, span)
+            await self._upload(pictures, span)
+            return self._calls.stub.GenerateImages(request, **span.options())
 
-        return await AsyncJob.of(self._calls, self._calls.follow(span, start=start), span)
+        events = self._calls.follow(span, start=start, resumes=not cancel_on_disconnect)
+        return await AsyncJob.of(self._calls, events, span)
 
     async def _create(self, request: pb.CreateJobRequest, span: Span) -> pb.Job:
         work: Work = getattr(request, request.WhichOneof("work") or "")

@@ -94,10 +94,16 @@ async def reach(
                         f"{idle_s / 60:g} idle minutes (`collage server stop` ends it now)"
                     )
                     resident = await _spawned(residence, key or "", idle_s)
-                if resident is not None and resident.serves(key):
+                elif resident is not None and not resident.serves(key):
+                    if await make_way(residence):
+                        tell(
+                            "the server at hand was of another model, or of other code or files: ended"
+                        )
+                        continue
+                    resident = None
+                if resident is not None:
                     use.enter_context(residence.using())
                     break
-                await make_way(residence)
             if not is_told:
                 tell(f"waiting for another server that works with {data}")
                 is_told = True
@@ -148,22 +154,26 @@ async def own(
             yield server
 
 
-async def make_way(residence: Residence) -> None:
+async def make_way(residence: Residence) -> bool:
     """Ends the server that lives here if it was left by a command and nobody uses it; within `choosing`.
+
+    Returns whether it did.
 
     Raises:
         Occupied: it is somebody's own.
     """
     resident = residence.resident()
     if resident is None:
-        return
+        return False
     if resident.kind == "serve":
         raise Occupied(
             f"`collage serve` (pid {resident.pid}) works with {residence.data}, on {resident.address}, with another "
             "model or other code: --server uses it, --data names another folder"
         )
-    if resident.kind == "background" and not residence.is_used():
-        await residence.stop(resident)
+    if resident.kind != "background" or residence.is_used():
+        return False
+    await residence.stop(resident)
+    return True
 
 
 async def _spawned(residence: Residence, model: str, idle_s: float) -> Resident:

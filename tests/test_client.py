@@ -380,7 +380,7 @@ async def test_a_result_holds_pictures_words_and_timings(service, client):
     assert await job.result() is result
     assert result.images == (DRAWN,)
     assert (result.words, result.stage_seconds) == ({"a": "words/w"}, {"generate": 1.5})
-    (request,) = service.called("CreateJob")
+    (request,) = service.called("GenerateImages")
     assert request.redo.parent.blob.sha256 == sha(PICTURE)
     assert request.redo.HasField("feather")
     assert not request.redo.HasField("restore_cutout")

@@ -120,7 +120,8 @@ class Studio(Service):
         return pb.PlanCollageResponse(plan=self.planned(request.collage, request.sampling))
 
     async def GenerateImages(self, request, context):
-        self.submit(pb.GenerateWork(collage=request.collage, sampling=request.sampling))
+        drawn = pb.GenerateWork(collage=request.collage, sampling=request.sampling)
+        self.submit(request.redo if request.HasField("redo") else drawn)
         async for answer in self.stream(context, pb.GenerateImagesResponse, 0):
             yield answer
 

@@ -137,7 +137,7 @@ def test_a_command_leaves_a_server_that_the_next_one_uses(folder, data, model):
     os.utime(weights)
     assert not resident(data)["is_current"]
     code, _, notes = collage("plan", folder, "--out", folder / "plan", *served)
-    assert (code, "starting a server" in notes) == (0, True)
+    assert (code, "starting a server" in notes, "ended" in notes) == (0, True, True)
     second = resident(data)
     assert second["pid"] != first["pid"]
     assert not socket.parent.exists()

@@ -100,6 +100,7 @@ async def redo(args: argparse.Namespace) -> None:
             feather=args.feather,
             restore_cutout=args.restore_cutout,
             skip_failed_words=args.skip_failed_words,
+            cancel_on_disconnect=not args.server,
         )
         result = await _follow(args, job)
         drawn = await results.plan_pictures(client, result.job.plan)
