@@ -247,11 +247,16 @@ async def _run(
 
 
 async def _unneeded(residence: Residence, address: str, idle_s: float) -> None:
-    """Returns when no command has used the server for so long, no job is at work, and none can find it any more."""
+    """Returns when no command has used the server for so long, no job is at work, and none can find it any more.
+
+    Also when the data folder is gone.
+    """
     async with grpc.aio.insecure_channel(address) as channel:
         stub = collage_service_pb2_grpc.CollageServiceStub(channel)  # type: ignore[no-untyped-call]
         while True:
             await asyncio.sleep(min(LOOK_S, max(0.2, idle_s / 4)))
+            if not residence.is_home():
+                return
             if residence.idle_s() < idle_s:
                 continue
             newest = await stub.ListJobs(pb.ListJobsRequest(page_size=100), timeout=CALL_S)

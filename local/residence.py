@@ -78,6 +78,7 @@ class Residence:
         _check_private(self.folder)
         self._description = self.folder / "server.json"
         self.log = self.folder / "log"
+        self._inode = 0
 
     @staticmethod
     def exists(data: Path) -> bool:
@@ -118,10 +119,19 @@ class Residence:
                     raise Occupied(f"a server lives in {self.data} already")
                 await asyncio.sleep(LOOK_S)
             self._description.unlink(missing_ok=True)
+            self._inode = os.fstat(file).st_ino
             try:
                 yield
             finally:
-                self._description.unlink(missing_ok=True)
+                if self.is_home():
+                    self._description.unlink(missing_ok=True)
+
+    def is_home(self) -> bool:
+        """Is the folder still the one that is held? Somebody may have deleted the data, and made it anew."""
+        try:
+            return (self.folder / "lock").stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
 
     def describe(self, resident: Resident) -> None:
         """Says that the server is ready; within `held`."""

@@ -530,6 +530,23 @@ async def test_a_message_above_grpcs_limit_is_no_full_service(service, client):
     await client.plan(collage(*(bytes([n]) * 2**20 for n in range(5))))
 
 
+def test_the_client_imports_nothing_but_grpc_protobuf_and_yaml():
+    program = (
+        "import pkgutil, sys, importlib; before = set(sys.modules); import collage_client\n"
+        "for each in pkgutil.walk_packages(collage_client.__path__, 'collage_client.'):\n"
+        "    if not each.name.endswith(('sheet', '__main__')): importlib.import_module(each.name)\n"
+        "names = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(names - set(sys.stdlib_module_names)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True
+    )
+    # grpc takes its own extensions along where they are installed.
+    allowed = ("collage", "collage_client", "cython_runtime", "google", "typing_extensions", "yaml")
+    found = [name for name in ran.stdout.split() if not name.startswith(("_", "grpc"))]
+    assert set(found) <= set(allowed)
+
+
 def test_the_package_imports_without_pillow_numpy_or_torch():
     program = (
         "import sys; import collage_client, collage_client.cli.command, collage_client.cli.results; "

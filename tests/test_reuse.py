@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,20 @@ async def test_a_description_counts_only_while_its_server_lives(tmp_path):
     # A killed server leaves the file and not the lock.
     (residence.folder / "server.json").write_text(kept)
     assert residence.resident() is None
+
+
+async def test_a_server_whose_folder_was_deleted_leaves_the_next_one_alone(tmp_path):
+    async with AsyncExitStack() as later:
+        async with Residence(tmp_path).held(wait_s=0):
+            shutil.rmtree(tmp_path / ".server")
+            new = Residence(tmp_path)
+            await later.enter_async_context(new.held(wait_s=0))
+            new.describe(described(pid=2))
+        assert new.is_home()
+        assert new.resident() == described(pid=2)
+    assert new.resident() is None
+    shutil.rmtree(new.folder)
+    assert not new.is_home()
 
 
 async def test_one_that_others_may_write_is_not_believed(tmp_path):

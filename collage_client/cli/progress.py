@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from types import TracebackType
 from typing import Self, TextIO
@@ -82,7 +83,9 @@ class Progress:
             return
         passed = f"{time.monotonic() - self._start:5.1f} s"
         if self._moves:
-            self._stream.write(f"{_ERASE_LINE}{passed}  {self._title}{text}")
+            # A line that wraps could not be erased.
+            line = f"{passed}  {self._title}{text}"[: shutil.get_terminal_size().columns - 1]
+            self._stream.write(f"{_ERASE_LINE}{line}")
             self._open = True
         else:
             self._stream.write(f"{passed}  {self._title}{text}\n")
