@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import grpc
 
 from collage.v1 import collage_service_pb2 as pb
 from collage.v1 import collage_service_pb2_grpc
-from local.residence import Kind, Occupied, Residence, Resident, code, model_key, seen
+from local.residence import Kind, Occupied, Residence, Resident, code, model_key, seen, sockets
 from services.common.settings import InvalidSetting
 
 if TYPE_CHECKING:
@@ -226,10 +225,10 @@ async def _run(
         from services.common.telemetry import start_logging
 
         start_logging("background", level="WARNING")
-        sockets = Path(tempfile.mkdtemp(prefix="collage-"))
+        folder = sockets()
         try:
             async with embedded.living(
-                residence, kind="background", inputs=inputs, sockets=sockets, model=model
+                residence, kind="background", inputs=inputs, sockets=folder, model=model
             ) as server:
                 report({"ready": server.address})
                 ends = [
@@ -243,7 +242,7 @@ async def _run(
         except InvalidSetting as error:
             report({"error": str(error), "is_setting": True})
         finally:
-            shutil.rmtree(sockets, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _unneeded(residence: Residence, address: str, idle_s: float) -> None:

@@ -12,10 +12,12 @@ import asyncio
 import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -31,6 +33,8 @@ LOOK_S = 0.05
 STOP_S = 20.0
 # Whose change makes a server one of other code: everything the servers are made of, and what is installed beside.
 _PACKAGES = ("gateway", "local", "services")
+# How a folder of sockets begins; a socket's path has to be short, so it is no part of the data folder.
+_SOCKETS = "collage-"
 # What changes how a network computes, or where models are found.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "OMP_NUM_THREADS")
 
@@ -118,13 +122,24 @@ class Residence:
                 if time.monotonic() > end:
                     raise Occupied(f"a server lives in {self.data} already")
                 await asyncio.sleep(LOOK_S)
-            self._description.unlink(missing_ok=True)
+            self._tidy()
             self._inode = os.fstat(file).st_ino
             try:
                 yield
             finally:
                 if self.is_home():
                     self._description.unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """Removes what a server that was killed here left: its description and its sockets."""
+        with suppress(OSError, ValueError, KeyError):
+            _check_private(self._description)
+            address: str = json.loads(self._description.read_text(encoding="utf-8"))["address"]
+            sockets = Path(address.removeprefix("unix:")).parent
+            if sockets.name.startswith(_SOCKETS) and address.startswith("unix:"):
+                _check_private(sockets)
+                shutil.rmtree(sockets)
+        self._description.unlink(missing_ok=True)
 
     def is_home(self) -> bool:
         """Is the folder still the one that is held? Somebody may have deleted the data, and made it anew."""
@@ -191,6 +206,11 @@ class Residence:
                     return
                 await asyncio.sleep(LOOK_S)
         raise Occupied(f"the server in {self.data} (pid {resident.pid}) does not end")
+
+
+def sockets() -> Path:
+    """A new folder for a server's sockets, for its owner only."""
+    return Path(tempfile.mkdtemp(prefix=_SOCKETS))
 
 
 def model_key(model: str) -> str:

@@ -152,6 +152,7 @@ def test_a_command_leaves_a_server_that_the_next_one_uses(folder, data, model):
     code, told, _ = collage("generate", folder, "--out", folder / "out", "--seed", 3, *served)
     assert code == 0
     wait_until(lambda: all(job["state"] != "JOB_STATE_RUNNING" for job in jobs(data)))
+    assert not Path(second["address"].removeprefix("unix:")).parent.exists()
     newest, abandoned = jobs(data)[:2]
     assert (newest["name"], newest["state"]) == (told["job"], "JOB_STATE_DONE")
     assert abandoned["state"] == "JOB_STATE_CANCELLED"
