@@ -26,8 +26,8 @@ from collage_client.files import load as load_collage
 from gateway.prompt import bind
 from services.common import wire
 from services.common.collage import Sampling
+from services.common.models_file import BUNDLED
 from services.common.plate import Plate
-from services.common.registry import BUNDLED
 from services.compositor.compose import Composition
 from services.compositor.service import Work, make
 from services.generator.attention import ControlledAttention, grid_of, project

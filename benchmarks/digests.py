@@ -25,7 +25,7 @@ import torch
 from collage.v1 import collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from local import embedded
-from services.common.registry import BUNDLED
+from services.common.models_file import BUNDLED
 from services.common.rpc import connect
 from services.common.telemetry import start_logging
 from testing import toy

@@ -50,7 +50,7 @@ from local import embedded
 from local.layout import check_health
 from local.processes import Process, free_port
 from services.common.blobs import FolderBlobStore, put_blob
-from services.common.registry import BUNDLED
+from services.common.models_file import BUNDLED
 from services.inversion.catalog import dtype_on
 from services.inversion.learn import Recipe, Trainer
 from services.inversion.networks import ONE, ModelFacts, Networks, Text, TextEncoder, load

@@ -26,8 +26,8 @@ from gateway.prompt import bind
 from local import embedded
 from services.common import wire
 from services.common.collage import Sampling
+from services.common.models_file import BUNDLED
 from services.common.plate import Plate
-from services.common.registry import BUNDLED
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make
 from services.generator.catalog import Catalog

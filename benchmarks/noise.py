@@ -29,7 +29,7 @@ from PIL import Image
 from collage.v1 import collage_pb2
 from collage_client import AsyncCollageClient
 from local import embedded
-from services.common.registry import BUNDLED
+from services.common.models_file import BUNDLED
 from services.common.telemetry import start_logging
 from services.generator.models import load
 from services.generator.stages import TorchStages

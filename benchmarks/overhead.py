@@ -33,8 +33,8 @@ from diffusers import (
 from PIL import Image
 
 from services.common.collage import Sampling, Structure
+from services.common.models_file import BUNDLED
 from services.common.plate import Plate
-from services.common.registry import BUNDLED
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import LoadedModel, load
 from services.generator.sampler import Run, step

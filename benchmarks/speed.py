@@ -29,8 +29,8 @@ import torch
 from diffusers.utils.logging import set_verbosity_error
 
 from benchmarks.overhead import WORDS, controlled, plain, take_turns
+from services.common.models_file import BUNDLED, DTYPES, ModelSource
 from services.common.operator_file import resolve
-from services.common.registry import BUNDLED, DTYPES, ModelSource
 from services.generator.catalog import ModelCard
 from services.generator.models import LoadedModel, load
 from services.generator.stages import TorchStages

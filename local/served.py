@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from services.common.registry import MODELS_FILE_SUFFIXES, read_detectors, read_sources
+from services.common.models_file import MODELS_FILE_SUFFIXES, read_detectors, read_sources
 
 
 def models_setting(model: str) -> str:

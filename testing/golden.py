@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from services.common.registry import BUNDLED
+from services.common.models_file import BUNDLED
 
 GOLDEN = BUNDLED.parent / "golden"
 PROMPTS = {

@@ -14,8 +14,8 @@ from collage.v1 import compositor_service_pb2, compositor_service_pb2_grpc
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent, Transform
 from services.common.errors import Cancelled, InvalidRequest, from_rpc
+from services.common.models_file import read_detectors
 from services.common.plate import Plate
-from services.common.registry import read_detectors
 from services.common.rpc import connect
 from services.common.settings import InvalidSetting
 from services.common.wire import render_blob

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from collage.v1 import collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from local import embedded
-from services.common.registry import ModelSource
+from services.common.models_file import ModelSource
 from services.common.rpc import connect
 from services.generator import models
 from services.generator.catalog import ModelCard

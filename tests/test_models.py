@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from services.common.collage import Extent
-from services.common.registry import NotAModel, digest, locate
+from services.common.hub import locate
+from services.common.weights import NotAModel, digest
 from services.generator import models
 from testing import toy
 

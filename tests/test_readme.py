@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from local import embedded
-from services.common.registry import read_detectors, read_sources
+from services.common.models_file import read_detectors, read_sources
 
 ROOT = Path(__file__).parents[1]
 

@@ -28,7 +28,8 @@ from collage.v1 import collage_pb2
 from collage_client import AsyncCollageClient
 from local.layout import check_health
 from local.processes import Process, free_port
-from services.common.registry import ModelSource, weights
+from services.common.models_file import ModelSource
+from services.common.weights import weights
 from services.generator.catalog import ModelCard
 from services.generator.service import VALUE_BYTES
 from testing.fullsize import NUMBERS

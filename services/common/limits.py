@@ -1,6 +1,6 @@
 """The bounds of everything a caller may ask for, whatever the model: one place, known to both sides of a wire.
 
-A model's own limits may be narrower (`services.common.registry`), never wider.
+A model's own limits may be narrower (`services.common.models_file`), never wider.
 """
 
 MAX_LAYERS = 32

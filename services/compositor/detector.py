@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.registry import read_detectors
+from services.common.models_file import read_detectors
 from services.compositor.network import Network, resized
 from services.compositor.pose import keypoints, skeleton
 from services.compositor.structure import DETECTORS, Detector, on_ground

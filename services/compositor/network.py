@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.registry import MAX_DETECTOR_SIDE, MIN_DETECTOR_SIDE, DetectorSource
+from services.common.models_file import MAX_DETECTOR_SIDE, MIN_DETECTOR_SIDE, DetectorSource
 from services.common.settings import InvalidSetting
 from services.compositor.pose import KEYPOINTS
 

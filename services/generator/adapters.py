@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from services.common.collage import Adapter
-from services.common.registry import ModelError, NotAModel, tensor_shapes
+from services.common.weights import ModelError, NotAModel, tensor_shapes
 
 # Parts of a model that an adapter may change.
 _PARTS = ("unet", "text_encoder", "text_encoder_2")

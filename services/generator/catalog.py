@@ -14,22 +14,12 @@ from diffusers.configuration_utils import FrozenDict
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest, quote
+from services.common.hub import locate, locate_adapter
 from services.common.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
-from services.common.registry import (
-    CONTROLNET_FILES,
-    Defaults,
-    Limits,
-    ModelError,
-    ModelSource,
-    digest,
-    digest_file,
-    locate,
-    locate_adapter,
-    read_sources,
-    weights,
-)
+from services.common.models_file import Defaults, Limits, ModelSource, read_sources
 from services.common.settings import InvalidSetting
 from services.common.telemetry import log
+from services.common.weights import CONTROLNET_FILES, ModelError, digest, digest_file, weights
 from services.generator.adapters import AdapterFile
 from services.generator.models import SAMPLERS, ModelFacts, check_controlnet, read_facts
 

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils.logging import disable_progress_bar
 
 from services.common.collage import Extent
-from services.common.registry import ModelError, NotAModel
+from services.common.weights import ModelError, NotAModel
 from services.generator.noise import HoldingUniPC
 
 # The parts of a folder and the classes that may fill them, by their names in model_index.json.

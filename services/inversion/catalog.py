@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from services.common.errors import InvalidRequest, NotSupported, quote
-from services.common.registry import ModelError, ModelSource, digest, locate, read_sources
+from services.common.hub import locate
+from services.common.models_file import ModelSource, read_sources
 from services.common.settings import InvalidSetting
+from services.common.weights import ModelError, digest
 from services.inversion.networks import (
     ModelFacts,
     Networks,

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from services.common.registry import ModelError, NotAModel
+from services.common.weights import ModelError, NotAModel
 
 # Name of a lone text encoder's vectors while they are learned; of two, the names that files everywhere have.
 ONE = "vectors"

@@ -1,19 +1,13 @@
-"""The models an operator serves, and the detectors beside them: where each one lies, and the digest of its files.
+"""The models an operator serves, and the detectors beside them: where each one lies, and what is asked of it.
 
 Main types: `ModelSource` and `DetectorSource`. The generator draws with a model, the inversion service learns words for
 it, and the compositor draws control pictures for its ControlNets, so all read the same setting here. This module opens
-configs and hashes files; it knows no network and needs no torch.
+the operator's file and none of a model.
 """
 
-import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from services.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from services.common.operator_file import Place, read_file, resolve
@@ -21,21 +15,6 @@ from services.common.settings import InvalidSetting
 
 # The bundled model, beside the packages in the repository.
 BUNDLED = Path(__file__).parents[2] / "models" / "mini" / "weights"
-# What a model is made of in diffusers format, and a ControlNet, and an adapter: what is fetched from a hub, and what a
-# digest covers.
-_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-MODEL_FILES = (
-    "model_index.json",
-    *(f"{part}/{kind}" for part in _PARTS for kind in ("*.json", "*.txt", "*.safetensors")),
-)
-CONTROLNET_FILES = ("config.json", "*.safetensors")
-ADAPTER_FILES = ("*.safetensors",)
-# Second copies of the same weights, which from_pretrained would not read.
-_SECOND_COPIES = ("*.fp16.*", "*.non_ema.*")
-
-# The safetensors library takes no longer one either.
-_MAX_HEAD_BYTES = 100_000_000
-
 # What models.yaml may say. Of a device, empty stands for the generator's choice.
 _TOP_KEYS = ("models", "detectors")
 _DEVICE = r"cpu|cuda(:\d+)?"
@@ -55,14 +34,6 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CONFIDENCE = 0.3
 
 Rgb = tuple[float, float, float]
-
-
-class ModelError(Exception):
-    """A model that cannot be loaded."""
-
-
-class NotAModel(ModelError):
-    """The folder does not hold a whole diffusers model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,116 +226,3 @@ def _controlnets_in(source: Path | str) -> dict[str, Path | str]:
         for folder in sorted(beside)
         if folder.is_dir()
     }
-
-
-def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model, fetched from the hub where the source is a hub id.
-
-    Args:
-        source: a folder, or as a text a hub id `owner/name` or `owner/name@revision` (a branch, a tag or a commit). A
-            text is no folder, whatever lies in the working one.
-        files: patterns of what is fetched.
-
-    Raises:
-        NotAModel: there is no such folder, and the hub does not know it either.
-    """
-    if isinstance(source, Path):
-        if not source.is_dir():
-            raise NotAModel(f"{source}: no such folder")
-        return source
-    name, _, revision = source.partition("@")
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts):
-        raise NotAModel(f"{source}: no such folder, and not of the form owner/name")
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=list(files),
-                ignore_patterns=list(_SECOND_COPIES),
-            )
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise NotAModel(f"{source}: no such folder, and the hub says: {error}") from error
-
-
-def locate_adapter(source: Path | str) -> Path:
-    """The safetensors file of an adapter.
-
-    Args:
-        source: the file; or a folder or a hub id, as `locate` takes it, that holds one such file.
-
-    Raises:
-        NotAModel: no such file or folder, or not one file in it.
-    """
-    if isinstance(source, Path) and source.is_file():
-        if source.suffix != ".safetensors":
-            raise NotAModel(f"{source}: is not a .safetensors file")
-        return source
-    found = sorted(locate(source, ADAPTER_FILES).glob("*.safetensors"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise NotAModel(f"{source}: must hold one .safetensors file; it holds: {names}")
-    return found[0]
-
-
-def digest(folder: Path, files: Sequence[str] = MODEL_FILES) -> str:
-    """sha256 over the sorted (relative name, sha256 of contents) of a folder's configs and weights, hex.
-
-    Args:
-        folder: of a model, or with `CONTROLNET_FILES` of a ControlNet.
-        files: patterns of what counts.
-    """
-    whole = hashlib.sha256()
-    for name in sorted(file.relative_to(folder).as_posix() for file in _all(folder, files)):
-        whole.update(f"{name}\0{digest_file(folder / name)}\n".encode())
-    return whole.hexdigest()
-
-
-def digest_file(file: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def weights(source: Path, files: Sequence[str] = MODEL_FILES) -> int:
-    """How many numbers the weights in a folder, or in one safetensors file, are; reads the heads of files only.
-
-    Raises:
-        NotAModel: a file is no safetensors file.
-    """
-    found = _all(source, files) if source.is_dir() else {source}
-    names = [file for file in found if file.suffix == ".safetensors"]
-    copies = {file for pattern in _SECOND_COPIES for file in names if file.match(pattern)}
-    return sum(
-        math.prod(shape)
-        for file in names
-        if file not in copies
-        for shape in tensor_shapes(file).values()
-    )
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in a safetensors file by name; reads its head only.
-
-    Raises:
-        NotAModel: it is no safetensors file.
-    """
-    try:
-        with file.open("rb") as opened:
-            head_bytes = int.from_bytes(opened.read(8), "little")
-            if head_bytes > _MAX_HEAD_BYTES:
-                raise ValueError("its head is too long")
-            head = json.loads(opened.read(head_bytes))
-        return {
-            name: tuple(tensor["shape"]) for name, tensor in head.items() if name != "__metadata__"
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotAModel(
-            f"{file.parent.name}/{file.name} is no safetensors file: {error}"
-        ) from error
-
-
-def _all(folder: Path, patterns: Sequence[str]) -> set[Path]:
-    return {file for pattern in patterns for file in folder.glob(pattern)}

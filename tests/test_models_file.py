@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from services.common.errors import InvalidRequest
-from services.common.registry import (
-    CONTROLNET_FILES,
-    Defaults,
-    Limits,
-    NotAModel,
-    digest,
-    locate,
-    locate_adapter,
-    read_sources,
-    weights,
-)
+from services.common.hub import locate, locate_adapter
+from services.common.models_file import Defaults, Limits, read_sources
 from services.common.settings import InvalidSetting
+from services.common.weights import CONTROLNET_FILES, NotAModel, digest, weights
 from services.generator.catalog import Catalog
 from testing import toy
 
@@ -75,7 +67,7 @@ def test_a_source_means_what_it_means_where_it_is_written(tmp_path, monkeypatch)
         asked.append(name)
         raise ValueError("not here")
 
-    monkeypatch.setattr("services.common.registry.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.chdir(here)
     # A path of the working folder is no folder for a file that lies elsewhere: there it is a hub id, and stays one.
     (far,) = read(tmp_path, "models: [{name: a, source: owner/name, adapters: {ink: owner/ink}}]")

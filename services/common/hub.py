@@ -1,0 +1,68 @@
+"""Where a model lies: in a folder, or on a hub from which it is fetched.
+
+The hub's client is imported with the first source that needs it: who serves folders needs none.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.common.weights import ADAPTER_FILES, MODEL_FILES, SECOND_COPIES, NotAModel
+
+
+def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model, fetched from the hub where the source is a hub id.
+
+    Args:
+        source: a folder, or as a text a hub id `owner/name` or `owner/name@revision` (a branch, a tag or a commit). A
+            text is no folder, whatever lies in the working one.
+        files: patterns of what is fetched.
+
+    Raises:
+        NotAModel: there is no such folder, and the hub does not know it either.
+    """
+    if isinstance(source, Path):
+        if not source.is_dir():
+            raise NotAModel(f"{source}: no such folder")
+        return source
+    name, _, revision = source.partition("@")
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise NotAModel(f"{source}: no such folder, and not of the form owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise NotAModel(
+            f"{source}: no such folder, and models are fetched from a hub only where huggingface_hub is installed"
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(files),
+                ignore_patterns=list(SECOND_COPIES),
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise NotAModel(f"{source}: no such folder, and the hub says: {error}") from error
+
+
+def locate_adapter(source: Path | str) -> Path:
+    """The safetensors file of an adapter.
+
+    Args:
+        source: the file; or a folder or a hub id, as `locate` takes it, that holds one such file.
+
+    Raises:
+        NotAModel: no such file or folder, or not one file in it.
+    """
+    if isinstance(source, Path) and source.is_file():
+        if source.suffix != ".safetensors":
+            raise NotAModel(f"{source}: is not a .safetensors file")
+        return source
+    found = sorted(locate(source, ADAPTER_FILES).glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise NotAModel(f"{source}: must hold one .safetensors file; it holds: {names}")
+    return found[0]
