@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test slow mini setup proto format lint types check cluster clean
+.PHONY: demo test slow installed mini setup proto format lint types check cluster clean
 
 demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
@@ -16,6 +16,10 @@ test: setup check
 slow: setup
 	$(PYTHON) -m pytest -m slow
 
+# Both wheels, built and installed into empty environments, the client drawing on the server's; downloads torch again.
+installed: setup
+	$(PYTHON) -m pytest -m installed
+
 # Trains the bundled model anew into models/mini/.work/weights; `make mini MINI="--device cuda --minutes 25"`.
 MINI ?= --minutes 120
 mini: setup
@@ -23,10 +27,10 @@ mini: setup
 
 # One virtual environment with exact versions; made again when the pins or the package change.
 setup: $(VENV)/.ready
-$(VENV)/.ready: constraints.txt pyproject.toml
+$(VENV)/.ready: constraints.txt pyproject.toml packages/client/pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt torch numpy
-	$(PYTHON) -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m pip install -q -c constraints.txt -e packages/client -e '.[dev]'
 	touch $@
 
 check: setup lint types

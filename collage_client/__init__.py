@@ -49,6 +49,8 @@ from collage_client._errors import (
 from collage_client._job import AsyncJob, JobResult
 from collage_client._sync import CollageClient, Job
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AsyncCollageClient",
     "AsyncJob",

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
     ("module", "absent"),
     [
         ("gateway.__main__", ("torch", "diffusers", "transformers", "PIL")),
-        ("services.compositor.__main__", ("torch", "diffusers", "transformers", "onnxruntime", "huggingface_hub")),
+        (
+            "services.compositor.__main__",
+            ("torch", "diffusers", "transformers", "onnxruntime", "huggingface_hub"),
+        ),
         ("collage_client", ("torch", "numpy", "PIL", "gateway", "services", "local")),
     ],
 )

@@ -91,6 +91,7 @@ async def serve(args: argparse.Namespace) -> None:
 async def cluster(args: argparse.Namespace) -> int:
     """Runs the production shape as processes on this machine."""
     try:
+        _enter()
         from local import cluster as processes
         from local.served import models_setting
     except ModuleNotFoundError as error:
@@ -180,6 +181,7 @@ def _own(
 def _local() -> tuple[Any, Any]:
     """What starts and finds servers on this machine, and what reads settings."""
     try:
+        _enter()
         from local import background
         from services.common.settings import read
     except ModuleNotFoundError as error:
@@ -187,9 +189,19 @@ def _local() -> tuple[Any, Any]:
     return background, read
 
 
+def _enter() -> None:
+    """Makes the servers' rooms importable where they are installed from a wheel; in the tree they are already."""
+    try:
+        import collage_diffusion
+    except ModuleNotFoundError:
+        return
+    collage_diffusion.enter()
+
+
 def _not_installed(error: ModuleNotFoundError) -> CollageError:
     return CollageError(
-        f"no server can run here, {error.name} is not installed; name a server with --server",
+        f"no server can run here, {error.name} is not installed: name a server with --server, or install "
+        "collage-diffusion[embedded]",
         code=grpc.StatusCode.UNAVAILABLE,
         reason="NOT_INSTALLED",
     )
