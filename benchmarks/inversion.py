@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import grpc
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -51,10 +52,11 @@ from local.layout import check_health
 from local.processes import Process, free_port
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.models_file import BUNDLED
+from services.common.pictures import decode
 from services.inversion.catalog import dtype_on
 from services.inversion.learn import Recipe, Trainer
 from services.inversion.networks import ONE, ModelFacts, Networks, Text, TextEncoder, load
-from services.inversion.subject import Subject, decode
+from services.inversion.subject import Subject
 
 ART = Path(__file__).parents[1] / "examples" / "art"
 CUTOUTS = {
@@ -74,7 +76,9 @@ KILLED_WORDS, KILLED_ROWS, KILLED_STEPS, KILLED_CHECKPOINT_S = 3, 8, 40, 1.0
 def subjects(count: int) -> list[Subject]:
     """Layers to learn, of four artists."""
     pairs = list(CUTOUTS.items())[:count]
-    return [Subject.of(decode((ART / name).read_bytes()), text) for name, text in pairs]
+    return [
+        Subject.of(Image.fromarray(decode((ART / name).read_bytes())), text) for name, text in pairs
+    ]
 
 
 def bundled(device: torch.device) -> Networks:

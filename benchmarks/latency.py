@@ -27,13 +27,13 @@ from local import embedded
 from services.common import wire
 from services.common.collage import Sampling
 from services.common.models_file import BUNDLED
+from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make
 from services.generator.catalog import Catalog
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.models import load as load_model
-from services.generator.png import encode_png
 from services.generator.sampler import Run, step
 from services.generator.stages import Stages, TorchStages
 

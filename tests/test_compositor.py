@@ -10,12 +10,12 @@ from PIL import Image
 from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import InvalidRequest, MissingBlobs, Overloaded, from_rpc
+from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.rpc import connect
 from services.common.wire import render_blob
 from services.compositor import service
 from services.compositor.__main__ import Settings, build
-from services.compositor.pictures import encode_png
 
 RNG = np.random.default_rng(3)
 
@@ -128,9 +128,17 @@ async def test_equal_requests_at_once_agree(compositor):
     assert answers[:3] == answers[3:6] == answers[6:]
 
 
+async def test_a_photograph_is_a_layer_opaque_in_its_rectangle(compositor):
+    file = BytesIO()
+    Image.new("RGB", (16, 12), (200, 100, 50)).save(file, "JPEG", quality=95)
+    answer = await compositor.compose(await compositor.request(file.getvalue()))
+    mask_HW = np.asarray(Image.open(BytesIO(await compositor.get(answer.layers[0].mask))))
+    assert (mask_HW == 255).sum() == mask_HW.astype(bool).sum() == 16 * 12
+
+
 async def test_every_unusable_picture_is_named(compositor):
-    rgb = encode_png(rgba(8, 8)[..., :3])
-    request = await compositor.request(rgb, rgba(8, 8), b"no picture", encode_png(rgba(8, 8))[:70])
+    gif = b"GIF89a" + bytes(20)
+    request = await compositor.request(gif, rgba(8, 8), b"no picture", encode_png(rgba(8, 8))[:70])
     error = await compositor.refused(request)
     assert isinstance(error, InvalidRequest)
     assert [violation.field for violation in error.violations] == [
@@ -138,8 +146,8 @@ async def test_every_unusable_picture_is_named(compositor):
         "collage.layers[2].image",
         "collage.layers[3].image",
     ]
-    assert "mode RGB" in error.violations[0].description
-    assert "RGBA" in error.violations[0].description
+    assert "no picture in a known format" in error.violations[0].description
+    assert "PNG, WebP or JPEG" in error.violations[0].description
 
 
 async def test_every_missing_blob_is_named(compositor):

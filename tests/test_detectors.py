@@ -15,6 +15,7 @@ from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent, Transform
 from services.common.errors import Cancelled, InvalidRequest, from_rpc
 from services.common.models_file import read_detectors
+from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.rpc import connect
 from services.common.settings import InvalidSetting
@@ -23,7 +24,6 @@ from services.compositor import detector, network, service
 from services.compositor.__main__ import Settings, build
 from services.compositor.detector import Window, open_detectors
 from services.compositor.network import Network
-from services.compositor.pictures import encode_png
 from services.compositor.placement import place
 from services.compositor.pose import skeleton
 from services.compositor.structure import on_ground

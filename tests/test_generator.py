@@ -20,7 +20,7 @@ from collage.v1 import (
     generator_service_pb2,
     generator_service_pb2_grpc,
 )
-from services.common import wire
+from services.common import color, wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.errors import (
     DeadlinePassed,
@@ -28,12 +28,12 @@ from services.common.errors import (
     MissingBlobs,
     from_rpc,
 )
+from services.common.pictures import decode_opaque, encode_png
 from services.common.rpc import connect
 from services.common.telemetry import start_logging
 from services.generator.__main__ import Settings, build, load_stages
 from services.generator.catalog import Catalog
 from services.generator.engine import Engine
-from services.generator.png import encode_png
 from services.generator.scheduler import Scheduler
 from testing import plates, toy
 
@@ -171,6 +171,24 @@ async def test_a_redo_reports_what_changed_and_keeps_the_rest(served):
     image = images(await answers(stub, request))[0]
     drawn_HWC = await pixels(blobs, image)
     assert np.array_equal(drawn_HWC[:, 16:], plate.composite_HWC[:, 16:])
+    assert 0 < image.changed_pixels <= 16 * 32
+
+
+async def test_changed_pixels_of_a_parent_in_another_colour_space_are_those_drawn_anew(served):
+    _, stub, blobs = served
+    display_p3 = color.profile(
+        xy=((0.3127, 0.3290), (0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
+    )
+    numbers_HWC = np.random.default_rng(3).integers(30, 220, (32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(numbers_HWC).save(file, "PNG", icc_profile=display_p3)
+    plate = plates.plate(strengths=(1.0, 0.0))
+    plate.release_HW[:, 16:] = 0
+    # The compositor composes over what it decodes, which is not the file's numbers.
+    plate.composite_HWC[:] = decode_opaque(file.getvalue())
+    assert (plate.composite_HWC != numbers_HWC).any(axis=2).mean() > 0.9
+    request = await request_for(blobs, plate, parent=file.getvalue())
+    image = images(await answers(stub, request))[0]
     assert 0 < image.changed_pixels <= 16 * 32
 
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from services.common.collage import Collage, Dials, Extent, Layer, Redo, Transform
 from services.common.plate import Plate
 from services.compositor.noise import Visible, cell_means, resolve_dials, strength_map
-from services.compositor.pictures import stretch
-from services.compositor.placement import Placed, place
+from services.compositor.placement import Placed, place, stretch
 from services.compositor.release import release_all_but, release_only
 from services.compositor.structure import DETECTORS, ControlPicture, Detector
 

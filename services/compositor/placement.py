@@ -147,6 +147,14 @@ def place(pixels_HW4: NDArray[np.uint8], transform: Transform, canvas: Extent) -
     )
 
 
+def stretch(pixels_HW3: NDArray[np.uint8], *, width: int, height: int) -> NDArray[np.uint8]:
+    """An opaque picture resampled to another size, antialiased; the same bytes if it has that size already."""
+    image = Image.fromarray(pixels_HW3)
+    if image.size == (width, height):
+        return pixels_HW3
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
 def _solid(alpha_HW: NDArray[np.uint8], *, axis: int) -> slice:
     """The rows (axis 1) or columns (axis 0) that are not wholly transparent."""
     found = np.flatnonzero(alpha_HW.any(axis=axis))

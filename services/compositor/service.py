@@ -28,19 +28,19 @@ from services.common.errors import (
     Violation,
     quote,
 )
-from services.compositor.compose import ComposedLayer, Composition, compose
-from services.compositor.pictures import (
+from services.common.pictures import (
     MAX_ENCODED_BYTES,
     InvalidPicture,
-    decode_cutout,
+    decode,
     decode_opaque,
     encode_png,
-    stretch,
 )
+from services.compositor.compose import ComposedLayer, Composition, compose
+from services.compositor.placement import stretch
 from services.compositor.structure import DETECTORS, Detector
 
 # Part of every digest of inputs: raise it when the same inputs give another composition.
-VERSION = 2
+VERSION = 3
 # Compositions worked out at once; each takes a core and, at worst, about 1.3 GiB, and what a detector's network takes.
 MAX_RUNNING = 2
 # Calls that may wait for their turn.
@@ -346,7 +346,7 @@ def _cutouts(
         if is_abandoned():
             raise Cancelled("nobody waits for this composition")
         try:
-            pixels_HW4 = decode_cutout(data[f"collage.layers[{index}].image"])
+            pixels_HW4 = decode(data[f"collage.layers[{index}].image"])
         except InvalidPicture as error:
             raise InvalidRequest(_faults(collage, data)) from error
         yield pixels_HW4
@@ -368,9 +368,9 @@ def _faults(collage: Collage, data: Mapping[str, bytes]) -> list[Violation]:
     for below in collage.pictures():
         path = f"collage.{below}"
         if below.startswith("layers"):
-            decode = decode_opaque if ".structure[" in below else decode_cutout
+            check = decode_opaque if ".structure[" in below else decode
             try:
-                decode(data[path])
+                check(data[path])
             except InvalidPicture as error:
                 faults.append(Violation(field=path, description=str(error)))
     return faults

@@ -16,6 +16,7 @@ import torch
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import DeadlinePassed, DeviceLost
+from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.generator.catalog import Catalog, ModelCard
 from services.generator.conditioning import LayerControl
@@ -32,7 +33,7 @@ from services.generator.job import (
     RawPreview,
     StepDone,
 )
-from services.generator.png import encode_png, encode_preview
+from services.generator.preview import encode_preview
 from services.generator.runner import Runner, StagesLoader
 from services.generator.scheduler import Scheduler, Shape
 

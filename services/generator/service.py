@@ -7,7 +7,6 @@ is answered from storage. This module computes nothing.
 import asyncio
 import contextlib
 import hashlib
-import io
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
 from collage.v1 import (
@@ -35,6 +33,7 @@ from services.common.blobs import (
 )
 from services.common.collage import DIALS, Extent, Sampling
 from services.common.errors import InvalidRequest, ModelChanged, quote
+from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode_opaque
 from services.common.plate import Plate
 from services.common.telemetry import log
 from services.generator.catalog import ModelCard
@@ -47,7 +46,6 @@ from services.generator.word import InvalidWord, Word
 
 # Part of every result's key: raise it when the same request gives another picture.
 VERSION = 1
-MAX_PARENT_BYTES = 32 * 1024 * 1024
 # Eight vectors for the text encoders of SDXL are 64 KiB; files made elsewhere carry notes beside them.
 MAX_WORD_BYTES = 1024 * 1024
 # A list of 16 pictures.
@@ -260,7 +258,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         if not request.HasField("parent"):
             return None
         ref = wire.parse_blob(request.parent, "parent")
-        data = await wire.read_blob(self._blobs, ref, "parent", limit_bytes=MAX_PARENT_BYTES)
+        data = await wire.read_blob(self._blobs, ref, "parent", limit_bytes=MAX_ENCODED_BYTES)
         return await asyncio.to_thread(_decode_parent, data, _extent(plate))
 
     async def _read_words(
@@ -417,21 +415,18 @@ def _extent(plate: Plate) -> Extent:
 
 
 def _decode_parent(data: bytes, canvas: Extent) -> NDArray[np.uint8]:
-    """Pixels of a parent the compositor has accepted, which is the one that looks closely."""
+    """The pixels the compositor composed over, so that only what differs from them counts as changed."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as picture:
-            # Before a pixel is decoded; the sides may be swapped by the camera's orientation mark.
-            if sorted(picture.size) == sorted((canvas.width, canvas.height)):
-                pixels_HWC = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-                if pixels_HWC.shape[:2] == (canvas.height, canvas.width):
-                    return pixels_HWC
-            width, height = picture.size
-    except Exception as error:  # a decoder on foreign bytes: Pillow documents no closed set
-        raise InvalidRequest.of("parent", "is no picture that can be decoded") from error
-    raise InvalidRequest.of(
-        "parent",
-        f"is {width} x {height} pixels; required: the plate's {canvas.width} x {canvas.height}",
-    )
+        pixels_HWC = decode_opaque(data)
+    except InvalidPicture as error:
+        raise InvalidRequest.of("parent", str(error), reason="INVALID_PICTURE") from error
+    height, width = pixels_HWC.shape[:2]
+    if Extent(width=width, height=height) != canvas:
+        raise InvalidRequest.of(
+            "parent",
+            f"is {width} x {height} pixels; required: the plate's {canvas.width} x {canvas.height}",
+        )
+    return pixels_HWC
 
 
 def _render_model(card: ModelCard) -> collage_service_pb2.Model:

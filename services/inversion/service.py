@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from prometheus_client import Counter
 
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
@@ -26,11 +27,12 @@ from services.common.errors import (
     ModelChanged,
     quote,
 )
+from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode
 from services.common.telemetry import log
 from services.inversion.catalog import ModelCard
 from services.inversion.engine import Engine, Learned
 from services.inversion.learn import Progress, Trainer, seeds_in
-from services.inversion.subject import MAX_ENCODED_BYTES, InvalidSubject, Subject, decode
+from services.inversion.subject import InvalidSubject, Subject
 from services.inversion.word import MAX_FILE_BYTES, InvalidWord, from_file, to_file
 
 # Part of every word's digest: raise it when the same inputs give another word.
@@ -304,11 +306,11 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             )
 
             def make() -> Subject:
-                return Subject.of(decode(data), one.text, vectors=one.vectors)
+                return Subject.of(Image.fromarray(decode(data)), one.text, vectors=one.vectors)
 
             try:
                 subject = await asyncio.to_thread(make)
-            except InvalidSubject as error:
+            except (InvalidPicture, InvalidSubject) as error:
                 raise InvalidRequest.of(
                     f"{one.field}.image", str(error), reason="INVALID_PICTURE"
                 ) from error

@@ -8,16 +8,11 @@ Suffixes: H, W pixels; 4 = R, G, B, A; 3 = R, G, B.
 
 import hashlib
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
-# The compositor's limits: what it takes as a layer can be learned.
-MAX_ENCODED_BYTES = 32 * 1024 * 1024
-MAX_PIXELS = 16_000_000
-FORMATS = ("PNG", "WEBP", "JPEG")
 # No model is trained on larger canvases, so a larger cut-out would only be shrunk again and again.
 MAX_SIDE = 1024
 # Longer side of the object on its canvas, as a fraction of the canvas' side.
@@ -52,7 +47,7 @@ class Subject:
 
     @classmethod
     def of(cls, picture: Image.Image, text: str, *, vectors: int = 1) -> "Subject":
-        """The subject that a picture with an alpha channel shows.
+        """The subject that a picture shows; the whole of one that is opaque.
 
         Args:
             picture: mode RGBA, straight alpha.
@@ -87,56 +82,6 @@ class Subject:
         alpha_HW1 = alpha_HW[..., None]
         pixels_HW3 = color_HW3 * alpha_HW1 + _ground(rng, side) * (1 - alpha_HW1)
         return Placement(pixels_HW3=pixels_HW3.round().astype(np.uint8), alpha_HW=alpha_HW)
-
-
-def decode(data: bytes) -> Image.Image:
-    """An encoded cut-out as RGBA in sRGB, upright. The header is checked before a pixel is decoded.
-
-    Raises:
-        InvalidSubject: no whole picture with an alpha channel in a known format, or too large.
-    """
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InvalidSubject(
-                    f"is {image.width} x {image.height} pixels; allowed: at most {MAX_PIXELS} in all"
-                )
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode not in ("RGBA", "LA") and "transparency" not in upright.info:
-                raise InvalidSubject(
-                    f"is a picture of mode {image.mode}, without an alpha channel; allowed: RGBA, "
-                    "or grey or palette with transparency"
-                )
-            return _in_srgb(upright.convert("RGBA"), image.info.get("icc_profile"))
-    except InvalidSubject:
-        raise
-    # A decoder meets foreign bytes here, and Pillow documents no closed set of what it then raises.
-    except Exception as error:
-        raise InvalidSubject(
-            "cannot be decoded; allowed: a whole PNG, WebP or JPEG file"
-        ) from error
-
-
-def _in_srgb(rgba: Image.Image, profile: bytes | None) -> Image.Image:
-    """The same picture, its colours taken through an embedded RGB profile that says something else than sRGB."""
-    if not profile:
-        return rgba
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if source.profile.xcolor_space != "RGB " or "sRGB" in ImageCms.getProfileDescription(
-            source
-        ):
-            return rgba
-        color = ImageCms.profileToProfile(
-            rgba.convert("RGB"), source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-    # A profile that cannot be used is as good as none.
-    except (ImageCms.PyCMSError, OSError):
-        return rgba
-    assert color is not None, "only an in-place conversion answers nothing"
-    color.putalpha(rgba.getchannel("A"))
-    return color
 
 
 def _resized(picture: Image.Image, scale: float) -> Image.Image:
