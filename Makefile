@@ -28,7 +28,7 @@ mini: setup
 # One virtual environment with exact versions; made again when the pins or the package change.
 setup: $(VENV)/.ready
 $(VENV)/.ready: constraints.txt pyproject.toml packages/client/pyproject.toml
-	python3 -m venv $(VENV)
+	python3 -m venv --clear $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt torch numpy
 	$(PYTHON) -m pip install -q -c constraints.txt -e packages/client -e '.[dev]'
 	touch $@
