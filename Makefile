@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test slow installed mini setup proto format lint types check cluster clean
+.PHONY: demo test slow installed mini setup proto docs format lint types check cluster clean
 
 demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
@@ -42,6 +42,21 @@ proto: setup
 	cd protos && buf lint && buf format --diff --exit-code
 	cd protos && $(abspath $(PYTHON)) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. collage/v1/*.proto
 	cd protos && $(abspath $(PYTHON)) -m grpc_tools.protoc -I. --grpc_python_out=. --mypy_grpc_out=. collage/v1/*_service.proto
+
+# The reference, in out/docs: the client's from its docstrings, the contract's from the comments in the protos. The tool
+# for protos wants another protobuf than we do, so it has an environment of its own and reads a descriptor file.
+docs: setup $(VENV)/protos/.ready
+	mkdir -p out/docs
+	PYTHONPATH=.:protos $(PYTHON) -m pdoc -d google -o out/docs/client collage_client
+	cd protos && $(abspath $(PYTHON)) -m grpc_tools.protoc -I. --include_imports --include_source_info \
+		-o ../out/docs/contract.pb collage/v1/*.proto
+	cp docs/reference/sabledocs.toml out/docs/
+	cd out/docs && $(abspath $(VENV))/protos/bin/sabledocs
+	@echo "Look at out/docs/client/index.html and out/docs/contract/index.html."
+$(VENV)/protos/.ready: docs/reference/constraints.txt | setup
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q -c docs/reference/constraints.txt sabledocs
+	touch $@
 
 format: setup
 	ruff check --fix .
