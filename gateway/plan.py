@@ -17,7 +17,7 @@ from collage.v1 import (
 )
 from gateway.jobs import job_id_of
 from gateway.prompt import BoundPrompt, bind
-from gateway.request import Generate, Learn, Redo, Work, is_learned
+from gateway.request import Generate, Learn, Redo, Work
 from gateway.stages import Stages
 from gateway.words import Words
 from services.common import wire
@@ -75,6 +75,9 @@ class Planner:
         compose = _compose_request(collage, redo, parent, model.latent_factor)
         composed = await self._stages.compose(compose, field)
         layers = _layer_plans(collage, bound, composed)
+        controls = [
+            _control(layer, told, words) for layer, told in zip(collage.layers, layers, strict=True)
+        ]
         estimate = await self._stages.estimate(
             generator_service_pb2.EstimateRequest(
                 sampling=wire.render_sampling(sampling),
@@ -82,7 +85,7 @@ class Planner:
                 prompt=bound.text,
                 negative_prompt=collage.negative_prompt,
                 word_tokens=_word_tokens(collage, words),
-                layers=[_control_plan(layer) for layer in layers],
+                layers=[control.plan for control in controls],
                 largest_noise=composed.largest_noise,
             ),
             field,
@@ -103,10 +106,7 @@ class Planner:
             prompt=bound.text,
             negative_prompt=collage.negative_prompt,
             sampling=plan.sampling,
-            layers=[
-                _control(layer, told, words)
-                for layer, told in zip(collage.layers, layers, strict=True)
-            ],
+            layers=controls,
             model_digest=model.digest,
         )
         if parent is not None:
@@ -114,7 +114,7 @@ class Planner:
         learned = [
             index
             for index, layer in enumerate(collage.layers)
-            if layer.visible and is_learned(collage, index)
+            if layer.visible and layer.asks_to_learn
         ]
         learning = _learning(collage, learned, model, field, request_id)
         learning.skips_failed = generate.skips_failed_words
@@ -226,9 +226,12 @@ def _layer_plans(
     return plans
 
 
-def _control_plan(plan: collage_pb2.LayerPlan) -> collage_pb2.LayerPlan:
-    """What the generator needs of a layer's plan: pixels are the plate's."""
-    control = collage_pb2.LayerPlan(
+def _control(
+    layer: Layer, plan: collage_pb2.LayerPlan, words: Mapping[str, collage_service_pb2.Word]
+) -> generator_service_pb2.LayerControl:
+    """How a layer steers the generation; a word that is still to be learned is put in when it is there."""
+    # What the generator needs of the plan: pixels are the plate's.
+    needed = collage_pb2.LayerPlan(
         name=plan.name,
         visible_fraction=plan.visible_fraction,
         text_start=plan.text_start,
@@ -236,16 +239,9 @@ def _control_plan(plan: collage_pb2.LayerPlan) -> collage_pb2.LayerPlan:
         structure=plan.structure,
         **{dial: getattr(plan, dial) for dial in DIALS},
     )
-    for part in control.structure:
+    for part in needed.structure:
         part.ClearField("image")
-    return control
-
-
-def _control(
-    layer: Layer, plan: collage_pb2.LayerPlan, words: Mapping[str, collage_service_pb2.Word]
-) -> generator_service_pb2.LayerControl:
-    """How a layer steers the generation; a word that is still to be learned is put in when it is there."""
-    control = generator_service_pb2.LayerControl(plan=_control_plan(plan), seed=layer.seed)
+    control = generator_service_pb2.LayerControl(plan=needed, seed=layer.seed)
     if layer.visible and layer.appearance is not None:
         control.word_weight = layer.appearance.weight
         if layer.appearance.word is not None:

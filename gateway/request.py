@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2
+from collage.v1 import blob_pb2, collage_service_pb2
 from gateway.models import Models
 from services.common import limits, wire
 from services.common.collage import Collage, Picture, Sampling
@@ -58,13 +58,18 @@ Work = Generate | Redo | Learn
 
 
 async def parse(
-    request: collage_service_pb2.CreateJobRequest, models: Models, *, field: Field | None = None
+    request: collage_service_pb2.CreateJobRequest,
+    models: Models,
+    *,
+    request_id: str,
+    field: Field | None = None,
 ) -> Work:
     """What a request asks for.
 
     Args:
-        request: its id set.
+        request: as it came.
         models: who knows what a request may leave unset.
+        request_id: of the request, see `request_id_of`.
         field: where the work stands in the caller's own message; by default where it stands in this one.
 
     Raises:
@@ -72,17 +77,9 @@ async def parse(
     """
     kind = request.WhichOneof("work")
     at = Field(str(kind)) if field is None else field
-    seed = seed_of(request.request_id)
+    seed = seed_of(request_id)
     if kind == "generate":
-        work = request.generate
-        return await parse_generate(
-            work.collage,
-            work.sampling,
-            models,
-            field=at,
-            seed=seed,
-            skips_failed_words=work.skip_failed_words,
-        )
+        return await parse_generate(request.generate, models, field=at, seed=seed)
     if kind == "redo":
         return await _parse_redo(request.redo, models, field=at, seed=seed)
     if kind == "learn":
@@ -91,43 +88,36 @@ async def parse(
 
 
 async def parse_generate(
-    collage: collage_pb2.Collage,
-    sampling: collage_pb2.Sampling,
+    work: collage_service_pb2.GenerateWork | collage_service_pb2.RedoWork,
     models: Models,
     *,
     field: Field,
     seed: int,
-    skips_failed_words: bool = False,
 ) -> Generate:
-    """The generation that these messages ask for; `seed` counts where they name none.
+    """The generation that a message asks for, a redo's too; `seed` counts where it names none.
 
     Raises:
         InvalidRequest: naming every wrong field below `field`.
     """
-    model = await models.named(sampling.model, field["sampling"]["model"])
-    settings = wire.parse_sampling(sampling, model, fallback_seed=seed, field=field["sampling"])
-    parsed = wire.parse_collage(collage, field["collage"])
-    _check_against(model, parsed, field["collage"])
+    model = await models.named(work.sampling.model, field["sampling"]["model"])
+    sampling = wire.parse_sampling(
+        work.sampling, model, fallback_seed=seed, field=field["sampling"]
+    )
+    collage = wire.parse_collage(work.collage, field["collage"])
+    _check_against(model, collage, field["collage"])
     return Generate(
         field=field,
         model=model,
-        collage=parsed,
-        sampling=settings,
-        skips_failed_words=skips_failed_words,
+        collage=collage,
+        sampling=sampling,
+        skips_failed_words=work.skip_failed_words,
     )
 
 
 async def _parse_redo(
     work: collage_service_pb2.RedoWork, models: Models, *, field: Field, seed: int
 ) -> Redo:
-    generate = await parse_generate(
-        work.collage,
-        work.sampling,
-        models,
-        field=field,
-        seed=seed,
-        skips_failed_words=work.skip_failed_words,
-    )
+    generate = await parse_generate(work, models, field=field, seed=seed)
     check = wire.Checker()
     feather = DEFAULT_FEATHER
     if work.HasField("feather"):
@@ -160,19 +150,13 @@ async def _parse_learn(
     layers = tuple(
         index
         for index, layer in enumerate(collage.layers)
-        if (layer.name in work.layers if work.layers else is_learned(collage, index))
+        if (layer.name in work.layers if work.layers else layer.asks_to_learn)
     )
     if not layers:
         raise InvalidRequest.of(
             field["layers"], "is empty, and no layer's appearance says learn; required: one layer"
         )
     return Learn(field=field, model=model, collage=collage, layers=layers)
-
-
-def is_learned(collage: Collage, index: int) -> bool:
-    """Whether a layer asks for a word to be learned."""
-    appearance = collage.layers[index].appearance
-    return appearance is not None and appearance.word is None
 
 
 def seed_of(request_id: str) -> int:
@@ -195,9 +179,10 @@ def request_id_of(text: str) -> str:
 
 
 def digest_of(request: collage_service_pb2.CreateJobRequest) -> str:
-    """Names what is asked for, whether its pictures come along or are referred to."""
+    """Names what is asked for, under whatever id, whether its pictures come along or are referred to."""
     named = collage_service_pb2.CreateJobRequest()
     named.CopyFrom(request)
+    named.ClearField("request_id")
     kind = named.WhichOneof("work")
     if kind is not None:
         work = getattr(named, kind)

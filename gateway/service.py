@@ -92,15 +92,10 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, request: collage_service_pb2.PlanCollageRequest, context: Any
     ) -> collage_service_pb2.PlanCollageResponse:
         """Validates and composes; runs no model."""
-        id_ = request_id_of("")
-        generate = await parse_generate(
-            request.collage,
-            request.sampling,
-            self._models,
-            field=Field(),
-            seed=seed_of(id_),
-        )
-        drawing = await self._planner.plan(generate, request_id=id_)
+        request_id = request_id_of("")
+        work = collage_service_pb2.GenerateWork(collage=request.collage, sampling=request.sampling)
+        generate = await parse_generate(work, self._models, field=Field(), seed=seed_of(request_id))
+        drawing = await self._planner.plan(generate, request_id=request_id)
         return collage_service_pb2.PlanCollageResponse(plan=drawing.plan)
 
     async def CreateJob(
@@ -278,10 +273,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         digest = digest_of(request)
         if request.request_id and (record := await self._known(request_id, digest)) is not None:
             return record
-        named = collage_service_pb2.CreateJobRequest()
-        named.CopyFrom(request)
-        named.request_id = request_id
-        work = await parse(named, self._models, field=field)
+        work = await parse(request, self._models, request_id=request_id, field=field)
         accepted = await self._planner.accept(work, request_id=request_id, request_digest=digest)
         try:
             return await self._jobs.submit(

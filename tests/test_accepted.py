@@ -151,6 +151,9 @@ async def test_a_request_sent_again_finds_its_job_while_half_the_system_is_down(
                 blob.unlink()
         again = (await system.stub.CreateJob(asked, timeout=LIMIT_S)).job
         assert again.name == first.name
+        # An id is a UUID, however it is written.
+        loud = pb.CreateJobRequest(request_id=asked.request_id.upper(), generate=asked.generate)
+        assert (await system.stub.CreateJob(loud, timeout=LIMIT_S)).job.name == first.name
         # The same request, its pictures by digest: what an upload beforehand makes of it.
         named = pb.CreateJobRequest()
         named.CopyFrom(asked)

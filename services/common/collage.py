@@ -106,6 +106,11 @@ class Layer:
     appearance: Appearance | None = None
     seed: int | None = None
 
+    @property
+    def asks_to_learn(self) -> bool:
+        """Whether a word is to be learned from it."""
+        return self.appearance is not None and self.appearance.word is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collage:

@@ -35,9 +35,8 @@ Places = Mapping[str, Field]
 
 def moved(path: str, places: Places) -> str:
     """A path in one request as its place in another: that of the longest part that is known, and what lies below it."""
-    for end in sorted({index for index in range(len(path)) if path[index] in ".["} | {len(path)})[
-        ::-1
-    ]:
+    inner = (end for end in reversed(range(len(path))) if path[end] in ".[")
+    for end in (len(path), *inner):
         if path[:end] in places:
             return str(places[path[:end]].below(path[end:].removeprefix(".")))
     return path

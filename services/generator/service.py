@@ -7,9 +7,10 @@ is answered from storage. This module computes nothing.
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from services.common.blobs import (
 )
 from services.common.collage import DIALS, Extent, Sampling
 from services.common.errors import InvalidRequest, ModelChanged, quote
+from services.common.field import Field
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode_opaque
 from services.common.plate import Plate
 from services.common.telemetry import log
@@ -141,7 +143,8 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         width = check.number("size.width", request.size.width, limits.MIN_SIDE, limits.MAX_SIDE)
         height = check.number("size.height", request.size.height, limits.MIN_SIDE, limits.MAX_SIDE)
         largest_noise = check.number("largest_noise", request.largest_noise, 0, 1)
-        _check_plans(check, request.layers, card, request.prompt, "layers", "")
+        plans = {Field("layers")[i]: plan for i, plan in enumerate(request.layers)}
+        _check_plans(check, plans, card, request.prompt)
         check.done()
         size = Extent(width=int(width), height=int(height))
         card.check_size(size, field="size")
@@ -302,8 +305,8 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
         check.text(name, getattr(request, name), MAX_BOUND_CHARACTERS)
     if not request.layers:
         check.refuse("layers", f"has 0 layers; allowed: from 1 to {limits.MAX_LAYERS}")
-    plans = [layer.plan for layer in request.layers]
-    _check_plans(check, plans, card, request.prompt, "layers", ".plan")
+    plans = {Field("layers")[i]["plan"]: layer.plan for i, layer in enumerate(request.layers)}
+    _check_plans(check, plans, card, request.prompt)
     for index, layer in enumerate(request.layers[: limits.MAX_LAYERS]):
         if layer.HasField("word"):
             check.number(f"layers[{index}].word_weight", layer.word_weight, 0, 2)
@@ -316,42 +319,36 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
 
 
 def _check_plans(
-    check: wire.Checker,
-    plans: Sequence[collage_pb2.LayerPlan],
-    card: ModelCard,
-    prompt: str,
-    field: str,
-    below: str,
+    check: wire.Checker, plans: Mapping[Field, collage_pb2.LayerPlan], card: ModelCard, prompt: str
 ) -> None:
-    """Refuses what planned layers show to be wrong; each stands at `field[index]below`."""
+    """Refuses what planned layers show to be wrong, each at its place."""
     if len(plans) > limits.MAX_LAYERS:
-        check.refuse(field, f"has {len(plans)} layers; allowed: from 1 to {limits.MAX_LAYERS}")
-    for index, plan in enumerate(plans[: limits.MAX_LAYERS]):
-        path = f"{field}[{index}]{below}"
+        check.refuse("layers", f"has {len(plans)} layers; allowed: from 1 to {limits.MAX_LAYERS}")
+    for field, plan in itertools.islice(plans.items(), limits.MAX_LAYERS):
         for dial in DIALS:
-            check.number(f"{path}.{dial}", getattr(plan, dial), 0, 1)
+            check.number(field[dial], getattr(plan, dial), 0, 1)
         if not 0 <= plan.text_start <= plan.text_end <= len(prompt):
             check.refuse(
-                f"{path}.text_end",
+                field["text_end"],
                 f"spans characters {plan.text_start} to {plan.text_end}; the prompt has {len(prompt)}",
             )
-        _check_structures(check, plan, card, f"{path}.structure")
+        _check_structures(check, plan, card, field["structure"])
 
 
 def _check_structures(
-    check: wire.Checker, plan: collage_pb2.LayerPlan, card: ModelCard, path: str
+    check: wire.Checker, plan: collage_pb2.LayerPlan, card: ModelCard, field: Field
 ) -> None:
     kinds = [structure.kind for structure in plan.structure]
     for index, structure in enumerate(plan.structure):
         for name in ("scale", "start", "end", "emphasis"):
-            check.number(f"{path}[{index}].{name}", getattr(structure, name), 0, 1)
+            check.number(field[index][name], getattr(structure, name), 0, 1)
         if structure.start > structure.end:
-            check.refuse(f"{path}[{index}].end", f"is {structure.end:g}, before the start")
+            check.refuse(field[index]["end"], f"is {structure.end:g}, before the start")
         if structure.kind not in card.controlnets:
             known = ", ".join(card.controlnets) or "none"
-            check.refuse(f"{path}[{index}].kind", f"is {quote(structure.kind)}; allowed: {known}")
+            check.refuse(field[index]["kind"], f"is {quote(structure.kind)}; allowed: {known}")
         elif structure.kind in kinds[:index]:
-            check.refuse(f"{path}[{index}].kind", f"is {structure.kind} again; allowed: once")
+            check.refuse(field[index]["kind"], f"is {structure.kind} again; allowed: once")
 
 
 def _digest(
