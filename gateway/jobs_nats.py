@@ -55,8 +55,9 @@ _PULL_GRACE_S = 0.5
 _PARALLEL = 32
 # Jobs that may be claimed at once over all gateways.
 _MAX_CLAIMED = 4096
-# Seconds before a job that another worker holds is looked at again, at least.
-_LEAST_DELAY_S = 0.05
+# What is left of a lease when its job comes round, in seconds, up to which it is waited for. The job was sent back
+# before, for at least 50 ms, in which leases that ran out later passed it by.
+_ENDING_S = 0.25
 # Seconds for which a full queue is taken to stay full, so that refusing stays cheap.
 _FULL_S = 0.25
 
@@ -387,7 +388,7 @@ class NatsJobs:
         is_exhausted = before.attempt >= self._policy.max_attempts
 
         def take(newest: Entry) -> Entry | None:
-            if newest.state.is_final or self._is_worked_on(newest):
+            if newest.state.is_final or self._left_s(newest) > 0:
                 return None
             if is_exhausted:
                 return newest.then_end(JobState.FAILED)
@@ -401,14 +402,16 @@ class NatsJobs:
 
         payload = self._policy.exhausted(before) if is_exhausted else b""
         newest = await self._log.advance(job_id, take, payload)
+        if newest.entry.token != token and 0 < (left_s := self._left_s(newest.entry)) <= _ENDING_S:
+            await asyncio.sleep(left_s)
+            newest = await self._log.advance(job_id, take, payload)
         self._full_until = 0.0
         if newest.entry.state.is_final:
             await self._stream.ask(message.ack)
         if newest.entry.token != token:
-            if self._is_worked_on(newest.entry):
+            if (left_s := self._left_s(newest.entry)) > 0:
                 # To be looked at again when its lease, as the log knows it, has run out.
-                left_s = self._policy.lease_s - _silent_s(newest.entry)
-                await self._stream.ask(lambda: message.nak(delay=max(left_s, _LEAST_DELAY_S)))
+                await self._stream.ask(lambda: message.nak(delay=left_s))
             return None
         self._held[token] = _Held(
             message=message, newest=newest, keys=None if newest.entry.attempt > 1 else {}
@@ -422,13 +425,15 @@ class NatsJobs:
         )
         return Claim(job=job, worker=worker, token=token, lease_s=self._policy.lease_s)
 
-    def _is_worked_on(self, newest: Entry) -> bool:
-        """Somebody holds the job and wrote to its log within the lease.
+    def _left_s(self, newest: Entry) -> float:
+        """Seconds for which the job is its worker's still; not above 0 where anyone may have it.
 
         Not every delivery of a running job means that its worker is gone: a server that was killed delivers anew what
         came behind the last message it saw extended, and a delivery may lie about until the job went to somebody else.
         """
-        return newest.state is JobState.RUNNING and _silent_s(newest) < self._policy.lease_s
+        if newest.state is not JobState.RUNNING:
+            return 0.0
+        return self._policy.lease_s - _silent_s(newest)
 
     def _holding(self, claim: Claim) -> _Held:
         if (held := self._held.get(claim.token)) is None:
