@@ -30,9 +30,9 @@ from services.common.models_file import BUNDLED
 from services.common.plate import Plate
 from services.compositor.compose import Composition
 from services.compositor.service import Work, make
+from services.diffusion.networks import load
 from services.generator.attention import ControlledAttention, grid_of, project
 from services.generator.conditioning import Conditioning, LayerControl, prepare
-from services.generator.models import load
 from services.generator.sampler import Run, step
 from services.generator.stages import TorchStages
 

@@ -30,7 +30,7 @@ from services.common import wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent
 from services.common.rpc import connect
-from services.generator.catalog import Catalog
+from services.generator.card import read_catalog
 from testing import plates, toy
 
 MIB = 2**20
@@ -123,7 +123,7 @@ async def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         models = toy.models_file(data, models=args.models, width=args.width)
-        cards = Catalog.read(str(models)).cards
+        cards = read_catalog(str(models)).cards
         weights_bytes = cards[0].weights_bytes
         budget_bytes = args.budget * weights_bytes
         rng = random.Random(0)

@@ -33,15 +33,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from collage.v1 import blob_pb2, collage_pb2
 from collage.v1 import inversion_service_pb2 as pb
@@ -51,11 +52,14 @@ from local import embedded
 from local.layout import check_health
 from local.processes import Process, free_port
 from services.common.blobs import FolderBlobStore, put_blob
+from services.common.collage import Extent
 from services.common.models_file import BUNDLED
 from services.common.pictures import decode
-from services.inversion.catalog import dtype_on
+from services.diffusion.facts import read_facts
+from services.diffusion.networks import LoadedModel, load
+from services.diffusion.text import TextStates
 from services.inversion.learn import Recipe, Trainer
-from services.inversion.networks import ONE, ModelFacts, Networks, Text, TextEncoder, load
+from services.inversion.networks import Networks, dtype_on
 from services.inversion.subject import Subject
 
 ART = Path(__file__).parents[1] / "examples" / "art"
@@ -82,13 +86,15 @@ def subjects(count: int) -> list[Subject]:
 
 
 def bundled(device: torch.device) -> Networks:
-    return load(BUNDLED, dtype=dtype_on(device), device=device)
+    return Networks.of(
+        load(BUNDLED, dtype=dtype_on(device), device=device, vae_dtype=torch.float32)
+    )
 
 
 def sd15(device: torch.device) -> Networks:
     """Networks of Stable Diffusion 1.5's sizes with random weights, around the bundled tokenizer."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED, subfolder="tokenizer")
+    (tokenizer,) = read_facts(BUNDLED).tokenizers
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,
@@ -111,25 +117,30 @@ def sd15(device: torch.device) -> Networks:
         sample_size=512,
     )
     for part in (unet, vae, text_encoder):
-        part.eval().requires_grad_(False).to(device)
+        part.eval().to(device)
     for part in (unet, text_encoder):
         part.to(dtype_on(device))
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return Networks(
-        facts=ModelFacts(
-            widths={ONE: 768},
-            native_side=512,
-            latent_factor=8,
-            size_multiple=64,
-            scheduler_config=schedule,
-        ),
-        unet=unet,
-        vae=vae,
-        encoders=(TextEncoder(name=ONE, model=text_encoder, tokenizer=tokenizer),),
-        alphas_T=DDPMScheduler(**schedule).alphas_cumprod.to(device),
-        predicts_v=False,
-        device=device,
-        dtype=dtype_on(device),
+    facts = replace(
+        read_facts(BUNDLED),
+        native=Extent(width=512, height=512),
+        latent_factor=8,
+        size_multiple=64,
+        text_widths=(768,),
+        scheduler_config={
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+        },
+    )
+    return Networks.of(
+        LoadedModel(
+            facts=facts,
+            unet=unet,
+            vae=vae,
+            text_encoders={"text_encoder": text_encoder},
+            dtype=dtype_on(device),
+            device=device,
+        )
     )
 
 
@@ -141,9 +152,9 @@ class Stock:
         self.beside = beside
         (self.pupil,) = beside._pupils
         # The example keeps what it trains in single precision and computes in half.
-        self.encoder = copy.deepcopy(networks.encoders[0].model).float()
+        self.encoder = copy.deepcopy(networks.model.text_encoders["text_encoder"]).float()
         vocabulary = self.encoder.config.vocab_size
-        self.start = networks.first_vectors(self.pupil.subject.text, 1)[ONE][0]
+        self.start = networks.first_word(self.pupil.subject.text, 1).vectors[0][0]
         self.encoder.resize_token_embeddings(vocabulary + 1)
         table = self.encoder.get_input_embeddings().weight
         table.data[vocabulary] = self.start
@@ -152,7 +163,7 @@ class Stock:
         self.others = torch.ones(vocabulary + 1, dtype=torch.bool, device=networks.device)
         self.others[vocabulary] = False
         self.original = table.data.clone()
-        self.optimizer = torch.optim.AdamW([table], lr=beside._rates[ONE], weight_decay=DECAY)
+        self.optimizer = torch.optim.AdamW([table], lr=beside._rates[0], weight_decay=DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: beside.fall(step / beside._recipe.steps)
         )
@@ -175,16 +186,16 @@ class Stock:
         if encodes:
             # What making the pictures costs is not held against it.
             pixels_BCHW = torch.stack([self.pixels[index] for index in draws.chosen])
-            posterior = networks.vae.encode(pixels_BCHW).latent_dist
-            scale = networks.vae.config.scaling_factor
+            posterior = networks.model.vae.encode(pixels_BCHW).latent_dist
+            scale = networks.model.vae.config.scaling_factor
             latents_BChw = posterior.sample(self.rng).detach() * scale
-        (tokens,) = draws.prompt
-        ids = torch.tensor(tokens.ids_T)
-        ids[tokens.first] = self.token
-        device = networks.device
-        with torch.autocast(device.type, networks.dtype, enabled=device.type != "cpu"):
+        (ids_T,) = draws.prompt.ids_ET
+        ids = torch.tensor(ids_T)
+        ids[draws.prompt.words[0][0]] = self.token
+        device, dtype = networks.device, networks.model.dtype
+        with torch.autocast(device.type, dtype, enabled=device.type != "cpu"):
             hidden_BTD = self.encoder(ids.to(device).expand(rows, -1))[0]
-        text = Text(hidden_BTD=hidden_BTD.to(networks.dtype))
+        text = TextStates(hidden_BTD=hidden_BTD.to(dtype))
         noisy = networks.noised(latents_BChw, draws.noise_BChw, draws.timesteps_B)
         predicted = networks.predict(noisy, draws.timesteps_B, text)
         target = networks.target(latents_BChw, draws.noise_BChw, draws.timesteps_B)
@@ -221,7 +232,7 @@ class Stock:
 
 def recipe(args: argparse.Namespace, networks: Networks, *, canvas: float | None = None) -> Recipe:
     if canvas is None:
-        canvas = LARGE_SIDE / networks.facts.native_side if args.is_slow else 1.0
+        canvas = LARGE_SIDE / networks.facts.native.width if args.is_slow else 1.0
     return Recipe(
         steps=args.steps,
         rows=args.rows,
@@ -275,13 +286,13 @@ def compare(args: argparse.Namespace) -> None:
     is_gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if is_gpu else "CPU"
     print(
-        f"{args.model} on {machine}, {networks.dtype}, {how.rows} rows a step, {side} px, "
+        f"{args.model} on {machine}, {networks.model.dtype}, {how.rows} rows a step, {side} px, "
         f"{args.steps} steps, medians"
     )
     print(f"  a step      ours {mine:.4f} s, diffusers' way {theirs:.4f} s: {theirs / mine:.2f} x")
     loss = ours.progress()[0].loss
     print(f"  final loss  ours {loss:.5f}, diffusers' way {stock.held_out():.5f} (held out)")
-    apart = float((ours._pupils[0].vectors[ONE][0] - stock.vector()).norm())
+    apart = float((ours._pupils[0].vectors[0][0] - stock.vector()).norm())
     moved = float((stock.vector() - stock.start).norm())
     print(f"  vectors     {apart:.3f} apart, after moving {moved:.3f}", flush=True)
     if args.model == "mini":

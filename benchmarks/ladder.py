@@ -45,7 +45,7 @@ from benchmarks.collages import (
 from benchmarks.judge import FIFTH, Judge
 from benchmarks.measures import Likeness, layer_edges, likeness, measure
 from services.common.models_file import BUNDLED
-from services.generator.models import load
+from services.diffusion.networks import load
 from services.generator.stages import TorchStages
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -31,9 +31,9 @@ from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make
-from services.generator.catalog import Catalog
+from services.diffusion.networks import load as load_model
+from services.generator.card import read_catalog
 from services.generator.conditioning import LayerControl, prepare
-from services.generator.models import load as load_model
 from services.generator.sampler import Run, step
 from services.generator.stages import Stages, TorchStages
 
@@ -94,7 +94,7 @@ async def main() -> int:
     start_logging("latency", level="ERROR")
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    (card,) = Catalog.read("").cards
+    (card,) = read_catalog("").cards
     controlnets = {kind: one.folder for kind, one in card.controlnets.items()}
     stages = TorchStages(
         load_model(BUNDLED, dtype=card.dtype, device=card.device, controlnets=controlnets)

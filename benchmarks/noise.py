@@ -31,7 +31,7 @@ from collage_client import AsyncCollageClient
 from local import embedded
 from services.common.models_file import BUNDLED
 from services.common.telemetry import start_logging
-from services.generator.models import load
+from services.diffusion.networks import load
 from services.generator.stages import TorchStages
 
 ART = Path(__file__).parents[1] / "examples" / "art"

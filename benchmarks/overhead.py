@@ -35,9 +35,10 @@ from PIL import Image
 from services.common.collage import Sampling, Structure
 from services.common.models_file import BUNDLED
 from services.common.plate import Plate
+from services.diffusion.networks import LoadedModel, load
 from services.generator.conditioning import LayerControl, prepare
-from services.generator.models import LoadedModel, load
 from services.generator.sampler import Run, step
+from services.generator.schedule import scheduler
 from services.generator.stages import TorchStages
 from testing import toy
 
@@ -101,7 +102,7 @@ def plain(
         **model.text_encoders,
         tokenizer=model.facts.tokenizers[0],
         unet=unet,
-        scheduler=model.facts.scheduler("euler"),
+        scheduler=scheduler(model.facts, "euler"),
         **own,
         **(parts or {}),
     )

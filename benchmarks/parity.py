@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from services.generator.models import SAMPLERS
+from services.generator.schedule import SAMPLERS
 from testing import toy
 from testing.parity import STRUCTURES, Case
 

@@ -22,7 +22,8 @@ from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
 from PIL import Image
 
 from benchmarks.overhead import WORDS, compare, controlled, plain, run, take_turns
-from services.generator.models import LoadedModel, load_controlnet
+from services.diffusion.networks import LoadedModel
+from services.generator.controlnet import load_controlnet
 from services.generator.stages import TorchStages
 
 LAYERS = 8

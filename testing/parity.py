@@ -23,9 +23,10 @@ from torch import Tensor
 
 from services.common.collage import Sampling, Structure
 from services.common.plate import Plate
+from services.diffusion.networks import load
 from services.generator.conditioning import LayerControl, prepare
-from services.generator.models import load
 from services.generator.sampler import Run, step
+from services.generator.schedule import scheduler
 from services.generator.stages import TorchStages
 from testing import toy
 
@@ -119,7 +120,7 @@ class Case:
 
     def stock(self, sampler: str, strength: float, scale: float, **options: Any) -> Any:
         """Latents, or what `output_type` says, by the stock pipeline."""
-        self.pipeline.scheduler = self.facts.scheduler(sampler)
+        self.pipeline.scheduler = scheduler(self.facts, sampler)
         return self.pipeline(
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
@@ -151,7 +152,7 @@ class Case:
                 **self.pipeline.components, controlnet=used, requires_safety_checker=False
             )
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = self.facts.scheduler(sampler)
+        pipeline.scheduler = scheduler(self.facts, sampler)
         return pipeline(
             prompt=PROMPT,
             negative_prompt=NEGATIVE,

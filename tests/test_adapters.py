@@ -13,13 +13,14 @@ from services.common import wire
 from services.common.collage import Adapter
 from services.common.errors import InvalidRequest
 from services.common.settings import InvalidSetting
+from services.diffusion.networks import load
+from services.diffusion.text import Text
 from services.generator import adapters as adapters_module
-from services.generator.catalog import Catalog
+from services.generator.card import read_catalog
 from services.generator.engine import Engine
 from services.generator.job import ImageMade
-from services.generator.models import load
 from services.generator.scheduler import Scheduler
-from services.generator.stages import Text, TorchStages
+from services.generator.stages import TorchStages
 from testing import plates, toy
 from testing.parity import Case
 
@@ -200,7 +201,7 @@ def catalog(tmp_path, folder, files):
     (tmp_path / "models.yaml").write_text(
         f"models:\n  - name: toy\n    source: {folder}\n    adapters:\n{lines}"
     )
-    return Catalog.read(str(tmp_path / "models.yaml"))
+    return read_catalog(str(tmp_path / "models.yaml"))
 
 
 def test_a_request_is_checked_by_field():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from services.diffusion.networks import load
+from services.diffusion.text import TextStates
 from services.generator.attention import (
     AttentionControl,
     ControlledAttention,
@@ -12,8 +14,7 @@ from services.generator.attention import (
     gain,
     grid_of,
 )
-from services.generator.models import load
-from services.generator.stages import TextStates, TorchStages
+from services.generator.stages import TorchStages
 from testing import toy
 
 TOKENS = 7

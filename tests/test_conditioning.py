@@ -6,11 +6,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save
 
 from services.common.errors import InvalidRequest
-from services.common.limits import MAX_VECTORS
+from services.diffusion.networks import load
+from services.diffusion.text import Text
+from services.diffusion.word import Word
 from services.generator.conditioning import LayerControl, prepare
-from services.generator.models import load
-from services.generator.stages import Text, TorchStages
-from services.generator.word import InvalidWord, Word
+from services.generator.stages import TorchStages
 from testing import toy
 
 PROMPT = "a sushi on a table"
@@ -87,12 +87,13 @@ def test_a_learned_word_is_heard_by_its_own_layer_only(stages):
 
 def test_a_learned_word_is_there_for_one_prompt_only(stages):
     before = conditioned(stages, control(SUSHI)).prompt.hidden_BTD
-    table = stages._encoders[0].get_input_embeddings().weight.clone()
+    (encoder,) = stages._model.text_encoders.values()
+    table = encoder.get_input_embeddings().weight.clone()
     with_word = conditioned(stages, control(SUSHI, word())).prompt.hidden_BTD
     after = conditioned(stages, control(SUSHI)).prompt.hidden_BTD
     assert not torch.equal(with_word, before)
     assert torch.equal(after, before)
-    assert torch.equal(stages._encoders[0].get_input_embeddings().weight, table)
+    assert torch.equal(encoder.get_input_embeddings().weight, table)
 
 
 def test_a_text_that_fails_leaves_no_word_behind(stages):
@@ -134,44 +135,3 @@ def test_vectors_count_as_tokens_of_the_prompt(stages):
     assert told.value.reason == "PROMPT_TOO_LONG"
     # The negative prompt holds none.
     conditioned(stages, control(SUSHI, word(8)), negative_prompt="sushi " * 75)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_file_holds_one_tensor_of_any_name_for_one_encoder(dtype):
-    data = vectors(2).to(dtype)
-    assert torch.equal(Word.from_bytes(save({"x": data}), (32,)).vectors[0], data.float())
-    single = Word.from_bytes(save({"x": data[0]}), (32,))
-    assert (len(single), single.vectors[0].shape) == (1, (1, 32))
-
-
-def test_a_file_holds_both_encoders_for_two():
-    data = save({"clip_g": vectors(2, 48), "clip_l": vectors(2, 32)})
-    assert [each.shape for each in Word.from_bytes(data, (32, 48)).vectors] == [(2, 32), (2, 48)]
-
-
-@pytest.mark.parametrize(
-    ("data", "widths", "told"),
-    [
-        (b"", (32,), "is no safetensors file"),
-        (b"\x80\x02}q\x00.", (32,), "is no safetensors file"),
-        (save({"x": vectors(1)})[:-4], (32,), "is no safetensors file"),
-        (save({}), (32,), "holds no tensor; this model takes one tensor"),
-        (save({"x": vectors(1), "y": vectors(1)}), (32,), "holds x, y; this model takes one"),
-        (save({"x": vectors(1)}), (48,), "x as float32 of shape 1 x 32; .* vectors x 48"),
-        (save({"x": torch.zeros(2, 1, 32)}), (32,), "of shape 2 x 1 x 32"),
-        (save({"x": torch.tensor(1.0)}), (32,), "of shape a single number"),
-        (save({"x": torch.ones(1, 32, dtype=torch.int32)}), (32,), "x as int32"),
-        (save({"x": vectors(0)}), (32,), "holds 0 vectors; allowed: 1 to 8"),
-        (save({"x": vectors(MAX_VECTORS + 1)}), (32,), "holds 9 vectors; allowed: 1 to 8"),
-        (save({"x": vectors(1) / 0}), (32,), "not finite"),
-        (save({"x": vectors(1)}), (32, 48), "takes the tensors clip_l and clip_g"),
-        (
-            save({"clip_l": vectors(1), "clip_g": vectors(2, 48)}),
-            (32, 48),
-            "another number of vectors",
-        ),
-    ],
-)
-def test_files_that_are_no_word_say_why(data, widths, told):
-    with pytest.raises(InvalidWord, match=told):
-        Word.from_bytes(data, widths)

@@ -23,14 +23,15 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.telemetry import start_logging
-from services.generator import runner
-from services.generator.catalog import Catalog
+from services.diffusion import device
+from services.diffusion.networks import load
+from services.diffusion.text import Text
+from services.generator.card import read_catalog
 from services.generator.engine import Engine
 from services.generator.job import ImageMade, PreviewMade, QueuedAt, StepDone
-from services.generator.models import load
 from services.generator.noise import Hold
 from services.generator.scheduler import Scheduler
-from services.generator.stages import Text, TorchStages
+from services.generator.stages import TorchStages
 from testing import plates, toy
 
 # Long enough that no test waits for its end.
@@ -83,7 +84,7 @@ def plain_logs():
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory):
     folder = toy.mini(tmp_path_factory.mktemp("toy") / "mini")
-    return Catalog.read(f"mini={folder}")
+    return read_catalog(f"mini={folder}")
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +408,7 @@ async def test_the_warm_up_is_no_larger_than_requests_may_be(
     source = catalog.cards[0].folder
     file.write_text(f"models: [{{name: mini, source: {source}, limits: {limits}}}]")
     stages = WatchedStages(torch_stages)
-    async with running(Catalog.read(str(file)), stages) as engine:
+    async with running(read_catalog(str(file)), stages) as engine:
         await engine.warm_up()
     assert set(stages.grids) == {cells}
 
@@ -478,7 +479,7 @@ async def test_an_error_that_stays_with_the_device_is_no_jobs_own(
             lost.append(device)
             raise error
 
-    monkeypatch.setattr(runner, "_synchronize", synchronize)
+    monkeypatch.setattr(device, "synchronize", synchronize)
     engine = Engine(catalog, load=lambda _: stages, scheduler=Scheduler(), threads=1)
     async with asyncio.timeout(WAIT_S):
         jobs = [plates.job(prompt="lemon"), plates.job()]

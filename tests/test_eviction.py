@@ -5,18 +5,25 @@ The service as a process of its own, with a hundred requests, is benchmarks/evic
 
 import asyncio
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from services.common.settings import InvalidSetting
+from services.diffusion.memory import give_back
 from services.generator.__main__ import load_stages
-from services.generator.catalog import Catalog
+from services.generator.card import read_catalog
 from services.generator.engine import Engine
 from services.generator.job import ImageMade
-from services.generator.memory import give_back
 from services.generator.scheduler import Scheduler
+from services.inversion import engine as inversion
+from services.inversion import networks
+from services.inversion.learn import Recipe
+from services.inversion.subject import Subject
 from testing import plates, toy
 
 WAIT_S = 60.0
@@ -27,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory):
-    return Catalog.read(str(toy.models_file(tmp_path_factory.mktemp("small"), models=3, width=16)))
+    return read_catalog(str(toy.models_file(tmp_path_factory.mktemp("small"), models=3, width=16)))
 
 
 class Watched:
@@ -88,11 +95,45 @@ def test_a_budget_that_one_model_breaks_stops_the_start(catalog):
         catalog.check_memory(card.weights_bytes - 1)
 
 
+async def test_learning_keeps_to_its_budget_too(tmp_path, monkeypatch):
+    file = toy.models_file(tmp_path, models=3, width=16)
+    catalog, loaded = networks.read_catalog(str(file)), []
+
+    def load(card):
+        loaded.append(card.name.removeprefix("toy-"))
+        return networks.load(card)
+
+    monkeypatch.setattr(inversion, "load", load)
+    recipe = Recipe(
+        steps=1, rows=1, canvas=0.5, placements=1, held_out=1, check_every=1, patience=9
+    )
+    engine = inversion.Engine(
+        catalog, recipe=recipe, threads=1, memory_bytes=2 * catalog.cards[0].weights_bytes
+    )
+    subject = Subject.of(Image.new("RGBA", (9, 9), "red"), "sushi")
+    words = []
+    for index in (0, 1, 0, 2, 0, 1):
+        async with engine.turn() as wait:
+            async for _ in wait:
+                pass
+            deadline_s = time.monotonic() + WAIT_S
+            events = engine.learn(
+                catalog.cards[index], [subject], state=None, deadline_s=deadline_s
+            )
+            words += [word async for event in events for word in event.words.values()]
+    # 2 comes in 1's place, 1 in 2's.
+    assert "".join(loaded) == "0121"
+    # What was learned with a model does not hang on whether it was there before.
+    first, again = (words[at].vectors[0] for at in (1, 5))
+    assert torch.equal(first, again)
+    await engine.close()
+
+
 async def test_memory_is_handed_back(tmp_path):
     """In bfloat16, so that weights are this process' own memory and no view of the files."""
     file = toy.models_file(tmp_path, models=3, width=96)
     file.write_text(file.read_text().replace("device: cpu", "device: cpu, dtype: bfloat16"))
-    catalog = Catalog.read(str(file))
+    catalog = read_catalog(str(file))
     watched = Watched(catalog, room=2)
 
     def own_bytes():

@@ -17,11 +17,13 @@ from collage.v1 import collage_service_pb2 as pb
 from local import embedded
 from services.common.models_file import ModelSource
 from services.common.rpc import connect
-from services.generator import models
-from services.generator.catalog import ModelCard
+from services.common.weights import ModelError
+from services.diffusion import networks
+from services.diffusion.facts import read_facts
+from services.diffusion.word import Word
+from services.generator.card import GeneratorCard
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.stages import TorchStages
-from services.generator.word import Word
 from testing import toy
 from testing.parity import STRUCTURES, Case
 from testing.system import LIMIT_S, System, cutout, upload
@@ -48,7 +50,7 @@ def pipeline(folder):
 
 
 def load(folder, *, dtype=torch.float32):
-    return TorchStages(models.load(folder, dtype=dtype, device=torch.device("cpu")))
+    return TorchStages(networks.load(folder, dtype=dtype, device=torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_an_autoencoder_that_overflows_in_half_stays_single(copy, upcast):
 
 
 def test_sdxl_is_named_and_sized_by_its_folder(folder):
-    card = ModelCard.read(ModelSource(name="xl", source=folder))
+    card = GeneratorCard.read(ModelSource(name="xl", source=folder))
     assert card.family == "sdxl"
     assert (card.facts.size_multiple, card.min_side, card.max_side) == (32, 32, 256)
     assert card.tokens_limit == toy.WINDOW
@@ -218,8 +220,8 @@ def _other_tokens(copy):
 )
 def test_what_is_no_whole_sdxl_says_why(copy, spoil, told):
     spoil(copy)
-    with pytest.raises(models.ModelError, match=told):
-        models.read_facts(copy)
+    with pytest.raises(ModelError, match=told):
+        read_facts(copy)
 
 
 FAMILIES = {"sd1": toy.sd1, "sd2": toy.sd2, "sdxl": toy.sdxl}

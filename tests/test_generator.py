@@ -31,8 +31,9 @@ from services.common.errors import (
 from services.common.pictures import decode_opaque, encode_png
 from services.common.rpc import connect
 from services.common.telemetry import start_logging
+from services.diffusion.catalog import Catalog
 from services.generator.__main__ import Settings, build, load_stages
-from services.generator.catalog import Catalog
+from services.generator.card import read_catalog
 from services.generator.engine import Engine
 from services.generator.scheduler import Scheduler
 from testing import plates, toy
@@ -243,7 +244,7 @@ async def test_a_word_of_another_model_or_without_end_is_refused(served):
     with pytest.raises(InvalidRequest, match=r"layers\[1\]\.word: .* 1 x 48; .* vectors x 32"):
         await answers(stub, request)
     request.layers[1].word.CopyFrom(await word_of(blobs, torch.zeros(2**16, 32)))
-    with pytest.raises(InvalidRequest, match="allowed: at most 1048576") as told:
+    with pytest.raises(InvalidRequest, match="allowed: at most 4194304") as told:
         await answers(stub, request)
     assert told.value.metadata["field"] == "layers[1].word"
 
@@ -402,7 +403,7 @@ async def test_pictures_that_other_arithmetic_drew_are_not_answered(folder, tmp_
 
 
 async def test_a_device_of_another_kind_is_other_arithmetic(folder, monkeypatch):
-    (card,) = Catalog.read(f"mini={folder}").cards
+    (card,) = read_catalog(f"mini={folder}").cards
     engine = Engine(Catalog({"mini": card}), load=load_stages, scheduler=Scheduler(), threads=1)
     kinds = {engine.arithmetic(replace(card, dtype=torch.bfloat16)), engine.arithmetic(card)}
     for name in ("NVIDIA H100", "NVIDIA A100"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import math
 import threading
 import time
@@ -16,7 +15,6 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save
 
 from services.common.errors import (
     DeadlinePassed,
@@ -26,13 +24,13 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.pictures import decode
-from services.inversion import engine as inversion_engine
-from services.inversion.catalog import Catalog
+from services.diffusion import device
+from services.diffusion import networks as folders
+from services.diffusion.word import Word
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer, learn, seeds_in
-from services.inversion.networks import ONE, Networks, load
+from services.inversion.networks import Networks, prompt, read_catalog
 from services.inversion.subject import InvalidSubject, Subject
-from services.inversion.word import InvalidWord, from_file, to_file
 from testing import toy
 from testing.system import cutout
 
@@ -49,15 +47,19 @@ def folder(tmp_path_factory):
     return toy.mini(tmp_path_factory.mktemp("toy"))
 
 
+def load(folder) -> Networks:
+    return Networks.of(folders.load(folder, dtype=torch.float32, device=torch.device("cpu")))
+
+
 @pytest.fixture(scope="module")
 def networks(folder):
-    return load(folder, dtype=torch.float32, device=torch.device("cpu"))
+    return load(folder)
 
 
 @pytest.fixture(scope="module")
 def predicts_v(tmp_path_factory):
     folder = toy.sd2(tmp_path_factory.mktemp("toy"))
-    return load(folder, dtype=torch.float32, device=torch.device("cpu"))
+    return load(folder)
 
 
 def shown(data):
@@ -86,14 +88,14 @@ def test_the_held_out_loss_falls_and_the_best_vectors_are_taken(networks):
     assert min(seen) < seen[0]
     # Learning nothing but the best: an own look at the words taken gives the least loss seen.
     again = Trainer(networks, [subject()], replace(RECIPE, steps=20))
-    again._pupils[0].vectors = trainer.words()[0]
+    again._pupils[0].vectors = trainer.words()[0].vectors
     while not math.isfinite(again.progress()[0].loss):
         again.advance()
     assert again.progress()[0].loss == min(seen)
 
 
 def test_no_weight_changes_and_none_gets_a_gradient(networks):
-    parts = (networks.unet, networks.vae, networks.encoders[0].model)
+    parts = (networks.model.unet, networks.model.vae, *networks.model.text_encoders.values())
     before = [weight.clone() for part in parts for weight in part.parameters()]
     trained(networks, [subject()])
     after = [weight for part in parts for weight in part.parameters()]
@@ -114,7 +116,7 @@ def test_a_run_taken_up_from_any_unit_ends_with_the_same_bits(networks):
         while not resumed.is_done:
             resumed.advance()
         for one, other in zip(undisturbed.words(), resumed.words(), strict=True):
-            assert torch.equal(one[ONE], other[ONE])
+            assert torch.equal(one.vectors[0], other.vectors[0])
 
 
 def test_a_word_is_the_same_but_for_rounding_whoever_is_learned_beside_it(networks):
@@ -122,9 +124,9 @@ def test_a_word_is_the_same_but_for_rounding_whoever_is_learned_beside_it(networ
     # The vectors of the last step: the best ones may be the first.
     for one, beside in zip(subjects, trained(networks, subjects)._pupils, strict=True):
         (alone,) = trained(networks, [one])._pupils
-        torch.testing.assert_close(alone.vectors[ONE], beside.vectors[ONE], atol=1e-3, rtol=1e-2)
-        start = networks.first_vectors(one.text, one.vectors)[ONE]
-        assert (beside.vectors[ONE] - start).abs().max() > 0.1
+        torch.testing.assert_close(alone.vectors[0], beside.vectors[0], atol=1e-3, rtol=1e-2)
+        start = networks.first_word(one.text, one.vectors).vectors[0]
+        assert (beside.vectors[0] - start).abs().max() > 0.1
 
 
 def test_a_subject_that_gets_no_better_stops_and_the_others_go_on(networks):
@@ -206,40 +208,39 @@ def test_noise_and_targets_are_those_of_diffusers(networks, predicts_v):
 
 def test_a_model_that_predicts_v_is_learned_for_too(predicts_v):
     trainer = trained(predicts_v, [subject()], replace(RECIPE, steps=8, rate=0.1))
-    start = predicts_v.first_vectors("sushi", 1)[ONE]
-    assert not torch.equal(trainer.words()[0][ONE], start)
+    start = predicts_v.first_word("sushi", 1).vectors[0]
+    assert not torch.equal(trainer.words()[0].vectors[0], start)
 
 
 def test_the_exported_word_is_ours_in_stock_diffusers(networks, folder, tmp_path):
-    (vectors,) = learn(networks, [(shown(cutout()), "sushi")], vectors=3, recipe=RECIPE)
+    (word,) = learn(networks, [(shown(cutout()), "sushi")], vectors=3, recipe=RECIPE)
     digest = "0123456789abcdef" * 4
     file = tmp_path / "word.safetensors"
-    file.write_bytes(to_file(vectors, digest))
-    assert torch.equal(from_file(file.read_bytes(), networks.facts.widths)[ONE], vectors[ONE])
+    file.write_bytes(word.to_bytes(digest))
+    read = Word.from_bytes(file.read_bytes(), networks.facts.text_widths)
+    assert torch.equal(read.vectors[0], word.vectors[0])
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.load_textual_inversion(str(file))
     token = "<01234567>"
     for before, after in (("a", "sushi on the table"), ("", "sushi")):
         text = f"{before} {token} {after}".strip()
         theirs = pipeline.encode_prompt(text, torch.device("cpu"), 1, False)[0]
-        prompt = networks.prompt(before, 3, after)
-        assert torch.equal(networks.encode_text([prompt], [vectors]).hidden_BTD, theirs)
+        tokens = prompt(networks.facts, before, 3, after)
+        assert torch.equal(networks.encode_text([tokens], [word]).hidden_BTD, theirs)
 
 
 def test_with_two_text_encoders_both_are_learned_for(tmp_path):
     folder = toy.sdxl(tmp_path)
-    networks = load(folder, dtype=torch.float32, device=torch.device("cpu"))
+    networks = load(folder)
     trainer = trained(networks, [subject(vectors=2)], replace(RECIPE, steps=2))
-    (words,) = trainer.words()
-    assert list(words) == ["clip_l", "clip_g"]
-    start = networks.first_vectors("sushi", 2)
-    for name, vectors in trainer._pupils[0].vectors.items():
-        assert not torch.equal(vectors, start[name])
-    file = to_file(words, "0" * 64)
-    assert all(
-        torch.equal(words[name], each)
-        for name, each in from_file(file, networks.facts.widths).items()
-    )
+    (word,) = trainer.words()
+    start = networks.first_word("sushi", 2)
+    for learned, first in zip(trainer._pupils[0].vectors, start.vectors, strict=True):
+        assert not torch.equal(learned, first)
+    file = word.to_bytes("0" * 64)
+    assert sorted(load_tensors(file)) == ["clip_g", "clip_l"]
+    read = Word.from_bytes(file, networks.facts.text_widths)
+    assert all(map(torch.equal, word.vectors, read.vectors))
     # Stock diffusers, with each encoder given its own part of the file.
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     for name, encoder, tokenizer in (
@@ -252,47 +253,9 @@ def test_with_two_text_encoders_both_are_learned_for(tmp_path):
     theirs, _, pooled, _ = pipeline.encode_prompt(
         "a <w> sushi", device=torch.device("cpu"), do_classifier_free_guidance=False
     )
-    ours = networks.encode_text([networks.prompt("a", 2, "sushi")], [words])
+    ours = networks.encode_text([prompt(networks.facts, "a", 2, "sushi")], [word])
     assert torch.equal(ours.hidden_BTD, theirs)
-    assert torch.equal(ours.pooled_BD, pooled)
-
-
-def test_words_made_elsewhere_are_taken_in(networks):
-    width = networks.facts.widths[ONE]
-    rows = torch.randn(2, width)
-    for tensors in ({"emb_params": rows}, {"<anything>": rows.half()}, {"x": rows[0]}):
-        found = from_file(save(tensors), networks.facts.widths)[ONE]
-        expected = next(iter(tensors.values())).float().reshape(-1, width)
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda rows: _pickled(rows), "pickled"),
-        (lambda rows: b"\x80\x02}q\x00.", "pickled"),
-        (lambda rows: b"hello", "no safetensors"),
-        (lambda rows: b"", "no safetensors"),
-        (lambda rows: save({"x": rows[:, 1:]}), "width"),
-        (lambda rows: save({"x": rows[:0]}), "0 vectors"),
-        (lambda rows: save({"x": rows.repeat(9, 1)}), "9 vectors"),
-        (lambda rows: save({"x": rows.int()}), "int32"),
-        (lambda rows: save({"x": rows / 0}), "not finite"),
-        (lambda rows: save({"x": rows * 1e9}), "beyond"),
-        (lambda rows: save({"x": rows[None]}), "shape"),
-        (lambda rows: save({"x": rows[0, 0]}), "single number"),
-        (lambda rows: save({"clip_l": rows, "clip_g": rows.clone()}), "clip_g"),
-    ],
-)
-def test_what_is_no_word_is_refused_with_the_reason(networks, make, told):
-    with pytest.raises(InvalidWord, match=told):
-        from_file(make(torch.ones(1, networks.facts.widths[ONE])), networks.facts.widths)
-
-
-def _pickled(rows) -> bytes:
-    file = io.BytesIO()
-    torch.save({"x": rows}, file)
-    return file.getvalue()
+    assert torch.equal(ours.pooled_BP, pooled)
 
 
 def test_placements_differ_and_hold_the_whole_object():
@@ -319,8 +282,8 @@ def test_a_picture_without_anything_to_see_is_refused():
 
 def test_a_text_that_leaves_no_room_for_its_word_is_known(networks):
     # 75 tokens are the window without its marks.
-    assert Trainer.fits(networks, subject(text="cake " * 74))
-    assert not Trainer.fits(networks, subject(text="cake " * 75))
+    assert Trainer.fits(networks.facts, subject(text="cake " * 74))
+    assert not Trainer.fits(networks.facts, subject(text="cake " * 75))
     trained(networks, [subject(text="cake " * 74)], replace(RECIPE, steps=1))
 
 
@@ -331,7 +294,7 @@ def test_a_text_that_leaves_no_room_for_its_word_is_known(networks):
 async def engine(tmp_path, **options):
     model = toy.mini(tmp_path / "toy")
     made = Engine(
-        Catalog.read(f"toy={model}"),
+        read_catalog(f"toy={model}"),
         # No early stop either: on a fast machine 20 steps without a gain end before any deadline.
         **{
             "recipe": replace(RECIPE, steps=10_000, patience=10_000),
@@ -357,7 +320,7 @@ async def held(made):
 
 async def first_of(made, **options):
     """Begins to learn; the open stream and its first item."""
-    card = made.catalog.find("")
+    card = made.catalog.find("", field="model")
     events = made.learn(
         card, [subject()], **{"state": None, "deadline_s": time.monotonic() + 60, **options}
     )
@@ -477,7 +440,7 @@ async def test_a_state_of_something_else_is_left_aside(tmp_path):
         events, _ = await first_of(made, state=b"\x00" * 64)
         last = [item async for item in events][-1]
         assert last.progress[0].is_done
-        assert set(last.vectors) == {0}
+        assert set(last.words) == {0}
 
 
 async def test_an_error_that_stays_with_the_device_ends_the_service(tmp_path, monkeypatch):
@@ -498,7 +461,7 @@ async def test_an_error_that_stays_with_the_device_ends_the_service(tmp_path, mo
         async with made.turn():
             waiting = asyncio.create_task(_turn(made))
             # As the driver does: once there was such an error, everything answers with it.
-            monkeypatch.setattr(inversion_engine, "_synchronize", fail)
+            monkeypatch.setattr(device, "synchronize", fail)
             events, _ = await first_of(made)
             with pytest.raises(DeviceLost):
                 await anext(events)

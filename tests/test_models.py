@@ -7,7 +7,11 @@ import torch
 from services.common.collage import Extent
 from services.common.hub import locate
 from services.common.weights import NotAModel, digest
-from services.generator import models
+from services.diffusion import networks
+from services.diffusion.facts import read_facts
+from services.diffusion.folder import UnsupportedModel
+from services.diffusion.tokens import TextTooLong
+from services.generator.schedule import SAMPLERS, scheduler
 from testing import toy
 
 
@@ -26,7 +30,7 @@ def edit(path, **changes):
 
 
 def load(folder):
-    return models.load(folder, dtype=torch.float32, device=torch.device("cpu"))
+    return networks.load(folder, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ def load(folder):
     ],
 )
 def test_facts_come_from_the_folder(tmp_path, make, factor, multiple, side, widths, prediction):
-    facts = models.read_facts(make(tmp_path))
+    facts = read_facts(make(tmp_path))
     assert facts.latent_factor == factor
     assert facts.size_multiple == multiple
     assert facts.native == Extent(width=side, height=side)
@@ -51,9 +55,9 @@ def test_facts_come_from_the_folder(tmp_path, make, factor, multiple, side, widt
 
 
 def test_every_job_gets_its_own_scheduler_of_the_folders_schedule(folder):
-    facts = models.read_facts(folder)
-    for name in models.SAMPLERS:
-        one, other = facts.scheduler(name), facts.scheduler(name)
+    facts = read_facts(folder)
+    for name in SAMPLERS:
+        one, other = scheduler(facts, name), scheduler(facts, name)
         assert one is not other
         assert one.config.beta_end == 0.012
         # Latents are not pictures: clipping them to [-1, 1] would flatten every colour.
@@ -114,22 +118,22 @@ def test_other_families_are_named(copy):
     with pytest.raises(NotAModel, match="names no tokenizer_2"):
         load(copy)
     edit(copy / "model_index.json", text_encoder_2=None, unet=["diffusers", "UNet3DConditionModel"])
-    with pytest.raises(models.UnsupportedModel, match="UNet3DConditionModel"):
+    with pytest.raises(UnsupportedModel, match="UNet3DConditionModel"):
         load(copy)
     edit(copy / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"])
     edit(copy / "model_index.json", unet=["diffusers", "UNet2DConditionModel"])
-    with pytest.raises(models.UnsupportedModel, match="text_encoder_3"):
+    with pytest.raises(UnsupportedModel, match="text_encoder_3"):
         load(copy)
 
 
 def test_other_prediction_types_are_named(copy):
     edit(copy / "scheduler" / "scheduler_config.json", prediction_type="sample")
-    with pytest.raises(models.UnsupportedModel, match="'sample'"):
+    with pytest.raises(UnsupportedModel, match="'sample'"):
         load(copy)
 
 
 def test_tokens_know_their_characters(folder):
-    facts = models.read_facts(folder)
+    facts = read_facts(folder)
     text = "A  SUSHI on\na table, cafe\u0301 sushi"
     tokens = facts.tokenize(text)
     first, last = text.index("SUSHI"), text.rindex("sushi")
@@ -141,7 +145,7 @@ def test_tokens_know_their_characters(folder):
 
 
 def test_a_text_that_does_not_fit_says_by_how_much(folder):
-    facts = models.read_facts(folder)
+    facts = read_facts(folder)
     assert len(facts.tokenize("sushi " * 75).spans) == 75
-    with pytest.raises(models.TextTooLong, match="is 78 tokens long, 3 more than the 75"):
+    with pytest.raises(TextTooLong, match="is 78 tokens long, 3 more than the 75"):
         facts.tokenize("sushi " * 78)

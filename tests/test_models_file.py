@@ -12,7 +12,7 @@ from services.common.hub import locate, locate_adapter
 from services.common.models_file import Defaults, Limits, read_sources
 from services.common.settings import InvalidSetting
 from services.common.weights import CONTROLNET_FILES, NotAModel, digest, weights
-from services.generator.catalog import Catalog
+from services.generator.card import read_catalog
 from testing import toy
 
 
@@ -165,7 +165,7 @@ def test_the_digest_is_of_the_models_own_parts(tmp_path, folder):
 def catalog(tmp_path, folder, **entry):
     entry = {"name": "toy", "source": str(folder), **entry}
     (tmp_path / "models.yaml").write_text(json.dumps({"models": [entry]}))
-    return Catalog.read(str(tmp_path / "models.yaml"))
+    return read_catalog(str(tmp_path / "models.yaml"))
 
 
 def test_the_card_says_what_the_operator_said(tmp_path, folder):
@@ -199,7 +199,7 @@ def test_a_distilled_folder_is_drawn_with_as_it_was_made(tmp_path):
 
 
 def test_the_weights_size_is_that_in_memory(tmp_path, folder):
-    from services.generator.models import load
+    from services.diffusion.networks import load
 
     loaded = load(folder, dtype=torch.float32, device=torch.device("cpu"))
     numbers = sum(

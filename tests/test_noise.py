@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from services.generator import models
+from services.diffusion.facts import read_facts
+from services.generator import schedule
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
+from services.generator.schedule import SAMPLERS
 from testing import toy
 
 STEPS = 10
@@ -12,7 +15,7 @@ SHAPE = (1, 4, 8, 8)
 
 @pytest.fixture(scope="module", params=[toy.sd1, toy.sd2], ids=["epsilon", "v_prediction"])
 def facts(request, tmp_path_factory):
-    return models.read_facts(request.param(tmp_path_factory.mktemp("noise") / "model"))
+    return read_facts(request.param(tmp_path_factory.mktemp("noise") / "model"))
 
 
 def draw(seed):
@@ -20,14 +23,14 @@ def draw(seed):
 
 
 def scheduler_at(facts, sampler, step):
-    scheduler = facts.scheduler(sampler)
+    scheduler = schedule.scheduler(facts, sampler)
     scheduler.set_timesteps(STEPS)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(step)
     return scheduler
 
 
-@pytest.mark.parametrize("sampler", models.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_state_has_the_level_diffusers_gives_it(facts, sampler):
     z0, noise = draw(0), draw(1)
     for state in range(STEPS):
@@ -36,7 +39,7 @@ def test_every_state_has_the_level_diffusers_gives_it(facts, sampler):
         assert torch.equal(Levels.of(scheduler).noised(z0, noise, state), theirs)
 
 
-@pytest.mark.parametrize("sampler", models.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sigma_is_the_true_one_of_the_timestep(facts, sampler):
     scheduler = scheduler_at(facts, sampler, 0)
     alpha_bar = scheduler.alphas_cumprod.double()[scheduler.timesteps.long()]
@@ -45,7 +48,7 @@ def test_sigma_is_the_true_one_of_the_timestep(facts, sampler):
 
 
 def test_sigma_stays_finite_where_the_schedule_ends_in_pure_noise(facts):
-    scheduler = models.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
     assert scheduler.alphas_cumprod[-1] == 0
     assert Levels.of(scheduler).true_sigmas[0] == pytest.approx(4096, rel=1e-3)
@@ -59,7 +62,7 @@ def test_strength_counts_steps_as_diffusers_does():
     assert released_at(np.array([0.7]), 10).tolist() == [3]
 
 
-@pytest.mark.parametrize("sampler", models.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_hold_lets_go_cell_by_cell_and_ends_at_the_latent_itself(facts, sampler):
     z0, noise, drawn = draw(0), draw(1), draw(2)
     released = torch.arange(64).reshape(8, 8) % (STEPS + 1)

@@ -8,10 +8,13 @@ import torch
 from services.common.collage import Sampling
 from services.common.errors import InvalidRequest
 from services.common.plate import Plate
+from services.diffusion.networks import load
+from services.diffusion.text import Text
+from services.generator import schedule
 from services.generator.conditioning import LayerControl, prepare
-from services.generator.models import SAMPLERS, load
 from services.generator.sampler import Run, paste, step
-from services.generator.stages import Text, TorchStages
+from services.generator.schedule import SAMPLERS
+from services.generator.stages import TorchStages
 from testing import toy
 from testing.parity import Case
 
@@ -103,7 +106,7 @@ def test_timesteps_are_spaced_as_the_folder_says(tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "timestep_spacing": "trailing"}))
     case = Case(folder)
-    scheduler = case.facts.scheduler("euler")
+    scheduler = schedule.scheduler(case.facts, "euler")
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
     assert set(case.differences("euler", [1.0], [0.7]).values()) == {0.0}

@@ -22,11 +22,12 @@ from services.common.settings import InvalidSetting
 from services.compositor import service
 from services.compositor.compose import compose
 from services.compositor.structure import ControlPicture, canny
+from services.diffusion.networks import load
 from services.generator.__main__ import load_stages
-from services.generator.catalog import Catalog
+from services.generator.card import read_catalog
 from services.generator.conditioning import prepare
+from services.generator.controlnet import load_controlnet
 from services.generator.engine import Engine
-from services.generator.models import load, load_controlnet
 from services.generator.runner import STAGE_SECONDS
 from services.generator.sampler import Run, step
 from services.generator.scheduler import Scheduler
@@ -540,16 +541,16 @@ def test_a_controlnet_for_another_model_is_found_at_the_start(folder, tmp_path, 
     copy = shutil.copytree(folder, tmp_path / "mini")
     edit(copy / "controlnet-canny" / "config.json", **changes)
     with pytest.raises(InvalidSetting, match=told):
-        Catalog.read(f"mini={copy}")
+        read_catalog(f"mini={copy}")
 
 
 def test_a_controlnet_has_a_digest_of_its_own(folder, tmp_path):
-    (card,) = Catalog.read(f"mini={folder}").cards
+    (card,) = read_catalog(f"mini={folder}").cards
     assert list(card.controlnets) == sorted(KINDS)
     copy = shutil.copytree(folder, tmp_path / "mini")
     edit(copy / "controlnet-canny" / "config.json", note="changed")
     shutil.rmtree(copy / "controlnet-depth")
-    (other,) = Catalog.read(f"mini={copy}").cards
+    (other,) = read_catalog(f"mini={copy}").cards
     assert other.digest == card.digest
     assert other.controlnets["canny"].digest != card.controlnets["canny"].digest
 
@@ -562,7 +563,7 @@ def test_a_controlnet_may_have_simpler_blocks_than_its_unet(folder, tmp_path):
     )
     small = ControlNetModel.from_config({**small.config, "down_block_types": ["DownBlock2D"] * 3})
     small.save_pretrained(copy / "controlnet-small")
-    (card,) = Catalog.read(f"mini={copy}").cards
+    (card,) = read_catalog(f"mini={copy}").cards
     assert list(card.controlnets) == [*sorted(KINDS), "small"]
 
 
@@ -756,7 +757,7 @@ def test_a_window_acts_where_a_whole_step_lies_in_it():
 
 
 async def test_a_controlnet_is_loaded_before_the_first_step_and_timed_apart(folder, monkeypatch):
-    catalog, order, kinds = Catalog.read(f"mini={folder}"), [], []
+    catalog, order, kinds = read_catalog(f"mini={folder}"), [], []
 
     def load_one(*args, **options):
         order.append("load")

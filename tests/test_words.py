@@ -29,12 +29,13 @@ from gateway.words import Words
 from gateway.worker import sweep
 from services.common import limits
 from services.common.blobs import FolderBlobStore, put_blob
+from services.common.collage import Extent
 from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
 from services.common.words import checkpoint_key
-from services.inversion.catalog import Catalog
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer
+from services.inversion.networks import read_catalog
 from testing import toy
 from testing.system import LIMIT_S, collage, cutout, layer, png, running, upload
 
@@ -142,7 +143,7 @@ async def test_an_imported_word_is_kept_until_it_is_deleted(system):
     ("data", "told"),
     [
         (b"PK\x03\x04 and more", "pickled"),
-        (save({"x": np.zeros((1, WIDTH + 1), np.float32)}), f"takes {WIDTH}"),
+        (save({"x": np.zeros((1, WIDTH + 1), np.float32)}), f"vectors x {WIDTH}"),
         (save({"x": np.zeros((5000, WIDTH * 10), np.float32)}), "allowed: at most"),
     ],
 )
@@ -578,10 +579,17 @@ async def test_layers_beyond_the_bound_are_learned_after_the_others(tmp_path, mo
 
 
 async def test_the_bundled_models_words_are_one_batch_and_a_large_models_are_not():
-    catalog = Catalog.read("")
+    catalog = read_catalog("")
     engine = Engine(catalog, recipe=Recipe(), threads=1)
-    card = catalog.find("")
+    card = catalog.find("", field="model")
     assert engine.together(card) == limits.MAX_LAYERS
-    large = replace(card, facts=replace(card.known, native_side=512, size_multiple=64))
+    large = replace(
+        card, facts=replace(card.facts, native=Extent(width=512, height=512), size_multiple=64)
+    )
     assert engine.together(large) == 2
-    assert engine.together(replace(large, facts=replace(card.known, native_side=1024))) == 1
+    assert (
+        engine.together(
+            replace(large, facts=replace(card.facts, native=Extent(width=1024, height=1024)))
+        )
+        == 1
+    )

@@ -5,16 +5,14 @@ import math
 import os
 from dataclasses import dataclass
 
-from transformers.utils.logging import disable_progress_bar
-
 from collage.v1 import generator_service_pb2_grpc
 from services.common.rpc import Server
 from services.common.settings import open_blobs, read
 from services.common.telemetry import serve_metrics, start_logging
-from services.generator.catalog import Catalog, ModelCard
+from services.diffusion.memory import machine_bytes
+from services.diffusion.networks import load
+from services.generator.card import GeneratorCard, read_catalog
 from services.generator.engine import Engine
-from services.generator.memory import machine_bytes
-from services.generator.models import load
 from services.generator.scheduler import DEFAULT_MAX_ROWS, DEFAULT_MAX_WAITING, Scheduler
 from services.generator.service import GeneratorServicer
 from services.generator.stages import Stages, TorchStages
@@ -47,10 +45,8 @@ class Settings:
     log_level: str = "INFO"
 
 
-def load_stages(card: ModelCard) -> Stages:
+def load_stages(card: GeneratorCard) -> Stages:
     """The model on its device."""
-    # The log is JSON lines, and nobody watches a bar there.
-    disable_progress_bar()
     return TorchStages(
         load(
             card.folder,
@@ -65,7 +61,7 @@ def load_stages(card: ModelCard) -> Stages:
 async def build(settings: Settings) -> Server:
     """The generator, wired and not yet started."""
     blobs = await open_blobs(settings.blobs)
-    catalog = await asyncio.to_thread(Catalog.read, settings.models)
+    catalog = await asyncio.to_thread(read_catalog, settings.models)
     memory_bytes = settings.model_memory * 2**30 or math.inf
     catalog.check_memory(memory_bytes)
     engine = Engine(

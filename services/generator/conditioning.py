@@ -16,9 +16,10 @@ from itertools import accumulate, chain
 
 from services.common.collage import DIALS, Structure
 from services.common.errors import InvalidRequest
-from services.generator.models import TextTooLong, Tokens
-from services.generator.stages import Stages, Text, TextStates
-from services.generator.word import Word
+from services.diffusion.text import Text, TextStates
+from services.diffusion.tokens import TextTooLong, Tokens
+from services.diffusion.word import Word
+from services.generator.stages import Stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,8 @@ from services.common.collage import Extent, Sampling
 from services.common.errors import DeadlinePassed, DeviceLost
 from services.common.pictures import encode_png
 from services.common.plate import Plate
-from services.generator.catalog import Catalog, ModelCard
+from services.diffusion.catalog import Catalog
+from services.generator.card import GeneratorCard
 from services.generator.conditioning import LayerControl
 from services.generator.job import (
     Ended,
@@ -50,7 +51,7 @@ class Engine:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: Catalog[GeneratorCard],
         *,
         load: StagesLoader,
         scheduler: Scheduler,
@@ -101,7 +102,7 @@ class Engine:
                 pass
 
     def seconds(
-        self, card: ModelCard, size: Extent, sampling: Sampling, *, has_emphasis: bool
+        self, card: GeneratorCard, size: Extent, sampling: Sampling, *, has_emphasis: bool
     ) -> float:
         """Expected seconds of a job's steps on an idle device; 0 where the model has not run yet."""
         factor = card.facts.latent_factor
@@ -111,7 +112,7 @@ class Engine:
         rows = card.unet_rows(sampling, has_emphasis=has_emphasis)
         return self._runner.seconds(shape, rows=rows, steps=sampling.steps)
 
-    def arithmetic(self, card: ModelCard) -> str:
+    def arithmetic(self, card: GeneratorCard) -> str:
         """Names what decides a picture's last bits beside the request and the networks: equal here, equal bytes."""
         if card.device.type == "cuda":
             return f"{card.dtype} on {torch.cuda.get_device_name(card.device)}"
@@ -159,7 +160,7 @@ async def _before(deadline_s: float, mailbox: Mailbox) -> Item:
         raise DeadlinePassed("the deadline passed before the pictures were done") from None
 
 
-def _warm_up_job(card: ModelCard, *, deadline_s: float) -> Job:
+def _warm_up_job(card: GeneratorCard, *, deadline_s: float) -> Job:
     """One grey picture, every part of the work in it."""
     native, factor = card.facts.native, card.facts.latent_factor
     height, width = (min(side, card.max_side) for side in (native.height, native.width))

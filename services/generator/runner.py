@@ -11,13 +11,11 @@ import itertools
 import math
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Histogram
 
 from services.common.errors import (
     Cancelled,
@@ -29,10 +27,12 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.telemetry import log
-from services.generator.catalog import Catalog, ModelCard
+from services.diffusion import device
+from services.diffusion.catalog import Catalog
+from services.diffusion.shelf import Shelf
+from services.generator.card import GeneratorCard
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
-from services.generator.memory import give_back
 from services.generator.noise import released_at
 from services.generator.sampler import Run, step
 from services.generator.scheduler import DropReason, QueueFull, Scheduler, Shape, Ticket, Turn
@@ -40,6 +40,8 @@ from services.generator.stages import Stages
 
 # Longest sleep of the idle thread: it is woken by every admission, this only bounds the wait.
 IDLE_WAIT_S = 60.0
+# As messages name it.
+WHO = "generator"
 
 QUEUE_SECONDS = Histogram(
     "collage_generator_queue_seconds", "From admission to the start of a job's work"
@@ -51,12 +53,10 @@ STEP_SECONDS = Histogram("collage_generator_step_seconds", "One U-Net call", ["m
 BATCH_ROWS = Histogram(
     "collage_generator_batch_rows", "U-Net rows of one call", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
-MODEL_LOADS = Counter("collage_generator_model_loads_total", "Models loaded", ["model"])
-LOADED_BYTES = Gauge("collage_generator_loaded_bytes", "Weights in memory", ["device"])
 JOBS = Counter("collage_generator_jobs_total", "Jobs that ended", ["outcome"])
 
 # Loads a model and answers its stages; called on the device's thread.
-StagesLoader = Callable[[ModelCard], Stages]
+StagesLoader = Callable[[GeneratorCard], Stages]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -79,17 +79,15 @@ class Runner:
         catalog: the models that may be asked for; each is loaded with the first job that needs it.
         load: makes a model's stages.
         scheduler: whose turn it is.
-        memory_bytes: what the weights may take on each device; the models used least recently give way. Every model
-            fits by itself, see `Catalog.check_memory`.
-        threads: CPU threads of one operation. Fixed, because sums split over another number of threads round
-            differently: with the same number a request gives the same bytes in every process.
+        memory_bytes: what the weights may take on each device, see `Shelf`.
+        threads: CPU threads of one operation, see `device.own`.
 
     `end` is done when the thread has ended: after a drain, or, with `DeviceLost`, because it died.
     """
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: Catalog[GeneratorCard],
         *,
         load: StagesLoader,
         scheduler: Scheduler,
@@ -97,12 +95,9 @@ class Runner:
         memory_bytes: float = math.inf,
     ) -> None:
         self._catalog = catalog
-        self._memory_bytes = memory_bytes
-        self._load = load
+        self._shelf = Shelf(load, memory_bytes=memory_bytes)
         self._scheduler = scheduler
         self._threads = threads
-        # The one used last stands last.
-        self._stages: dict[str, Stages] = {}
         self._entries: dict[int, _Entry] = {}
         self._ids = itertools.count()
         # Guards scheduler and entries, and tells the thread of news.
@@ -120,6 +115,7 @@ class Runner:
             Unavailable: the runner is draining; DeviceLost: it has died.
         """
         now_s = time.monotonic()
+        card = self._catalog.find(job.sampling.model, field="sampling.model")
         sampling, released_hw = job.sampling, released_at(job.plate.strength_hw, job.sampling.steps)
         height, width = released_hw.shape
         ticket = Ticket(
@@ -130,15 +126,13 @@ class Runner:
                 grid_width=width,
                 adapters=sampling.active_adapters,
             ),
-            rows=self._catalog.find(sampling.model).unet_rows(
-                sampling, has_emphasis=job.has_emphasis
-            ),
+            rows=card.unet_rows(sampling, has_emphasis=job.has_emphasis),
             steps=sampling.steps - int(released_hw.min()),
             deadline_s=job.deadline_s,
         )
         with self._changed:
             if self._has_ended:
-                raise _lost()
+                raise device.lost(WHO)
             if self._is_draining:
                 raise Unavailable("the generator is shutting down", reason="DRAINING")
             try:
@@ -185,17 +179,14 @@ class Runner:
             self._entries.clear()
         for entry in left:
             JOBS.labels(DeviceLost.reason).inc()
-            entry.mailbox.post(Ended(error=_lost()))
+            entry.mailbox.post(Ended(error=device.lost(WHO)))
         if death is None:
             self.end.set_result(None)
         else:
-            self.end.set_exception(_lost())
+            self.end.set_exception(device.lost(WHO))
 
     def _work(self) -> None:
-        # Both are the process' or the thread's own settings, so they are made where they count.
-        torch.set_num_threads(self._threads)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+        device.own(self._threads)
         while (turn := self._next_turn()) is not None:
             for ticket, reason in turn.dropped:
                 self._end(self._entries[ticket.id], _dropped(reason))
@@ -217,7 +208,7 @@ class Runner:
         QUEUE_SECONDS.observe(time.monotonic() - entry.admitted_s)
         entry.mailbox.post(QueuedAt(place=0))
         job = entry.job
-        stages = self._stages_of(job.sampling.model)
+        stages = self._stages_of(entry)
         stages.use(job.sampling.active_adapters)
         with self._stage(entry, stages, "encode_text"):
             conditioning = prepare(
@@ -236,40 +227,16 @@ class Runner:
             with self._stage(entry, stages, "load_controlnets"):
                 stages.load_controlnets(kinds)
 
-    def _stages_of(self, name: str) -> Stages:
-        if name in self._stages:
-            self._stages[name] = self._stages.pop(name)
-            return self._stages[name]
-        card = self._catalog.find(name)
-        self._make_room(card)
-        start_s = time.monotonic()
-        self._stages[name] = self._load(card)
-        MODEL_LOADS.labels(name).inc()
-        LOADED_BYTES.labels(str(card.device)).inc(card.weights_bytes)
-        log.info("model loaded", model=name, seconds=round(time.monotonic() - start_s, 2))
-        return self._stages[name]
-
-    def _make_room(self, card: ModelCard) -> None:
-        """Unloads, on the card's device, the models used least recently until this one fits; none that is in use."""
+    def _stages_of(self, entry: _Entry) -> Stages:
+        """The stages of the job's model; models of jobs that have begun do not give way to it."""
         with self._changed:
-            used = {
-                entry.job.sampling.model
-                for entry in self._entries.values()
-                if entry.run is not None
+            in_use = {
+                each.job.sampling.model for each in self._entries.values() if each.run is not None
             }
-        beside = [
-            other for other in map(self._catalog.find, self._stages) if other.device == card.device
-        ]
-        taken_bytes = sum(other.weights_bytes for other in beside)
-        for other in beside:
-            if taken_bytes + card.weights_bytes <= self._memory_bytes:
-                return
-            if other.name not in used:
-                del self._stages[other.name]
-                give_back()
-                taken_bytes -= other.weights_bytes
-                LOADED_BYTES.labels(str(card.device)).dec(other.weights_bytes)
-                log.info("model unloaded", model=other.name, to_make_room_for=card.name)
+        return self._shelf.take(self._card(entry), in_use=in_use)
+
+    def _card(self, entry: _Entry) -> GeneratorCard:
+        return self._catalog.find(entry.job.sampling.model, field="sampling.model")
 
     def _advance(self, entries: Sequence[_Entry]) -> None:
         """One step for those that have one left, then the pictures of those that have none."""
@@ -289,13 +256,13 @@ class Runner:
         if not entries:
             return
         sampling = entries[0].job.sampling
-        stages = self._stages[sampling.model]
+        stages = self._stages_of(entries[0])
         try:
             # All of a batch have the same ones; a job of others may have begun since their last step.
             stages.use(sampling.active_adapters)
             start_s = time.monotonic()
             rows = step(stages, [_run(entry) for entry in entries])
-            _synchronize(stages.device)
+            device.synchronize(stages.device)
             seconds = time.monotonic() - start_s
         except Exception as error:
             failure = error
@@ -315,7 +282,7 @@ class Runner:
         log.warning(
             "joint step failed, each job tries alone", jobs=len(entries), error=str(failure)
         )
-        _recover(stages.device, failure)
+        device.recover(stages.device, failure, who=WHO)
         for entry in entries:
             self._step([entry])
 
@@ -329,7 +296,7 @@ class Runner:
                 )
 
     def _finish(self, entry: _Entry) -> None:
-        stages = self._stages[entry.job.sampling.model]
+        stages = self._stages_of(entry)
         with self._stage(entry, stages, "decode"):
             pictures = _run(entry).finish(stages)
         for index, pixels_HWC in enumerate(pictures):
@@ -352,7 +319,7 @@ class Runner:
             entry.context.run(log.error, "job failed", reason=told.reason, exc_info=error)
         entry.run = None
         if told is not error:
-            _recover(self._catalog.find(entry.job.sampling.model).device, error)
+            device.recover(self._card(entry).device, error, who=WHO)
         self._end(entry, told)
 
     def _end(self, entry: _Entry, error: CollageError | None) -> None:
@@ -375,7 +342,7 @@ class Runner:
     def _stage(self, entry: _Entry, stages: Stages, name: str) -> Iterator[None]:
         start_s = time.monotonic()
         yield
-        _synchronize(stages.device)
+        device.synchronize(stages.device)
         seconds = time.monotonic() - start_s
         STAGE_SECONDS.labels(name).observe(seconds)
         log.info("stage done", stage=name, seconds=round(seconds, 4))
@@ -384,10 +351,6 @@ class Runner:
 def _run(entry: _Entry) -> Run:
     assert entry.run is not None, "only a job that has begun is stepped"
     return entry.run
-
-
-def _lost() -> DeviceLost:
-    return DeviceLost("the generator has lost its device and starts again")
 
 
 def _dropped(reason: DropReason) -> CollageError:
@@ -400,8 +363,7 @@ def _told(error: Exception, job: Job) -> CollageError:
     """What the caller hears of an exception in its job."""
     if isinstance(error, CollageError):
         return error
-    # On the CPU torch raises a plain RuntimeError with the words of its allocator.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+    if device.is_out_of_memory(error):
         height, width = job.plate.release_HW.shape
         return Internal(
             f"{job.sampling.images} pictures of {width} x {height} do not fit the generator's "
@@ -409,23 +371,3 @@ def _told(error: Exception, job: Job) -> CollageError:
             reason="OUT_OF_MEMORY",
         )
     return Internal("internal error; the generator's log has more under this request id")
-
-
-def _synchronize(device: torch.device) -> None:
-    """Waits for the device, so that times are true and a cancel is not overtaken by queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _recover(device: torch.device, error: Exception) -> None:
-    """Makes the device ready for the next work after an error: what failed for want of memory may fit in pieces.
-
-    Raises:
-        Exception: the device is lost. An illegal access, say, stays with the process: all that it asks of the device
-            from then on fails, so the error is no job's own.
-    """
-    # The tensors of the failed call hang on its frames.
-    traceback.clear_frames(error.__traceback__)
-    _synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

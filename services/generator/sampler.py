@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from services.common.collage import Sampling
 from services.common.plate import Plate
+from services.diffusion.text import TextStates
 from services.generator.attention import AttentionControl, StepControl, gain
 from services.generator.conditioning import Conditioning
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
-from services.generator.stages import Stages, TextStates
+from services.generator.schedule import scheduler
+from services.generator.stages import Stages
 from services.generator.structure import Acting, StructureControl, StructureStep, passes
 
 # Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
@@ -58,7 +60,7 @@ class Run:
         self.steps_done = 0
         if self.steps_total == 0:
             return
-        self._scheduler = facts.scheduler(sampling.sampler)
+        self._scheduler = scheduler(facts, sampling.sampler)
         self._scheduler.set_timesteps(sampling.steps, device=device)
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(self._first_step)

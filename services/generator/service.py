@@ -38,18 +38,16 @@ from services.common.field import Field
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode_opaque
 from services.common.plate import Plate
 from services.common.telemetry import log
-from services.generator.catalog import ModelCard
+from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
+from services.generator.card import GeneratorCard
 from services.generator.conditioning import STEERING, LayerControl
 from services.generator.engine import Engine
 from services.generator.estimate import coarse_dials, idle_structure, read_structure, unread
 from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
-from services.generator.models import SAMPLERS
-from services.generator.word import InvalidWord, Word
+from services.generator.schedule import SAMPLERS
 
 # Part of every result's key: raise it when the same request gives another picture.
 VERSION = 1
-# Eight vectors for the text encoders of SDXL are 64 KiB; files made elsewhere carry notes beside them.
-MAX_WORD_BYTES = 1024 * 1024
 # A list of 16 pictures.
 MAX_RESULT_BYTES = 64 * 1024
 # A prompt as long as the contract allows, and every layer's text appended to it.
@@ -78,7 +76,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     ) -> AsyncIterator[generator_service_pb2.GenerateResponse]:
         """See generator_service.proto."""
         deadline_s = time.monotonic() + min(context.time_remaining() or MAX_JOB_S, MAX_JOB_S)
-        card = self._engine.catalog.find(request.sampling.model)
+        card = self._engine.catalog.find(request.sampling.model, field="sampling.model")
         if request.model_digest not in ("", card.digest):
             raise ModelChanged.of(card.name, card.digest, request.model_digest)
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
@@ -133,7 +131,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.EstimateRequest, context: Any
     ) -> generator_service_pb2.EstimateResponse:
         """See generator_service.proto. Prompts that are too long are counted, not refused."""
-        card = self._engine.catalog.find(request.sampling.model)
+        card = self._engine.catalog.find(request.sampling.model, field="sampling.model")
         sampling = wire.parse_sampling(request.sampling, _render_model(card), fallback_seed=0)
         card.check_sampling(sampling)
         check = wire.Checker()
@@ -186,7 +184,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
 
     def _memory_bytes(
         self,
-        card: ModelCard,
+        card: GeneratorCard,
         size: Extent,
         sampling: Sampling,
         *,
@@ -236,7 +234,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         )
 
     async def _read_plate(
-        self, request: generator_service_pb2.GenerateRequest, card: ModelCard
+        self, request: generator_service_pb2.GenerateRequest, card: GeneratorCard
     ) -> Plate:
         limit = limits.MAX_PLATE_BYTES
         ref = wire.parse_blob(request.plate, "plate", limit_bytes=limit)
@@ -265,7 +263,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         return await asyncio.to_thread(_decode_parent, data, _extent(plate))
 
     async def _read_words(
-        self, request: generator_service_pb2.GenerateRequest, card: ModelCard
+        self, request: generator_service_pb2.GenerateRequest, card: GeneratorCard
     ) -> list[Word | None]:
         """The learned word of each layer, its weight in it; None for a layer without one."""
         words: list[Word | None] = []
@@ -275,7 +273,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 continue
             field = f"layers[{index}].word"
             ref = wire.parse_blob(layer.word, field)
-            data = await wire.read_blob(self._blobs, ref, field, limit_bytes=MAX_WORD_BYTES)
+            data = await wire.read_blob(self._blobs, ref, field, limit_bytes=MAX_FILE_BYTES)
             try:
                 word = Word.from_bytes(data, card.facts.text_widths)
             except InvalidWord as error:
@@ -284,7 +282,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         return words
 
     async def _store(
-        self, event: ImageMade, card: ModelCard, parent_HWC: NDArray[np.uint8] | None
+        self, event: ImageMade, card: GeneratorCard, parent_HWC: NDArray[np.uint8] | None
     ) -> collage_service_pb2.GeneratedImage:
         ref = await put_blob(self._blobs, event.png, media_type="image/png")
         image = collage_service_pb2.GeneratedImage(
@@ -298,7 +296,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         return image
 
 
-def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> None:
+def _check(request: generator_service_pb2.GenerateRequest, card: GeneratorCard) -> None:
     """Refuses what the messages themselves show to be wrong."""
     check = wire.Checker()
     for name in ("prompt", "negative_prompt"):
@@ -319,7 +317,10 @@ def _check(request: generator_service_pb2.GenerateRequest, card: ModelCard) -> N
 
 
 def _check_plans(
-    check: wire.Checker, plans: Mapping[Field, collage_pb2.LayerPlan], card: ModelCard, prompt: str
+    check: wire.Checker,
+    plans: Mapping[Field, collage_pb2.LayerPlan],
+    card: GeneratorCard,
+    prompt: str,
 ) -> None:
     """Refuses what planned layers show to be wrong, each at its place."""
     if len(plans) > limits.MAX_LAYERS:
@@ -336,7 +337,7 @@ def _check_plans(
 
 
 def _check_structures(
-    check: wire.Checker, plan: collage_pb2.LayerPlan, card: ModelCard, field: Field
+    check: wire.Checker, plan: collage_pb2.LayerPlan, card: GeneratorCard, field: Field
 ) -> None:
     kinds = [structure.kind for structure in plan.structure]
     for index, structure in enumerate(plan.structure):
@@ -354,7 +355,7 @@ def _check_structures(
 def _digest(
     request: generator_service_pb2.GenerateRequest,
     sampling: Sampling,
-    card: ModelCard,
+    card: GeneratorCard,
     arithmetic: str,
 ) -> str:
     """Names all that the pictures depend on: the request, the networks and how their sums are rounded.
@@ -426,7 +427,7 @@ def _decode_parent(data: bytes, canvas: Extent) -> NDArray[np.uint8]:
     return pixels_HWC
 
 
-def _render_model(card: ModelCard) -> collage_service_pb2.Model:
+def _render_model(card: GeneratorCard) -> collage_service_pb2.Model:
     return collage_service_pb2.Model(
         name=card.name,
         digest=card.digest,

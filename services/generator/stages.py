@@ -8,77 +8,21 @@ latent cells, H, W pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
 from diffusers import ControlNetModel
 
 from services.common.collage import Adapter
+from services.diffusion.facts import ModelFacts
+from services.diffusion.folder import UnsupportedModel
+from services.diffusion.networks import LoadedModel
+from services.diffusion.text import Text, TextEncoders, TextStates
 from services.generator.adapters import AdapterSwitch
 from services.generator.attention import ControlSlot, StepControl, install
-from services.generator.models import LoadedModel, ModelFacts, UnsupportedModel, load_controlnet
+from services.generator.controlnet import load_controlnet
 from services.generator.structure import StructurePass
-from services.generator.word import Word, WordSlot
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Text:
-    """One text on its way into the text encoders.
-
-    ids_ET: for each text encoder the token ids, begin to padding. word: its learned word, None for none. positions:
-    where each of the word's vectors stands in place of a token.
-    """
-
-    ids_ET: tuple[tuple[int, ...], ...]
-    word: Word | None = None
-    positions: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TextStates:
-    """Texts as the U-Net reads them: hidden states, and for SDXL the pooled text beside them, else None."""
-
-    hidden_BTD: torch.Tensor
-    pooled_BP: torch.Tensor | None = None
-
-    @classmethod
-    def cat(cls, states: Sequence["TextStates"]) -> "TextStates":
-        """The rows of all, which are of one model."""
-        pooled = [each.pooled_BP for each in states if each.pooled_BP is not None]
-        return cls(
-            hidden_BTD=torch.cat([each.hidden_BTD for each in states]),
-            pooled_BP=torch.cat(pooled) if pooled else None,
-        )
-
-    def expand(self, rows: int) -> "TextStates":
-        """The only row, `rows` times."""
-        return TextStates(
-            hidden_BTD=self.hidden_BTD.expand(rows, -1, -1),
-            pooled_BP=None if self.pooled_BP is None else self.pooled_BP.expand(rows, -1),
-        )
-
-    def rows(self, rows_R: torch.Tensor) -> "TextStates":
-        """These rows of it."""
-        return TextStates(
-            hidden_BTD=self.hidden_BTD[rows_R],
-            pooled_BP=None if self.pooled_BP is None else self.pooled_BP[rows_R],
-        )
-
-    def to(self, dtype: torch.dtype) -> "TextStates":
-        """The same in another precision."""
-        return TextStates(
-            hidden_BTD=self.hidden_BTD.to(dtype),
-            pooled_BP=None if self.pooled_BP is None else self.pooled_BP.to(dtype),
-        )
-
-    def zeros(self) -> "TextStates":
-        """As many rows of nothing."""
-        return TextStates(
-            hidden_BTD=torch.zeros_like(self.hidden_BTD),
-            pooled_BP=None if self.pooled_BP is None else torch.zeros_like(self.pooled_BP),
-        )
 
 
 class Stages(Protocol):
@@ -137,10 +81,7 @@ class TorchStages:
         self._slot = ControlSlot()
         self._controlnets: dict[str, ControlNetModel] = {}
         self._adapters = AdapterSwitch({"unet": model.unet, **model.text_encoders}, model.adapters)
-        self._encoders = tuple(model.text_encoders.values())
-        self._words = tuple(WordSlot() for _ in self._encoders)
-        for encoder, words in zip(self._encoders, self._words, strict=True):
-            words.install(encoder.get_input_embeddings())
+        self._encoders = TextEncoders(model.text_encoders.values())
         try:
             install(model.unet, self._slot)
         except ValueError as error:
@@ -169,30 +110,7 @@ class TorchStages:
     def encode_text(self, texts: Sequence[Text]) -> TextStates:
         """See `Stages`."""
         # One by one: texts are short, and so a text's states never depend on what it came with.
-        return TextStates.cat([self._encode(text) for text in texts]).to(torch.float32)
-
-    def _encode(self, text: Text) -> TextStates:
-        encoded = [self._encode_by(encoder, text) for encoder in range(len(self._encoders))]
-        if not self.facts.pooled_width:
-            return TextStates(hidden_BTD=encoded[0].last_hidden_state)
-        # SDXL reads both encoders before their last layer, and what the second pools from its last.
-        return TextStates(
-            hidden_BTD=torch.cat([each.hidden_states[-2] for each in encoded], dim=2),
-            pooled_BP=encoded[1].text_embeds,
-        )
-
-    def _encode_by(self, encoder: int, text: Text) -> Any:
-        """The text by one of the text encoders, its learned words in place for this call."""
-        slot = self._words[encoder]
-        if text.word is not None:
-            slot.vectors_VD, slot.positions = text.word.vectors[encoder], text.positions
-        try:
-            return self._encoders[encoder](
-                torch.tensor([text.ids_ET[encoder]], device=self._model.device),
-                output_hidden_states=bool(self.facts.pooled_width),
-            )
-        finally:
-            slot.vectors_VD = None
+        return TextStates.cat([self._encoders.encode([text]) for text in texts]).to(torch.float32)
 
     @torch.inference_mode()
     def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The inversion process: `python -m services.inversion`."""
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -8,9 +9,9 @@ from collage.v1 import inversion_service_pb2_grpc
 from services.common.rpc import Server
 from services.common.settings import open_blobs, read
 from services.common.telemetry import serve_metrics, start_logging
-from services.inversion.catalog import Catalog
 from services.inversion.engine import DEFAULT_MAX_WAITING, Engine
 from services.inversion.learn import Recipe
+from services.inversion.networks import read_catalog
 from services.inversion.service import InversionServicer
 
 
@@ -34,6 +35,9 @@ class Settings:
     max_waiting: int = DEFAULT_MAX_WAITING
     # Seconds between two checkpoints: what a crash may cost.
     checkpoint_s: float = 3.0
+    # GiB that weights may take on each device, 0 for no limit: models are loaded with the first word that is learned
+    # for them, and those used least recently give way.
+    model_memory: float = 0.0
     # Prometheus port, 0 for none.
     metrics_port: int = 0
     log_level: str = "INFO"
@@ -42,13 +46,17 @@ class Settings:
 async def build(settings: Settings) -> Server:
     """The service, wired and not yet started. A model is loaded with the first word that is learned for it."""
     blobs = await open_blobs(settings.blobs)
+    catalog = await asyncio.to_thread(read_catalog, settings.models)
+    memory_bytes = settings.model_memory * 2**30 or math.inf
+    catalog.check_memory(memory_bytes)
     engine = Engine(
-        await asyncio.to_thread(Catalog.read, settings.models),
+        catalog,
         recipe=replace(Recipe(), steps=settings.word_steps),
         threads=settings.threads or len(os.sched_getaffinity(0)),
         joint_rows=settings.joint_rows,
         max_waiting=settings.max_waiting,
         checkpoint_s=settings.checkpoint_s,
+        memory_bytes=memory_bytes,
     )
     server = Server("inversion", settings.address, drain=engine.drain)
     inversion_service_pb2_grpc.add_InversionServiceServicer_to_server(

@@ -8,16 +8,15 @@ neither messages nor storage.
 import asyncio
 import contextlib
 import contextvars
+import math
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from prometheus_client import Counter, Gauge, Histogram
-from torch import Tensor
 
 from services.common.errors import (
     CollageError,
@@ -28,9 +27,12 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.telemetry import log
-from services.inversion.catalog import Catalog, ModelCard
+from services.diffusion import device
+from services.diffusion.catalog import Catalog, ModelCard
+from services.diffusion.shelf import Shelf
+from services.diffusion.word import Word
 from services.inversion.learn import Progress, Recipe, Trainer
-from services.inversion.networks import Networks
+from services.inversion.networks import Networks, load
 from services.inversion.subject import Subject
 
 # What a batch is believed to take before the first one has been timed.
@@ -38,6 +40,8 @@ FIRST_GUESS_S = 30.0
 # Bounds of the delay told to a caller who finds the queue full.
 SHORTEST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 DEFAULT_MAX_WAITING = 32
+# As messages name it.
+WHO = "inversion service"
 # Pixels of all rows of one training step where the operator sets no number of rows: 8 rows of Stable Diffusion 1.5 at
 # 384 x 384, or every row of 32 layers of the bundled model at 96 x 96.
 JOINT_PIXELS = 8 * 384 * 384
@@ -51,13 +55,13 @@ BATCHES = Counter("collage_inversion_batches_total", "Batches that ended", ["out
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """Where every subject of a batch stands, and the vectors of those that are done, by their place in it.
+    """Where every subject of a batch stands, and the words of those that are done, by their place in it.
 
     state: for a checkpoint, where one was due.
     """
 
     progress: tuple[Progress, ...]
-    vectors: dict[int, dict[str, Tensor]]
+    words: dict[int, Word]
     state: bytes | None = None
 
 
@@ -65,18 +69,19 @@ class Engine:
     """Learns words.
 
     Args:
-        catalog: the models.
+        catalog: the models; each is loaded with the first word that is learned for it.
         recipe: how words are learned.
-        threads: CPU threads of one operation; fixed, because sums split over another number round differently.
+        threads: CPU threads of one operation, see `device.own`.
         joint_rows: rows that are trained together, at most, though a subject is never split; 0 for JOINT_PIXELS.
         max_waiting: batches that may wait for their turn.
         checkpoint_s: seconds between two checkpoints.
         progress_s: seconds between two reports where nothing ended.
+        memory_bytes: what the weights may take on each device, see `Shelf`.
     """
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: Catalog[ModelCard],
         *,
         recipe: Recipe,
         threads: int,
@@ -84,10 +89,10 @@ class Engine:
         max_waiting: int = DEFAULT_MAX_WAITING,
         checkpoint_s: float = 3.0,
         progress_s: float = 0.5,
+        memory_bytes: float = math.inf,
     ) -> None:
         self.catalog = catalog
         self.recipe = recipe
-        self._threads = threads
         self._joint_rows = joint_rows
         self._max_waiting = max_waiting
         self._checkpoint_s = checkpoint_s
@@ -99,7 +104,10 @@ class Engine:
         self._last_s = FIRST_GUESS_S
         # Of all batches, since the start.
         self._units = 0
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="learn", initializer=self._set_up)
+        self._shelf: Shelf[ModelCard, Networks] = Shelf(load, memory_bytes=memory_bytes)
+        self._device = ThreadPoolExecutor(
+            1, thread_name_prefix="learn", initializer=device.own, initargs=(threads,)
+        )
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[AsyncIterator[None]]:
@@ -146,13 +154,8 @@ class Engine:
         It follows from model, recipe and setting alone, not from the memory that is free: a word's last bits depend on
         who shares its batch.
         """
-        rows = self._joint_rows or JOINT_PIXELS // Trainer.side(card.known, self.recipe) ** 2
+        rows = self._joint_rows or JOINT_PIXELS // Trainer.side(card.facts, self.recipe) ** 2
         return max(1, rows // self.recipe.rows)
-
-    async def networks(self, card: ModelCard) -> Networks:
-        """The model in memory."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._device, self.catalog.networks, card)
 
     async def learn(
         self,
@@ -181,12 +184,19 @@ class Engine:
             loop.call_soon_threadsafe(mailbox.put_nowait, item)
 
         def work() -> None:
+            failure: Exception | None = None
             try:
-                networks = self.catalog.networks(card)
-                with _watched(networks.device):
-                    self._work(networks, card, subjects, state, deadline_s, stop, post)
+                self._work(card, subjects, state, deadline_s, stop, post)
+            except CollageError:
+                raise
+            except Exception as error:
+                failure = error
             finally:
                 post(None)
+            # Outside the handler: while an exception is handled, all that the failed call held stays in memory.
+            if failure is not None:
+                device.recover(card.device, failure, who=WHO)
+                raise failure
 
         context = contextvars.copy_context()
         working = loop.run_in_executor(self._device, context.run, work)
@@ -221,7 +231,7 @@ class Engine:
             DeviceLost: the device answers nothing any more.
         """
         await self._lost.wait()
-        raise _device_lost()
+        raise device.lost(WHO)
 
     async def close(self) -> None:
         """Lets go of the thread."""
@@ -229,7 +239,7 @@ class Engine:
 
     def _refuse_at_the_end(self) -> None:
         if self._lost.is_set():
-            raise _device_lost()
+            raise device.lost(WHO)
         self._refuse_when_draining()
 
     def _refuse_when_draining(self) -> None:
@@ -238,14 +248,8 @@ class Engine:
 
     # Below: the device's thread.
 
-    def _set_up(self) -> None:
-        torch.set_num_threads(self._threads)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-
     def _work(
         self,
-        networks: Networks,
         card: ModelCard,
         subjects: Sequence[Subject],
         state: bytes | None,
@@ -253,6 +257,7 @@ class Engine:
         stop: threading.Event,
         post: Callable[[Learned], None],
     ) -> None:
+        networks = self._shelf.take(card)
         try:
             trainer = Trainer(networks, subjects, self.recipe, state=state)
         except ValueError as error:
@@ -274,7 +279,7 @@ class Engine:
                 post(
                     Learned(
                         progress=tuple(trainer.progress()),
-                        vectors={k: words[k] for k in fresh},
+                        words={k: words[k] for k in fresh},
                         state=trainer.state() if keeps else None,
                     )
                 )
@@ -295,36 +300,9 @@ class Engine:
             trainer.advance()
             self._units += 1
             if trainer.steps_done > before:
-                _synchronize(networks.device)
+                device.synchronize(card.device)
                 STEP_SECONDS.labels(card.name).observe(time.monotonic() - now_s)
         BATCHES.labels("CANCELLED").inc()
-
-
-def _device_lost() -> DeviceLost:
-    return DeviceLost("the inversion service has lost its device and starts again")
-
-
-@contextlib.contextmanager
-def _watched(device: torch.device) -> Iterator[None]:
-    """Tells failed work on the device from a device that is lost: DeviceLost."""
-    try:
-        yield
-    except CollageError:
-        raise
-    except Exception as error:
-        try:
-            _synchronize(device)
-        except Exception:
-            # An illegal access, say, stays with the process: all that it asks of the device from then on fails.
-            log.error("device lost", exc_info=error)
-            raise _device_lost() from error
-        raise
-
-
-def _synchronize(device: torch.device) -> None:
-    """Waits for the device, so that times are true and a cancel is not overtaken by queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 async def _finished(working: "asyncio.Future[Any]") -> None:
@@ -336,8 +314,7 @@ async def _finished(working: "asyncio.Future[Any]") -> None:
 
 def _told(error: Exception) -> CollageError:
     """What the caller hears of an exception in the work."""
-    # On the CPU torch raises a plain RuntimeError with the words of its allocator.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+    if device.is_out_of_memory(error):
         return Internal(
             "the words do not fit the memory together; the operator can lower COLLAGE_JOINT_ROWS",
             reason="OUT_OF_MEMORY",

@@ -28,7 +28,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn import functional
 
-from services.inversion.networks import ModelFacts, Networks, Prompt
+from services.diffusion.facts import ModelFacts
+from services.diffusion.text import TextStates
+from services.diffusion.tokens import Tokens
+from services.diffusion.word import Word
+from services.inversion.networks import Networks, prompt
 from services.inversion.subject import Subject
 
 # What stands around the word and its layer's text, before and after. The first one is what held-out draws use.
@@ -92,13 +96,14 @@ class Progress:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Pupil:
-    """A subject and what it has learned. Tensors are by encoder name, VD; `moments` are Adam's first and second."""
+    """A subject and what it has learned. Tensors are VD, one a text encoder; mean and square are Adam's moments."""
 
     subject: Subject
-    prompts: list[Prompt]
-    vectors: dict[str, Tensor]
-    best: dict[str, Tensor]
-    moments: tuple[dict[str, Tensor], dict[str, Tensor]]
+    prompts: list[Tokens]
+    vectors: tuple[Tensor, ...]
+    best: tuple[Tensor, ...]
+    mean: tuple[Tensor, ...]
+    square: tuple[Tensor, ...]
     step: int = 0
     checked: int = -1
     loss: float = math.inf
@@ -118,11 +123,7 @@ class _Draws:
     alpha_B1hw: Tensor
     noise_BChw: Tensor
     timesteps_B: Tensor
-    prompt: Prompt
-
-
-class TextTooLong(Exception):
-    """The words do not fit the text encoder's window together with the vectors."""
+    prompt: Tokens
 
 
 class Trainer:
@@ -135,7 +136,6 @@ class Trainer:
         state: of an earlier trainer over the same subjects, see `state`.
 
     Raises:
-        TextTooLong: naming nothing; ask `fits` before.
         ValueError: the state is of other subjects.
     """
 
@@ -151,8 +151,7 @@ class Trainer:
         self._networks = networks
         self._recipe = recipe
         self._side = self.side(networks.facts, recipe)
-        spread = networks.spread()
-        self._rates = {name: recipe.rate * spread[name] for name in spread}
+        self._rates = tuple(recipe.rate * spread for spread in networks.spread())
         self._pupils = [self._pupil(subject) for subject in subjects]
         if state is not None:
             self._load(state)
@@ -161,12 +160,13 @@ class Trainer:
     def side(facts: ModelFacts, recipe: Recipe) -> int:
         """Of the training canvas, pixels."""
         multiple = facts.size_multiple
-        return max(multiple, round(facts.native_side * recipe.canvas / multiple) * multiple)
+        native_side = min(facts.native.width, facts.native.height)
+        return max(multiple, round(native_side * recipe.canvas / multiple) * multiple)
 
     @staticmethod
-    def fits(networks: Networks, subject: Subject) -> bool:
+    def fits(facts: ModelFacts, subject: Subject) -> bool:
         """Whether the subject's words, its vectors and the two marks fit the text encoder's window."""
-        return networks.prompt("", subject.vectors, subject.text) is not None
+        return prompt(facts, "", subject.vectors, subject.text) is not None
 
     @property
     def is_done(self) -> bool:
@@ -200,10 +200,10 @@ class Trainer:
             for pupil in self._pupils
         ]
 
-    def words(self) -> list[dict[str, Tensor]]:
-        """Each subject's vectors of the least held-out loss, [V, D] in single precision, by encoder name."""
+    def words(self) -> list[Word]:
+        """Each subject's word of the least held-out loss, on the CPU."""
         return [
-            {name: value.clone().cpu() for name, value in pupil.best.items()}
+            Word(vectors=tuple(value_VD.clone().cpu() for value_VD in pupil.best))
             for pupil in self._pupils
         ]
 
@@ -212,8 +212,8 @@ class Trainer:
         tensors = {}
         for number, pupil in enumerate(self._pupils):
             for kind, values in _tensors(pupil).items():
-                for name, value in values.items():
-                    tensors[f"{number}.{kind}.{name}"] = value.contiguous().cpu()
+                for encoder, value_VD in enumerate(values):
+                    tensors[f"{number}.{kind}.{encoder}"] = value_VD.contiguous().cpu()
         told = [
             {
                 "seed": pupil.subject.seed.hex(),
@@ -241,8 +241,8 @@ class Trainer:
                 raise ValueError("it is of other subjects or another recipe")
             for number, (pupil, values) in enumerate(zip(self._pupils, told, strict=True)):
                 for kind, held in _tensors(pupil).items():
-                    for name, value in held.items():
-                        value.copy_(tensors[f"{number}.{kind}.{name}"])
+                    for encoder, value_VD in enumerate(held):
+                        value_VD.copy_(tensors[f"{number}.{kind}.{encoder}"])
                 pupil.step, pupil.checked = int(values["step"]), int(values["checked"])
                 pupil.loss, pupil.best_loss = float(values["loss"]), float(values["best_loss"])
                 pupil.stale, pupil.is_done = int(values["stale"]), bool(values["is_done"])
@@ -251,23 +251,20 @@ class Trainer:
 
     def _pupil(self, subject: Subject) -> _Pupil:
         made = [
-            self._networks.prompt(before, subject.vectors, f"{subject.text} {after}".strip())
+            prompt(self._networks.facts, before, subject.vectors, f"{subject.text} {after}".strip())
             for before, after in TEMPLATES
         ]
         # A long text has room for short templates only.
-        prompts = [prompt for prompt in made if prompt is not None]
-        if not prompts:
-            raise TextTooLong
-        vectors = self._networks.first_vectors(subject.text, subject.vectors)
+        prompts = [tokens for tokens in made if tokens is not None]
+        assert prompts, "a subject fits, see `fits`"
+        vectors = self._networks.first_word(subject.text, subject.vectors).vectors
         return _Pupil(
             subject=subject,
             prompts=prompts,
             vectors=vectors,
-            best={name: value.clone() for name, value in vectors.items()},
-            moments=(
-                {name: torch.zeros_like(value) for name, value in vectors.items()},
-                {name: torch.zeros_like(value) for name, value in vectors.items()},
-            ),
+            best=tuple(map(torch.clone, vectors)),
+            mean=tuple(map(torch.zeros_like, vectors)),
+            square=tuple(map(torch.zeros_like, vectors)),
         )
 
     def _is_due(self, pupil: _Pupil) -> bool:
@@ -321,8 +318,8 @@ class Trainer:
         """The mean loss of each subject's rows, S."""
         networks = self._networks
         rows = len(draws[0].timesteps_B)
-        text = networks.encode_text(
-            [each.prompt for each in draws], [pupil.vectors for pupil in pupils]
+        text: TextStates = networks.encode_text(
+            [each.prompt for each in draws], [Word(vectors=pupil.vectors) for pupil in pupils]
         )
         latents_BChw = torch.cat([each.latents_BChw for each in draws])
         noise_BChw = torch.cat([each.noise_BChw for each in draws])
@@ -341,30 +338,31 @@ class Trainer:
         return loss_B.view(len(draws), rows).mean(dim=1)
 
     def _step(self, pupils: Sequence[_Pupil]) -> None:
-        leaves = [value.requires_grad_() for pupil in pupils for value in pupil.vectors.values()]
+        leaves = [value_VD.requires_grad_() for pupil in pupils for value_VD in pupil.vectors]
         draws = [self._draw(pupil, "step", pupil.step, self._recipe.rows) for pupil in pupils]
         # Subjects share no parameter, so the sum gives each the gradient of its own loss.
-        gradients = torch.autograd.grad(self._losses(pupils, draws).sum(), leaves)
-        by_leaf = dict(zip(map(id, leaves), gradients, strict=True))
+        gradients = iter(torch.autograd.grad(self._losses(pupils, draws).sum(), leaves))
+        for leaf_VD in leaves:
+            leaf_VD.requires_grad_(False)
         for pupil in pupils:
-            for value in pupil.vectors.values():
-                value.requires_grad_(False)
-            self._adam(pupil, {name: by_leaf[id(v)] for name, v in pupil.vectors.items()})
+            self._adam(pupil, [next(gradients) for _ in pupil.vectors])
 
     @staticmethod
     def fall(part: float) -> float:
         """What is left of the rate after that part of the steps."""
         return 0.1 + 0.9 * (1 + math.cos(math.pi * part)) / 2
 
-    def _adam(self, pupil: _Pupil, gradients: dict[str, Tensor]) -> None:
+    def _adam(self, pupil: _Pupil, gradients: Sequence[Tensor]) -> None:
         fall = self.fall(pupil.step / self._recipe.steps)
         pupil.step += 1
-        for name, value in pupil.vectors.items():
-            mean, square = pupil.moments[0][name], pupil.moments[1][name]
-            mean.lerp_(gradients[name], 1 - BETA_1)
-            square.lerp_(gradients[name].square(), 1 - BETA_2)
-            root = (square / (1 - BETA_2**pupil.step)).sqrt() + EPSILON
-            value -= fall * self._rates[name] / (1 - BETA_1**pupil.step) * mean / root
+        of_encoders = zip(
+            pupil.vectors, pupil.mean, pupil.square, gradients, self._rates, strict=True
+        )
+        for value_VD, mean_VD, square_VD, gradient_VD, rate in of_encoders:
+            mean_VD.lerp_(gradient_VD, 1 - BETA_1)
+            square_VD.lerp_(gradient_VD.square(), 1 - BETA_2)
+            root_VD = (square_VD / (1 - BETA_2**pupil.step)).sqrt() + EPSILON
+            value_VD -= fall * rate / (1 - BETA_1**pupil.step) * mean_VD / root_VD
 
     @torch.no_grad()
     def _check(self, pupils: Sequence[_Pupil]) -> None:
@@ -385,7 +383,7 @@ class Trainer:
                 pupil.stale += 1
             if loss < pupil.best_loss:
                 pupil.best_loss = loss
-                pupil.best = {name: value.clone() for name, value in pupil.vectors.items()}
+                pupil.best = tuple(map(torch.clone, pupil.vectors))
             pupil.is_done = (
                 pupil.step >= recipe.steps
                 or pupil.stale >= recipe.patience
@@ -407,7 +405,7 @@ def learn(
     *,
     vectors: int = 1,
     recipe: Recipe | None = None,
-) -> list[dict[str, Tensor]]:
+) -> list[Word]:
     """The words of some (RGBA picture, text) pairs, learned in one batch: `Trainer.words`."""
     subjects = [Subject.of(picture, text, vectors=vectors) for picture, text in pairs]
     trainer = Trainer(networks, subjects, recipe or Recipe())
@@ -423,10 +421,10 @@ def _metadata(state: bytes) -> dict[str, str]:
     return notes
 
 
-def _tensors(pupil: _Pupil) -> dict[str, dict[str, Tensor]]:
+def _tensors(pupil: _Pupil) -> dict[str, tuple[Tensor, ...]]:
     return {
         "vectors": pupil.vectors,
         "best": pupil.best,
-        "mean": pupil.moments[0],
-        "square": pupil.moments[1],
+        "mean": pupil.mean,
+        "square": pupil.square,
     }

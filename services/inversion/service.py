@@ -29,11 +29,11 @@ from services.common.errors import (
 )
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode
 from services.common.telemetry import log
-from services.inversion.catalog import ModelCard
+from services.diffusion.catalog import ModelCard
+from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.inversion.engine import Engine, Learned
 from services.inversion.learn import Progress, Trainer, seeds_in
 from services.inversion.subject import InvalidSubject, Subject
-from services.inversion.word import MAX_FILE_BYTES, InvalidWord, from_file, to_file
 
 # Part of every word's digest: raise it when the same inputs give another word.
 VERSION = 1
@@ -76,10 +76,9 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     ) -> AsyncIterator[inversion_service_pb2.LearnWordsResponse]:
         """See inversion_service.proto."""
         deadline_s = time.monotonic() + min(context.time_remaining() or MAX_CALL_S, MAX_CALL_S)
-        card = self._engine.catalog.find(request.model)
+        card = self._engine.catalog.find(request.model, field="model")
         if request.model_digest not in ("", card.digest):
             raise ModelChanged.of(card.name, card.digest, request.model_digest)
-        card.known  # noqa: B018 # refuses a model that takes no words, before anything is read
         every = self._parse(request, card)
         missing = []
         for one in every:
@@ -119,7 +118,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         self, request: inversion_service_pb2.AdoptWordRequest, context: Any
     ) -> inversion_service_pb2.AdoptWordResponse:
         """See inversion_service.proto."""
-        card = self._engine.catalog.find(request.model)
+        card = self._engine.catalog.find(request.model, field="model")
         check = wire.Checker()
         text = check.text("text", request.text, limits.MAX_TEXT_CHARACTERS).strip()
         if not request.text.strip():
@@ -128,16 +127,15 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         ref = wire.parse_blob(request.vectors, "vectors")
         data = await wire.read_blob(self._blobs, ref, "vectors", limit_bytes=MAX_FILE_BYTES)
         try:
-            vectors = await asyncio.to_thread(from_file, data, card.widths)
+            made = await asyncio.to_thread(Word.from_bytes, data, card.facts.text_widths)
         except InvalidWord as error:
             raise InvalidRequest.of("vectors", str(error), reason="INVALID_WORD") from error
         inputs = f"{VERSION} import {card.digest} {hashlib.sha256(data).hexdigest()} {text}"
         digest = hashlib.sha256(inputs.encode()).hexdigest()
         word = await words.read(self._blobs, digest)
         if word is None:
-            count = len(next(iter(vectors.values())))
-            file = to_file(vectors, digest)
-            word = await words.write(self._blobs, digest, file, _card(card, text, count))
+            file = made.to_bytes(digest)
+            word = await words.write(self._blobs, digest, file, _card(card, text, len(made)))
             WORDS.labels("import").inc()
         return inversion_service_pb2.AdoptWordResponse(word=word)
 
@@ -259,14 +257,13 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     ) -> dict[str, collage_service_pb2.Word]:
         """Stores the words that are done; answers their cards by digest."""
         stored = {}
-        for number, vectors in event.vectors.items():
+        for number, word in event.words.items():
             digest = batch[number]
             if event.progress[number].is_broken or digest not in wanted:
                 continue
             one = wanted[digest][0]
-            file = to_file(vectors, digest)
             stored[digest] = await words.write(
-                self._blobs, digest, file, _card(card, one.text, one.vectors)
+                self._blobs, digest, word.to_bytes(digest), _card(card, one.text, one.vectors)
             )
             WORDS.labels("learned").inc()
         return stored
@@ -315,7 +312,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                     f"{one.field}.image", str(error), reason="INVALID_PICTURE"
                 ) from error
         _check_visible(subject, f"{one.field}.image")
-        if not Trainer.fits(await self._engine.networks(card), subject):
+        if not Trainer.fits(card.facts, subject):
             raise InvalidRequest.of(
                 f"{one.field}.text",
                 "does not fit the model's text encoder together with its word; shorten it",

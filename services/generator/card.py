@@ -1,7 +1,7 @@
-"""Which models this generator serves, by name, and what is known of each before it is loaded.
+"""What the generator knows of a served model before it is loaded: its limits, its defaults, what is beside it.
 
-Main types: `ModelCard` and `Catalog`. Facts come from the folder; the limits and defaults that no folder holds are
-constants here. This module knows no job and loads no weights.
+Main type: `GeneratorCard`. Facts come from the folder; the limits and defaults that no folder holds are constants here.
+This module knows no job and loads no weights.
 """
 
 import json
@@ -13,15 +13,17 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from services.common.collage import Extent, Sampling
-from services.common.errors import InvalidRequest, quote
+from services.common.errors import InvalidRequest
 from services.common.hub import locate, locate_adapter
 from services.common.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
-from services.common.models_file import Defaults, Limits, ModelSource, read_sources
-from services.common.settings import InvalidSetting
-from services.common.telemetry import log
+from services.common.models_file import Defaults, Limits, ModelSource
 from services.common.weights import CONTROLNET_FILES, ModelError, digest, digest_file, weights
+from services.diffusion import device
+from services.diffusion.catalog import Catalog, ModelCard, weights_bytes
+from services.diffusion.facts import read_facts
 from services.generator.adapters import AdapterFile
-from services.generator.models import SAMPLERS, ModelFacts, check_controlnet, read_facts
+from services.generator.controlnet import check_controlnet
+from services.generator.schedule import SAMPLERS, most_steps, native_sampler
 
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
 MAX_SIDE_PER_NATIVE = 4
@@ -68,30 +70,23 @@ class AdapterCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ModelCard:
-    """One served model. `digest` is over the folder's files; channels are those of the widest activations.
+class GeneratorCard(ModelCard):
+    """A model that is drawn with. Channels are those of the widest activations.
 
     controlnets, adapters: by kind, and by name; they have digests of their own, so that a result without one does not
-    depend on any. weights_bytes: memory of all networks in `dtype`, with the ControlNets and adapters, which are loaded
-    when they are needed. limits, preset: what the operator says of requests.
+    depend on any. Their weights count in `weights_bytes`, though they are loaded when they are needed. limits, preset:
+    what the operator says of requests.
     """
 
-    name: str
-    folder: Path
-    digest: str
-    facts: ModelFacts
     unet_channels: int
     vae_channels: int
     controlnets: Mapping[str, ControlNetCard]
-    dtype: torch.dtype
-    device: torch.device
-    weights_bytes: int
     adapters: Mapping[str, AdapterCard]
     limits: Limits
     preset: Defaults
 
     @classmethod
-    def read(cls, source: ModelSource) -> "ModelCard":
+    def read(cls, source: ModelSource) -> "GeneratorCard":
         """The card of a served model. Hashes the weights: seconds for a large model.
 
         Raises:
@@ -99,10 +94,10 @@ class ModelCard:
         """
         folder = locate(source.source)
         facts = read_facts(folder)
-        device = _device(source.device)
-        dtype = _dtype(source.dtype, device)
+        on = device.find(source.device)
+        dtype = _dtype(source.dtype, on)
         controlnets: dict[str, ControlNetCard] = {}
-        numbers = weights(folder)
+        numbers = 0
         for kind, where in sorted(source.controlnets.items()):
             controlnet = locate(where, CONTROLNET_FILES)
             check_controlnet(controlnet, folder)
@@ -115,11 +110,6 @@ class ModelCard:
             for name, where in sorted(source.adapters.items())
         }
         numbers += sum(weights(adapter.file) for adapter in adapters.values())
-        # SDXL's autoencoder may run in single precision whatever the rest does.
-        upcast_bytes = 0
-        if facts.pooled_width:
-            vae_numbers = weights(folder / "vae", CONTROLNET_FILES)
-            upcast_bytes = vae_numbers * (torch.float32.itemsize - dtype.itemsize)
         card = cls(
             name=source.name,
             folder=folder,
@@ -129,9 +119,10 @@ class ModelCard:
             vae_channels=_first_block_channels(folder / "vae"),
             controlnets=controlnets,
             dtype=dtype,
-            device=device,
+            device=on,
             adapters=adapters,
-            weights_bytes=numbers * dtype.itemsize + upcast_bytes,
+            weights_bytes=numbers * dtype.itemsize
+            + weights_bytes(folder, dtype=dtype, vae_dtype=facts.vae_dtype(dtype)),
             limits=source.limits,
             preset=source.defaults,
         )
@@ -150,7 +141,7 @@ class ModelCard:
                 f"defaults.steps: is {defaults.steps}, above limits.max_steps, which is "
                 f"{self.max_steps}"
             )
-        if defaults.steps > (most := self.facts.most_steps(defaults.sampler)):
+        if defaults.steps > (most := most_steps(self.facts, defaults.sampler)):
             raise ModelError(
                 f"defaults.steps: is {defaults.steps}; sampler {defaults.sampler} takes at most {most}"
             )
@@ -222,7 +213,7 @@ class ModelCard:
         Raises:
             InvalidRequest: naming how many it has.
         """
-        most = self.facts.most_steps(sampling.sampler)
+        most = most_steps(self.facts, sampling.sampler)
         if sampling.steps > most:
             raise InvalidRequest.of(
                 "sampling.steps",
@@ -238,7 +229,7 @@ class ModelCard:
     def defaults(self) -> Sampling:
         """What a request that leaves sampling unset gets."""
         preset, guidance = self.preset, _GUIDANCE.get(self.family, DEFAULT_GUIDANCE)
-        sampler = preset.sampler or self.facts.native_sampler or DEFAULT_SAMPLER
+        sampler = preset.sampler or native_sampler(self.facts) or DEFAULT_SAMPLER
         steps = LCM_STEPS if sampler == "lcm" else DEFAULT_STEPS
         if sampler == "lcm" and self.facts.guidance_width is None:
             guidance = LCM_GUIDANCE
@@ -281,72 +272,9 @@ class ModelCard:
         return max(unet, decode) * value_bytes + 2 * 3 * sampling.images * size.pixels
 
 
-class Catalog:
-    """The served models; the first is the default."""
-
-    def __init__(self, cards: Mapping[str, ModelCard]) -> None:
-        assert cards, "a generator serves at least one model"
-        self._cards = dict(cards)
-
-    @classmethod
-    def read(cls, models: str) -> "Catalog":
-        """The catalog of a setting, see `read_sources`.
-
-        Raises:
-            InvalidSetting: naming the entry that does not parse, stands twice, or is no usable model.
-        """
-        cards: dict[str, ModelCard] = {}
-        for source in read_sources(models):
-            try:
-                card = ModelCard.read(source)
-            except ModelError as error:
-                raise InvalidSetting(f"models: {source.name}: {error}") from error
-            log.info(
-                "model found",
-                model=card.name,
-                digest=card.digest,
-                controlnets={kind: one.digest for kind, one in card.controlnets.items()},
-                adapters={name: adapter.digest for name, adapter in card.adapters.items()},
-                dtype=str(card.dtype).removeprefix("torch."),
-                device=str(card.device),
-                weights_mib=round(card.weights_bytes / 2**20, 1),
-            )
-            cards[source.name] = card
-        return cls(cards)
-
-    @property
-    def cards(self) -> tuple[ModelCard, ...]:
-        """All models, the default first."""
-        return tuple(self._cards.values())
-
-    def check_memory(self, limit_bytes: float) -> None:
-        """Refuses a limit that not every model keeps by itself.
-
-        Raises:
-            InvalidSetting: naming the model and what it needs.
-        """
-        for card in self.cards:
-            if card.weights_bytes > limit_bytes:
-                raise InvalidSetting(
-                    f"models: {card.name}: its weights, with its ControlNets and adapters, take "
-                    f"{card.weights_bytes / 2**30:.3g} GiB; COLLAGE_MODEL_MEMORY is {limit_bytes / 2**30:.3g}"
-                )
-
-    def find(self, name: str, *, field: str = "sampling.model") -> ModelCard:
-        """The model of that name, the default for an empty one.
-
-        Raises:
-            InvalidRequest: naming what is served.
-        """
-        if not name:
-            return self.cards[0]
-        if name not in self._cards:
-            raise InvalidRequest.of(
-                field,
-                f"is {quote(name)}; allowed: {', '.join(self._cards)}",
-                reason="UNKNOWN_MODEL",
-            )
-        return self._cards[name]
+def read_catalog(models: str) -> Catalog[GeneratorCard]:
+    """The catalog of a setting, see `Catalog.read`."""
+    return Catalog.read(models, GeneratorCard.read)
 
 
 def _read_adapter(name: str, where: Path | str, folder: Path) -> AdapterCard:
@@ -361,20 +289,9 @@ def _read_adapter(name: str, where: Path | str, folder: Path) -> AdapterCard:
     return AdapterCard(file=file, digest=digest_file(file))
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name; for an empty one the GPU where there is one, else the CPU."""
-    has_gpu = torch.cuda.is_available()
-    device = torch.device(name or ("cuda" if has_gpu else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ModelError(f"device: is {name!r}; this machine has: {', '.join(found)}")
-    # "cuda" and "cuda:0" are one device, and one budget.
-    return torch.device(device.type, device.index or 0) if device.type == "cuda" else device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, on: torch.device) -> torch.dtype:
     """The dtype of that name; for an empty one half precision on a GPU, single precision on the CPU."""
-    found = getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
+    found = getattr(torch, name or ("float16" if on.type == "cuda" else "float32"))
     assert isinstance(found, torch.dtype), f"{name} is no dtype"
     return found
 
