@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from services.common.collage import Sampling, Structure
+from services.common.collage import Adapter, Sampling, Structure
 from services.common.plate import Plate
 from services.diffusion.networks import load
 from services.generator.conditioning import LayerControl, prepare
@@ -65,6 +65,8 @@ class Case:
                 controlnets=networks,
             )
         )
+        # What is on in what `ours` draws.
+        self.adapters: tuple[Adapter, ...] = ()
         self.facts = self.stages.facts
         is_xl = bool(self.facts.pooled_width)
         plain = StableDiffusionXLImg2ImgPipeline if is_xl else StableDiffusionImg2ImgPipeline
@@ -104,6 +106,7 @@ class Case:
             negative_prompt=NEGATIVE,
             guidance_scale=scale,
             layers=layers,
+            adapters=self.adapters,
         )
         sampling = Sampling(
             model="toy",
@@ -112,6 +115,7 @@ class Case:
             guidance_scale=scale,
             images=len(SEEDS),
             seed=SEEDS[0],
+            adapters=self.adapters,
         )
         run = Run.begin(self.stages, plate=plate, conditioning=conditioning, sampling=sampling)
         while not run.is_done:

@@ -16,6 +16,7 @@ from services.common.settings import InvalidSetting
 from services.diffusion.networks import load
 from services.diffusion.text import Text
 from services.generator import adapters as adapters_module
+from services.generator.call import Given, Rows
 from services.generator.card import read_catalog
 from services.generator.engine import Engine
 from services.generator.job import ImageMade
@@ -63,8 +64,9 @@ def test_equals_diffusers_bit_for_bit(folder, files, adapters):
     strength = np.full(case.grid, 0.7)
     plain, _ = case.ours("euler", strength, 5.0)
     # What is loaded and off must not show.
-    case.stages.use([Adapter(name=name) for name in files])
-    case.stages.use([Adapter(name=name, weight=weight) for name, weight in adapters.items()])
+    case.adapters = tuple(Adapter(name=name) for name in files)
+    case.ours("euler", strength, 5.0)
+    case.adapters = tuple(Adapter(name=name, weight=weight) for name, weight in adapters.items())
     ours, _ = case.ours("euler", strength, 5.0)
     for name in adapters:
         case.pipeline.load_lora_weights(files[name], adapter_name=name)
@@ -72,7 +74,7 @@ def test_equals_diffusers_bit_for_bit(folder, files, adapters):
     assert torch.equal(ours, case.stock("euler", 0.7, 5.0))
     assert (ours - plain).abs().max() > 1e-2
     # And off again.
-    case.stages.use([])
+    case.adapters = ()
     assert torch.equal(case.ours("euler", strength, 5.0)[0], plain)
 
 
@@ -85,7 +87,7 @@ def test_equals_diffusers_with_two_text_encoders(tmp_path):
     (card,) = catalog(tmp_path, folder, files).cards
     case = Case(folder)
     case.stages = fresh(folder, {name: one.file for name, one in card.adapters.items()})
-    case.stages.use([CHALK, INK])
+    case.adapters = (CHALK, INK)
     for name, file in files.items():
         case.pipeline.load_lora_weights(file, adapter_name=name)
     case.pipeline.set_adapters(["chalk", "ink"], [CHALK.weight, INK.weight])
@@ -98,9 +100,10 @@ def test_an_operator_may_call_an_adapter_anything(folder, files, name):
     stages = fresh(folder, {name: files["ink"], "chalk": files["chalk"]})
     text = Text(ids_ET=stages.facts.tokenize("a cake").ids_ET)
     named = fresh(folder, files)
-    for each, adapter in ((stages, name), (named, "ink")):
-        each.use([Adapter(name=adapter)])
-    one, other = (each.encode_text([text]) for each in (stages, named))
+    one, other = (
+        each.encode_text([text], [Adapter(name=adapter)])
+        for each, adapter in ((stages, name), (named, "ink"))
+    )
     assert torch.equal(one.hidden_BTD, other.hidden_BTD)
 
 
@@ -115,13 +118,13 @@ def test_an_adapter_that_failed_to_load_loads_the_next_time(folder, files, monke
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(adapters_module.Loader, "load_lora_into_text_encoder", fail)
-        case.stages.use([INK])
-    case.stages.use([])
+        case.adapters = (INK,)
+        case.ours("euler", strength, 5.0)
+    case.adapters = ()
     assert torch.equal(case.ours("euler", strength, 5.0)[0], plain)
-    case.stages.use([INK])
+    case.adapters = (INK,)
     again, _ = case.ours("euler", strength, 5.0)
     case.stages = fresh(folder, files)
-    case.stages.use([INK])
     assert torch.equal(case.ours("euler", strength, 5.0)[0], again)
 
 
@@ -139,11 +142,11 @@ def test_layers_of_different_scales_keep_theirs(folder, tmp_path):
     found = {}
     for kind in ("even", "uneven"):
         stages = fresh(folder, {"one": tmp_path / f"{kind}.safetensors"})
-        stages.use([Adapter(name="one")])
+        on = (Adapter(name="one"),)
         ids = stages.facts.tokenize("a sushi").ids_ET
-        text = stages.encode_text([Text(ids_ET=ids)])
+        given = Given(count=1, text=stages.encode_text([Text(ids_ET=ids)], on), adapters=on)
         x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-        found[kind] = stages.predict(x, torch.tensor([500.0]), text, None, ())
+        found[kind] = stages.predict([Rows(given=given, x_NChw=x, timestep=500.0)])
     assert torch.allclose(found["even"], found["uneven"], atol=1e-5)
 
 

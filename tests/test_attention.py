@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,13 +8,13 @@ import torch
 from services.diffusion.networks import load
 from services.diffusion.text import TextStates
 from services.generator.attention import (
-    AttentionControl,
+    Control,
     ControlledAttention,
     ControlSlot,
-    StepControl,
     gain,
     grid_of,
 )
+from services.generator.call import LAYERS_MULTIPLE, Given, Rows, Steering
 from services.generator.stages import TorchStages
 from testing import toy
 
@@ -40,6 +41,17 @@ def visible(height=8, width=8, layers=3):
     return torch.rand((layers, height, width), generator=torch.Generator().manual_seed(9))
 
 
+def steering(positions=POSITIONS, dials=DIALS, masks=None, window=TOKENS):
+    return Steering.of(positions, dials, visible() if masks is None else masks, window=window)
+
+
+def control(*jobs, **options):
+    """Of jobs, each its steering, its rows and g."""
+    made = Control([job[:2] for job in jobs], device=torch.device("cpu"), **options)
+    made.gain(torch.tensor([g for _, rows, g in jobs for _ in range(rows)]))
+    return made
+
+
 def expected_bias(query, key, sigma, control_visible, positions=POSITIONS, dials=DIALS):
     """The formula as the paper has it, token by token, for one row; query [H, Q, d], key [H, T, d]."""
     scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
@@ -54,12 +66,13 @@ def expected_bias(query, key, sigma, control_visible, positions=POSITIONS, dials
     return bias
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6])
-def test_bias_is_the_papers(sigma):
+def test_bias_is_the_papers(sigma, multiple):
     query, key = rand(4, 2, 64, 5), rand(4, 2, TOKENS, 5, seed=1)
     masks = visible()
-    control = AttentionControl.of(POSITIONS, DIALS, masks)
-    bias = StepControl.of([(control, 2, gain(sigma))]).bias_B1QT(query, key)
+    made = control((steering(masks=masks), 2, gain(sigma)), tokens_multiple=multiple)
+    bias = made.bias_B1QT(query, key)
     assert bias.shape == (4, 1, 64, TOKENS)
     # The first two rows are those without the prompt.
     assert not bias[:2].any()
@@ -72,11 +85,11 @@ def test_bias_is_the_papers(sigma):
 
 def test_what_one_attention_was_told_does_not_reach_the_next():
     masks = visible()
-    step = StepControl.of([(AttentionControl.of(POSITIONS, DIALS, masks), 1, gain(1.0))])
+    made = control((steering(masks=masks), 1, gain(1.0)))
     for seed in range(3):
         query, key = rand(3, 2, 64, 5, seed=seed), rand(3, 2, TOKENS, 5, seed=seed + 9)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-            bias = step.bias_B1QT(query.to(dtype), key.to(dtype))
+            bias = made.bias_B1QT(query.to(dtype), key.to(dtype))
             assert not bias[:2].any() and bias.dtype == dtype
             expected = expected_bias(query[2], key[2], 1.0, masks)
             torch.testing.assert_close(bias[2, 0].float(), expected, rtol=tolerance, atol=tolerance)
@@ -84,52 +97,53 @@ def test_what_one_attention_was_told_does_not_reach_the_next():
 
 def test_rows_of_two_jobs_get_what_each_would_get_alone():
     query, key = rand(5, 2, 16, 5), rand(5, 2, TOKENS, 5, seed=1)
-    one = AttentionControl.of(POSITIONS, DIALS, visible(4, 4))
-    other = AttentionControl.of([(2, 6)], [(1.0, 1.0)], visible(4, 4, layers=1))
-    together = StepControl.of([(one, 1, 0.5), (other, 3, 1.2)]).bias_B1QT(query, key)
+    one = steering(masks=visible(4, 4))
+    # More layers than one's, so that one's are padded.
+    other = steering([(2, 6)] + [()] * 9, [(1.0, 1.0)] * 10, visible(4, 4, layers=10))
+    assert len(other.attract_L) > len(one.attract_L) == LAYERS_MULTIPLE
+    together = control((one, 1, 0.5), (other, 3, 1.2)).bias_B1QT(query, key)
     assert not together[0].any()
-    alone = StepControl.of([(one, 1, 0.5)]).bias_B1QT(query[1:2], key[1:2])
+    alone = control((one, 1, 0.5)).bias_B1QT(query[1:2], key[1:2])
     torch.testing.assert_close(together[1:2], alone)
-    alone = StepControl.of([(other, 3, 1.2)]).bias_B1QT(query[2:], key[2:])
+    alone = control((other, 3, 1.2)).bias_B1QT(query[2:], key[2:])
     torch.testing.assert_close(together[2:], alone)
 
 
 def test_scores_below_zero_do_not_turn_attract_into_repel():
     query, key = torch.ones(1, 1, 4, 2), -torch.ones(1, 1, TOKENS, 2)
-    control = AttentionControl.of([(1,)], [(1.0, 1.0)], visible(2, 2, layers=1))
-    assert not StepControl.of([(control, 1, 1.0)]).bias_B1QT(query, key).any()
+    made = control((steering([(1,)], [(1.0, 1.0)], visible(2, 2, layers=1)), 1, 1.0))
+    assert not made.bias_B1QT(query, key).any()
 
 
 def test_two_layers_of_one_text_stay_two():
     masks = torch.zeros(2, 2, 2)
     masks[0, 0], masks[1, 1] = 1, 1
-    control = AttentionControl.of([(1,), (3,)], [(1.0, 1.0)] * 2, masks)
-    weight = control.weight_QT(4, TOKENS)
+    (weight,) = control((steering([(1,), (3,)], [(1.0, 1.0)] * 2, masks), 1, 1.0)).weight_RQT(4)
     assert weight[:, 1].tolist() == [1, 1, -1, -1]
     assert weight[:, 3].tolist() == [-1, -1, 1, 1]
 
 
 def test_a_token_that_two_layers_share_hears_both():
     masks = torch.ones(2, 1, 1)
-    control = AttentionControl.of([(1,), (1, 2)], [(0.25, 0.0), (0.5, 0.0)], masks)
-    assert control.weight_QT(1, 3).tolist() == [[0.0, 0.75, 0.5]]
+    shared = steering([(1,), (1, 2)], [(0.25, 0.0), (0.5, 0.0)], masks, window=3)
+    assert control((shared, 1, 1.0)).weight_RQT(1).tolist() == [[[0.0, 0.75, 0.5]]]
 
 
 def test_no_dials_no_control():
-    assert AttentionControl.of([(1,), ()], [(0.0, 0.0), (1.0, 1.0)], visible()) is None
+    assert steering([(1,), ()], [(0.0, 0.0), (1.0, 1.0)], visible(layers=2)) is None
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 24), (40, 8), (16, 56)])
 def test_masks_are_averaged_over_each_levels_cells(height, width):
     masks = visible(height, width, layers=1)
-    control = AttentionControl.of([(1,)], [(1.0, 0.0)], masks)
+    made = control((steering([(1,)], [(1.0, 0.0)], masks), 1, 1.0))
     for cell in (1, 2, 4, 8):
         grid = (height // cell, width // cell)
         assert grid_of(grid[0] * grid[1], height, width) == grid
         expected = masks[0].reshape(grid[0], cell, grid[1], cell).mean(dim=(1, 3))
-        weight = control.weight_QT(grid[0] * grid[1], TOKENS)
-        torch.testing.assert_close(weight[:, 1].reshape(grid), expected)
-        assert control.weight_QT(grid[0] * grid[1], TOKENS) is weight
+        weight = made.weight_RQT(grid[0] * grid[1])
+        torch.testing.assert_close(weight[0, :, 1].reshape(grid), expected)
+        assert made.weight_RQT(grid[0] * grid[1]) is weight
 
 
 def test_gain_falls_with_sigma_and_never_below_zero():
@@ -140,10 +154,26 @@ def test_gain_falls_with_sigma_and_never_below_zero():
     assert gains[-1] == pytest.approx(1.32, abs=0.01)
 
 
-def predict(stages, control=None, rows=2):
-    x, text = rand(rows, 4, 8, 16), rand(rows, toy.WINDOW, 32, seed=1)
-    timestep = torch.full((rows,), 501.0)
-    return stages.predict(x, timestep, TextStates(hidden_BTD=text), control, ())
+def rows(steered=None, g=1.0):
+    """Two rows of one job, the second one with the prompt."""
+    x, text = rand(2, 4, 8, 16), rand(2, toy.WINDOW, 32, seed=1)
+    return [
+        Rows(
+            given=Given(
+                count=1,
+                text=TextStates(hidden_BTD=text[index : index + 1]),
+                steering=steered if index else None,
+            ),
+            x_NChw=x[index : index + 1],
+            timestep=501.0,
+            gain=g,
+        )
+        for index in range(2)
+    ]
+
+
+def over(height=8, width=16):
+    return steering(masks=visible(height, width), window=toy.WINDOW)
 
 
 def test_without_control_the_stock_path_runs_bit_for_bit(stages, tmp_path):
@@ -152,19 +182,34 @@ def test_without_control_the_stock_path_runs_bit_for_bit(stages, tmp_path):
         expected = stock(
             rand(2, 4, 8, 16), 501, encoder_hidden_states=rand(2, toy.WINDOW, 32, seed=1)
         ).sample
-    assert torch.equal(predict(stages), expected)
-    control = AttentionControl.of(POSITIONS, DIALS, visible(8, 16))
-    predict(stages, StepControl.of([(control, 1, 1.0)]))
+    assert torch.equal(stages.predict(rows()), expected)
+    stages.predict(rows(over()))
     # A controlled call leaves nothing behind.
-    assert torch.equal(predict(stages), expected)
+    assert torch.equal(stages.predict(rows()), expected)
+
+
+def test_what_is_given_is_prepared_once_and_forgotten_with_it(stages, monkeypatch):
+    """And a call's answer does not depend on the calls before it."""
+    prepared = []
+    made = stages._made
+    monkeypatch.setattr(stages, "_made", lambda *args: prepared.append(args) or made(*args))
+    called, before = rows(over()), len(stages._calls)
+    first = stages.predict(called)
+    later = [replace(each, x_NChw=each.x_NChw + 1, timestep=17.0, gain=0.2) for each in called]
+    second = stages.predict(later)
+    # Others between them, of which one part is the same.
+    stages.predict([called[0]])
+    assert len(prepared) == 2
+    assert torch.equal(stages.predict(called), first)
+    assert torch.equal(stages.predict(rows(over(), 1.0)), first)
+    assert not torch.equal(first, second)
+    prepared.clear()
+    del called, later
+    assert len(stages._calls) == before
 
 
 def test_control_changes_the_prompted_rows_only(stages):
-    control = AttentionControl.of(POSITIONS, DIALS, visible(8, 16))
-    plain, controlled = (
-        predict(stages),
-        predict(stages, StepControl.of([(control, 1, gain(14.6))])),
-    )
+    plain, controlled = stages.predict(rows()), stages.predict(rows(over(), gain(14.6)))
     torch.testing.assert_close(controlled[0], plain[0], rtol=1e-4, atol=1e-5)
     assert (controlled[1] - plain[1]).abs().max() > 1e-3
 
@@ -176,9 +221,9 @@ def test_every_level_is_controlled(stages):
     assert all(isinstance(attn.processor, ControlledAttention) for attn in attentions)
     others = [m for name, m in unet.named_modules() if name.endswith(".attn1")]
     assert not any(isinstance(attn.processor, ControlledAttention) for attn in others)
-    control = AttentionControl.of(POSITIONS, DIALS, visible(8, 16))
-    predict(stages, StepControl.of([(control, 1, 1.0)]))
-    assert {queries for queries, _ in control._weights} == {128, 32, 8, 2}
+    called = rows(over())
+    stages.predict(called)
+    assert stages._call(called).control._weights.keys() == {128, 32, 8, 2}
 
 
 def test_controlled_attention_is_softmax_of_the_biased_scores(stages):
@@ -188,7 +233,7 @@ def test_controlled_attention_is_softmax_of_the_biased_scores(stages):
     cells, text = rand(1, 128, attn.to_q.in_features), rand(1, TOKENS, 32, seed=1)
     masks = visible(8, 16)
     slot = ControlSlot()
-    slot.control = StepControl.of([(AttentionControl.of(POSITIONS, DIALS, masks), 1, gain(5.0))])
+    slot.control = control((steering(masks=masks), 1, gain(5.0)))
     with torch.inference_mode():
         mixed = ControlledAttention(slot)(attn, cells, text)
         heads = [
@@ -207,12 +252,12 @@ def test_full_repel_takes_attention_out_of_the_mask(stages):
     query, key = rand(1, 2, 64, 8) * 3, rand(1, 2, TOKENS, 8, seed=1) * 3
     masks = torch.zeros(1, 8, 8)
     masks[0, :4] = 1
-    control = AttentionControl.of([(1, 2)], [(1.0, 1.0)], masks)
+    made = control((steering([(1, 2)], [(1.0, 1.0)], masks), 1, gain(14.6)))
 
     def share(bias):
         mass = (query @ key.transpose(2, 3) / math.sqrt(8) + bias).softmax(-1)[..., 1:3]
         return float((mass * masks.flatten()[:, None]).sum() / mass.sum())
 
-    bias = StepControl.of([(control, 1, gain(14.6))]).bias_B1QT(query, key)
+    bias = made.bias_B1QT(query, key)
     assert share(0.0) < 0.7 and share(bias) > 0.9
     assert np.isfinite(bias.numpy()).all()

@@ -58,21 +58,18 @@ class WatchedStages:
                 [Text(ids_ET=inner.facts.tokenize(cursed).ids_ET)]
             ).hidden_BTD[0]
 
-    def use(self, adapters):
-        self.inner.use(adapters)
+    def encode_text(self, texts, adapters=()):
+        return self.inner.encode_text(texts, adapters)
 
-    def encode_text(self, texts):
-        return self.inner.encode_text(texts)
-
-    def predict(self, x_BChw, timestep_B, text, control, structure):
-        self.rows.append(len(x_BChw))
-        self.grids.append(tuple(x_BChw.shape[2:]))
+    def predict(self, rows):
+        self.rows.append(sum(each.given.count for each in rows))
+        self.grids.append(tuple(rows[0].x_NChw.shape[2:]))
         if self._cursed_TD is not None and any(
-            torch.equal(text_TD, self._cursed_TD) for text_TD in text.hidden_BTD
+            torch.equal(each.given.text.hidden_BTD[0], self._cursed_TD) for each in rows
         ):
             self.is_lost = True
             raise self._error
-        return self.inner.predict(x_BChw, timestep_B, text, control, structure)
+        return self.inner.predict(rows)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -270,9 +267,9 @@ async def test_a_joint_step_that_fails_leaves_no_trace(catalog, torch_stages, mo
     predict, apply = stages.predict, Hold.apply
     applied = []
 
-    def begin_step(*args):
+    def begin_step(rows):
         applied.clear()
-        return predict(*args)
+        return predict(rows)
 
     def breaks_second(hold, *args):
         """Fails at the end of the step of a joint step's second run; the first one has finished its own."""
@@ -295,13 +292,13 @@ async def test_what_a_failed_joint_step_held_is_free_before_each_job_tries_alone
     stages = WatchedStages(torch_stages)
     predict, held = stages.predict, []
 
-    def too_large(x_BChw, *args):
-        if len(x_BChw) == 4:
+    def too_large(rows):
+        if sum(each.given.count for each in rows) == 4:
             activations = torch.zeros(1)
             held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert not any(each() is not None for each in held)
-        return predict(x_BChw, *args)
+        return predict(rows)
 
     stages.predict = too_large
     async with running(catalog, stages, max_rows=4) as engine:

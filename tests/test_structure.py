@@ -290,7 +290,7 @@ def passed(stages):
     """The rows and the kind of each ControlNet's call."""
     rows = []
     hooks = [
-        stages._controlnet(kind).register_forward_pre_hook(
+        stages._controlnets.network(kind).register_forward_pre_hook(
             lambda _, args, kind=kind: rows.append((kind, len(args[0])))
         )
         for kind in KINDS
@@ -764,7 +764,7 @@ async def test_a_controlnet_is_loaded_before_the_first_step_and_timed_apart(fold
         kinds.append(args[0].name)
         return load_controlnet(*args, **options)
 
-    monkeypatch.setattr("services.generator.stages.load_controlnet", load_one)
+    monkeypatch.setattr("services.generator.residuals.load_controlnet", load_one)
     made = load_stages(catalog.cards[0])
     made._model.unet.register_forward_pre_hook(lambda *_: order.append("call"))
 

@@ -60,7 +60,7 @@ class TextStates:
             else self.pooled_BP.repeat_interleave(times, dim=0),
         )
 
-    def rows(self, rows_R: Tensor) -> "TextStates":
+    def rows(self, rows_R: slice | Tensor) -> "TextStates":
         """These rows of it."""
         return TextStates(
             hidden_BTD=self.hidden_BTD[rows_R],

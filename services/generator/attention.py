@@ -1,90 +1,31 @@
 """Attention control: a layer's words gain inside the layer's visible mask and lose outside it.
 
-Main types: `AttentionControl`, what one job's layers ask for, built once; `StepControl`, what one U-Net call is told;
-`ControlledAttention`, the processor that does it. Collage Diffusion (Sarukkai et al. 2023): to the scaled scores S of
-every cross-attention, for every token j of a layer with visible mask v, conditional rows only, is added
+Main types, at the network's side of the seam: `Control`, made of what the jobs of a call ask for, once for all their
+steps, and `ControlledAttention`, the processor that heeds it. Collage Diffusion (Sarukkai et al. 2023): to the scaled
+scores S of every cross-attention, for every token j of a layer with visible mask v, conditional rows only, is added
 
     + attract * v * g(sigma) * M_j - repel * (1 - v) * g(sigma) * M_j,      g(sigma) = log(log(sigma + 1.01) + 1)
 
 with M_j = max(0, max of S over heads and positions). Departures from the released code: sigma is the true one of the
 step, M_j is never negative (a negative one would swap attract and repel), tokens are found by characters.
-Suffixes: B rows of a call, R its controlled rows, which come last; H heads, Q queries (cells at one resolution), T text
-positions, U positions that belong to a layer, d head width, L layers, h, w latent cells.
+Suffixes: B rows of a call, R its controlled rows, which come last; J jobs, H heads, Q queries (cells at one
+resolution), T text positions, U positions that belong to a layer of any job, d head width, L layers, h, w latent cells.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from services.generator.call import Steering
+
 
 def gain(sigma: float) -> float:
     """g(sigma): how strongly attention is controlled at noise level sigma >= 0; 0.01 at 0, 1.3 at 14."""
     return math.log(math.log(sigma + 1.01) + 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AttentionControl:
-    """What a job's layers ask of cross-attention; the same for all its pictures and steps.
-
-    tokens: the text positions that belong to layers. token_J: int64, the same, and layer_J: int64, the layer of each; a
-    position that two layers share stands twice. attract_L, repel_L: float32 in [0, 1]. visible_Lhw: float32 in [0, 1].
-    """
-
-    tokens: frozenset[int]
-    token_J: torch.Tensor
-    layer_J: torch.Tensor
-    attract_L: torch.Tensor
-    repel_L: torch.Tensor
-    visible_Lhw: torch.Tensor
-    _weights: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        positions: Sequence[Sequence[int]],
-        dials: Sequence[tuple[float, float]],
-        visible_Lhw: torch.Tensor,
-    ) -> "AttentionControl | None":
-        """The control of layers with these text positions and (attract, repel); None where nothing is asked."""
-        device = visible_Lhw.device
-        pairs = [
-            (token, layer)
-            for layer, tokens in enumerate(positions)
-            for token in tokens
-            if any(dials[layer])
-        ]
-        if not pairs:
-            return None
-        token_J, layer_J = torch.tensor(pairs, device=device).unbind(1)
-        attract_L, repel_L = torch.tensor(dials, dtype=torch.float32, device=device).unbind(1)
-        return cls(
-            tokens=frozenset(token for token, _ in pairs),
-            token_J=token_J,
-            layer_J=layer_J,
-            attract_L=attract_L,
-            repel_L=repel_L,
-            visible_Lhw=visible_Lhw,
-        )
-
-    def weight_QT(self, queries: int, tokens: int) -> torch.Tensor:
-        """What attract * v - repel * (1 - v) is for every query and text position, 0 without a layer; made once.
-
-        Here v is the mean of the mask over the query's cell of the U-Net level that has so many queries.
-        """
-        if (queries, tokens) not in self._weights:
-            height, width = grid_of(queries, *self.visible_Lhw.shape[1:])
-            v_LQ = F.adaptive_avg_pool2d(self.visible_Lhw, (height, width)).flatten(1)
-            weight_LQ = self.attract_L[:, None] * v_LQ - self.repel_L[:, None] * (1 - v_LQ)
-            weight_TQ = weight_LQ.new_zeros(tokens, queries)
-            weight_TQ.index_add_(0, self.token_J, weight_LQ[self.layer_J])
-            self._weights[queries, tokens] = weight_TQ.T.contiguous()
-        return self._weights[queries, tokens]
 
 
 def grid_of(queries: int, height: int, width: int) -> tuple[int, int]:
@@ -95,61 +36,79 @@ def grid_of(queries: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StepControl:
-    """Control of the last rows of one U-Net call: for each job its control, its rows, and g at its step's sigma."""
+class Control:
+    """Control of the last rows of U-Net calls, the same rows each time."""
 
-    controls: tuple[AttentionControl, ...]
-    rows: tuple[int, ...]
-    gains: tuple[float, ...]
+    def __init__(
+        self,
+        steerings: Sequence[tuple[Steering, int]],
+        *,
+        device: torch.device,
+        tokens_multiple: int = 1,
+    ) -> None:
+        """Takes each job's steering and rows, in the order of the rows; the jobs are of one grid.
 
-    @classmethod
-    def of(cls, jobs: Sequence[tuple[AttentionControl, int, float]]) -> "StepControl":
-        """From each job's control, its rows, and its gain."""
-        controls, rows, gains = zip(*jobs, strict=True)
-        return cls(controls=controls, rows=rows, gains=gains)
-
-    @cached_property
-    def token_U(self) -> torch.Tensor:
-        """The text positions that belong to a layer of any of the jobs."""
-        tokens = set().union(*(control.tokens for control in self.controls))
-        return torch.tensor(sorted(tokens), device=self.controls[0].token_J.device)
-
-    @cached_property
-    def _made(self) -> dict[tuple[object, ...], torch.Tensor]:
-        return {}
-
-    def weight_RQT(self, queries: int, tokens: int) -> torch.Tensor:
-        """The jobs' weights times their g(sigma), a row each; for a single job one row for all."""
-        key = ("weight", queries, tokens)
-        if key not in self._made:
-            parts = [
-                control.weight_QT(queries, tokens)[None] * g
-                for control, g in zip(self.controls, self.gains, strict=True)
+        With a `tokens_multiple` that many times some number of text positions are looked at, so that a U-Net that was
+        compiled or recorded for a shape serves jobs of other words.
+        """
+        layers = max(len(each.attract_L) for each, _ in steerings)
+        padded = [each.padded(layers) for each, _ in steerings]
+        speaks_JLT = torch.stack([each.speaks_LT for each in padded])
+        # For a single job one row stands for all.
+        self._counts = [rows for _, rows in steerings] if len(steerings) > 1 else [1]
+        self.rows = sum(rows for _, rows in steerings)
+        self._visible_JLhw = torch.stack([each.visible_Lhw for each in padded]).to(device)
+        self._dials_2JL1 = torch.stack(
+            [
+                torch.stack([each.attract_L for each in padded]),
+                torch.stack([each.repel_L for each in padded]),
             ]
-            if len(parts) > 1:
-                pairs = zip(parts, self.rows, strict=True)
-                parts = [torch.cat([part.expand(rows, -1, -1) for part, rows in pairs])]
-            (self._made[key],) = parts
-        return self._made[key]
+        )[..., None].to(device)
+        self._speaks_JTL = speaks_JLT.transpose(1, 2).to(device)
+        tokens = speaks_JLT.any(dim=0).any(dim=0).nonzero()[:, 0].tolist()
+        more = -len(tokens) % tokens_multiple
+        place_UT = torch.eye(speaks_JLT.shape[2])[tokens + [0] * more]
+        # What is looked at beside them has a place nowhere.
+        place_UT[len(tokens) :] = 0
+        self._token_U = torch.tensor(tokens + [0] * more, device=device)
+        self._place_UT = place_UT.to(device)
+        self._gain_R11 = torch.ones(1, 1, 1, device=device)
+        self._gained: dict[int, torch.Tensor] = {}
+        self._weights: dict[int, torch.Tensor] = {}
+        self._rooms: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _place_UT(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """1 where a column is the text position of a row."""
-        key = ("place", tokens, dtype)
-        if key not in self._made:
-            all_T = torch.arange(tokens, device=self.token_U.device)
-            self._made[key] = (self.token_U[:, None] == all_T).to(dtype)
-        return self._made[key]
+    def gain(self, gain_R: torch.Tensor) -> None:
+        """Sets g(sigma) of each row, for the calls that follow."""
+        self._gain_R11 = gain_R[:, None, None]
+        self._gained.clear()
 
-    def _room_B1QT(self, batch: int, queries: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros, made once, whose rows begin at multiples of 8 as attention on a GPU wants them."""
-        key = ("room", batch, queries, tokens, dtype)
-        if key not in self._made:
-            width = -(-tokens // 8) * 8
-            device = self.token_U.device
-            room = torch.zeros(batch, 1, queries, width, dtype=dtype, device=device)
-            self._made[key] = room[..., :tokens]
-        return self._made[key]
+    def weight_RQT(self, queries: int) -> torch.Tensor:
+        """What attract * v - repel * (1 - v) is for every query and text position, 0 without a layer; made once.
+
+        Here v is the mean of the mask over the query's cell of the U-Net level that has so many queries.
+        """
+        if queries not in self._weights:
+            grid = grid_of(queries, *self._visible_JLhw.shape[2:])
+            v_JLQ = F.adaptive_avg_pool2d(self._visible_JLhw, grid).flatten(2)
+            attract_JL1, repel_JL1 = self._dials_2JL1
+            weight_JLQ = attract_JL1 * v_JLQ - repel_JL1 * (1 - v_JLQ)
+            weight_JQT = (self._speaks_JTL @ weight_JLQ).transpose(1, 2)
+            parts = [
+                weight_1QT.expand(rows, -1, -1)
+                for rows, weight_1QT in zip(self._counts, weight_JQT.split(1), strict=True)
+            ]
+            self._weights[queries] = torch.cat(parts).contiguous()
+        return self._weights[queries]
+
+    def _room_B1QT(self, batch: int, queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Zeros, made once, whose rows begin at multiples of 8 as attention on a GPU wants them; and the last ones."""
+        key = (batch, queries, dtype)
+        if key not in self._rooms:
+            window, device = self._place_UT.shape[1], self._place_UT.device
+            room = torch.zeros(batch, 1, queries, -(-window // 8) * 8, dtype=dtype, device=device)
+            room_B1QT = room[..., :window]
+            self._rooms[key] = room_B1QT, room_B1QT[batch - self.rows :, 0]
+        return self._rooms[key]
 
     def bias_B1QT(self, query_BHQd: torch.Tensor, key_BHTd: torch.Tensor) -> torch.Tensor:
         """What is added to the scaled scores, the same for all heads, 0 in rows without control.
@@ -158,15 +117,16 @@ class StepControl:
         and there is one call for every cross-attention of every step.
         """
         batch, _, queries, width = query_BHQd.shape
-        tokens, dtype = key_BHTd.shape[2], query_BHQd.dtype
-        first = batch - sum(self.rows)
+        bias_B1QT, bias_RQT = self._room_B1QT(batch, queries, query_BHQd.dtype)
+        if batch > self.rows:
+            query_BHQd, key_BHTd = query_BHQd[-self.rows :], key_BHTd[-self.rows :]
         # Scaled before the product, which in half precision would overflow for some models.
-        key_RHUd = key_BHTd[first:].index_select(2, self.token_U) * width**-0.5
-        score_RHQU = torch.matmul(query_BHQd[first:], key_RHUd.transpose(2, 3))
-        top_RU = score_RHQU.amax(dim=(1, 2)).clamp_(min=0)
-        top_R1T = (top_RU @ self._place_UT(tokens, dtype))[:, None]
-        bias_B1QT = self._room_B1QT(batch, queries, tokens, dtype)
-        torch.mul(self.weight_RQT(queries, tokens), top_R1T, out=bias_B1QT[first:, 0])
+        key_RHUd = key_BHTd.index_select(2, self._token_U) * width**-0.5
+        score_RHQU = torch.matmul(query_BHQd, key_RHUd.transpose(2, 3))
+        top_RU = score_RHQU.amax(dim=(1, 2)).clamp_(min=0).float()
+        if queries not in self._gained:
+            self._gained[queries] = self.weight_RQT(queries) * self._gain_R11
+        torch.mul(self._gained[queries], (top_RU @ self._place_UT)[:, None], out=bias_RQT)
         return bias_B1QT
 
 
@@ -174,7 +134,7 @@ class ControlSlot:
     """Where one U-Net's processors find the control of the call under way; None outside controlled calls."""
 
     def __init__(self) -> None:
-        self.control: StepControl | None = None
+        self.control: Control | None = None
 
 
 class ControlledAttention:

@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
 
-from services.common.collage import DIALS, Structure
+import torch
+
+from services.common.collage import DIALS, Adapter, Structure
 from services.common.errors import InvalidRequest
 from services.diffusion.text import Text, TextStates
 from services.diffusion.tokens import TextTooLong, Tokens
 from services.diffusion.word import Word
+from services.generator.call import Steering
 from services.generator.stages import Stages
 
 
@@ -57,6 +60,15 @@ class Conditioning:
     layers: tuple[LayerControl, ...]
     positions: tuple[tuple[int, ...], ...]
 
+    def steering(self, visible_Lhw: torch.Tensor) -> Steering | None:
+        """How the layers, seen where these masks say, steer the prompt's rows; None where none does."""
+        return Steering.of(
+            self.positions,
+            [(layer.attract, layer.repel) for layer in self.layers],
+            visible_Lhw,
+            window=self.prompt.hidden_BTD.shape[1],
+        )
+
 
 def prepare(
     stages: Stages,
@@ -65,8 +77,9 @@ def prepare(
     negative_prompt: str,
     guidance_scale: float,
     layers: Sequence[LayerControl],
+    adapters: Sequence[Adapter] = (),
 ) -> Conditioning:
-    """Encodes the prompts; the negative one is not read where `reads_negative` says so.
+    """Encodes the prompts, with these adapters on; the negative one is not read where `reads_negative` says so.
 
     Raises:
         InvalidRequest: a prompt has more tokens than the model reads, learned words' vectors among them; says how many.
@@ -80,14 +93,16 @@ def prepare(
         for index, layer in enumerate(layers)
     )
     plain = stages.facts.tokenize(prompt) if words else tokens
-    encoded = stages.encode_text([Text(ids_ET=plain.ids_ET)])
+    encoded = stages.encode_text([Text(ids_ET=plain.ids_ET)], adapters)
     if words:
-        encoded = _with_words(stages, encoded, tokens, positions, words)
+        encoded = _with_words(stages, encoded, tokens, positions, words, adapters)
     negative = None
     if stages.facts.reads_negative(guidance_scale):
         ids_ET = _tokenize(stages, negative_prompt, field="negative_prompt").ids_ET
         is_zero = stages.facts.is_empty_zero and not negative_prompt
-        negative = encoded.zeros() if is_zero else stages.encode_text([Text(ids_ET=ids_ET)])
+        negative = (
+            encoded.zeros() if is_zero else stages.encode_text([Text(ids_ET=ids_ET)], adapters)
+        )
     return Conditioning(
         prompt=encoded,
         negative=negative,
@@ -103,6 +118,7 @@ def _with_words(
     tokens: Tokens,
     positions: Sequence[Sequence[int]],
     words: Mapping[int, Word],
+    adapters: Sequence[Adapter],
 ) -> TextStates:
     """The prompt's states with learned words, from those of the prompt without.
 
@@ -114,6 +130,7 @@ def _with_words(
         tokens: of the prompt with places for them.
         positions: of each layer in the prompt with words, the learned one's first.
         words: by layer.
+        adapters: the ones that are on.
     """
     blank = stages.facts.tokenize("")
     phrases = []
@@ -123,7 +140,7 @@ def _with_words(
             for ids_T, (begin, *rest) in zip(tokens.ids_ET, blank.ids_ET, strict=True)
         )
         phrases.append(Text(ids_ET=ids_ET, word=word, positions=tuple(range(1, 1 + len(word)))))
-    states_WTD = stages.encode_text(phrases).hidden_BTD
+    states_WTD = stages.encode_text(phrases, adapters).hidden_BTD
     # Each position after a word's vectors is one of the prompt without them; the padding's end gives way.
     learned = set(chain(*tokens.words))
     window = plain.hidden_BTD.shape[1]

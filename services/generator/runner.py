@@ -209,7 +209,6 @@ class Runner:
         entry.mailbox.post(QueuedAt(place=0))
         job = entry.job
         stages = self._stages_of(entry)
-        stages.use(job.sampling.active_adapters)
         with self._stage(entry, stages, "encode_text"):
             conditioning = prepare(
                 stages,
@@ -217,6 +216,7 @@ class Runner:
                 negative_prompt=job.negative_prompt,
                 guidance_scale=job.sampling.guidance_scale,
                 layers=job.layers,
+                adapters=job.sampling.active_adapters,
             )
         with self._stage(entry, stages, "encode_image"):
             entry.run = Run.begin(
@@ -258,8 +258,6 @@ class Runner:
         sampling = entries[0].job.sampling
         stages = self._stages_of(entries[0])
         try:
-            # All of a batch have the same ones; a job of others may have begun since their last step.
-            stages.use(sampling.active_adapters)
             start_s = time.monotonic()
             rows = step(stages, [_run(entry) for entry in entries])
             device.synchronize(stages.device)

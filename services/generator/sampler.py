@@ -6,8 +6,8 @@ Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 
 from services.common.collage import Sampling
 from services.common.plate import Plate
-from services.diffusion.text import TextStates
-from services.generator.attention import AttentionControl, StepControl, gain
+from services.generator.attention import gain
+from services.generator.call import Given, Rows
 from services.generator.conditioning import Conditioning
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
 from services.generator.schedule import scheduler
 from services.generator.stages import Stages
-from services.generator.structure import Acting, StructureControl, StructureStep, passes
+from services.generator.structure import StructureControl, StructureStep
 
 # Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
 _PREVIEW_RIDGE = 1e-4
+_NO_STRUCTURE = StructureStep()
 
 
 class Role(IntEnum):
@@ -61,7 +62,8 @@ class Run:
         if self.steps_total == 0:
             return
         self._scheduler = scheduler(facts, sampling.sampler)
-        self._scheduler.set_timesteps(sampling.steps, device=device)
+        # Its numbers stay on the CPU: a schedule on the device would be asked for them in every step.
+        self._scheduler.set_timesteps(sampling.steps, device="cpu")
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(self._first_step)
         self._levels = Levels.of(self._scheduler)
@@ -84,16 +86,16 @@ class Run:
             last_state=int(released_hw.max()),
         )
         self._x_NChw = self._hold.start(self._first_step)
-        self._control = AttentionControl.of(
-            conditioning.positions,
-            [(layer.attract, layer.repel) for layer in conditioning.layers],
-            torch.from_numpy(plate.visible_Lhw).to(device),
-        )
+        visible_Lhw = torch.from_numpy(plate.visible_Lhw)
+        self._steering = conditioning.steering(visible_Lhw)
         self._structure = StructureControl.of(
-            [layer.structures for layer in conditioning.layers],
-            plate.control,
-            torch.from_numpy(plate.visible_Lhw).to(device),
+            [layer.structures for layer in conditioning.layers], plate.control, visible_Lhw
         )
+        self._adapters = sampling.active_adapters
+        # A guidance scale is given to the U-Nets that take it as an input, and to no other.
+        is_input = facts.guidance_width is not None
+        self._guidance_input = conditioning.guidance_scale if is_input else None
+        self._given: tuple[StructureStep, dict[Role, Given]] | None = None
 
     @classmethod
     @torch.inference_mode()
@@ -134,18 +136,39 @@ class Run:
     def _structure_step(self) -> StructureStep:
         """What structure does in the next step."""
         if self._structure is None:
-            return StructureStep()
+            return _NO_STRUCTURE
         return self._structure.at(self.steps_done, self.steps_total)
 
-    def _parts(self) -> Iterator["_Part"]:
-        """The predictions that the next step takes."""
-        prompt, negative = self._conditioning.prompt, self._conditioning.negative
+    def rows(self) -> dict[Role, Rows]:
+        """What the next step has to be predicted."""
+        x_NChw = self._scheduler.scale_model_input(self._x_NChw, self._timestep)
+        timestep, g = float(self._timestep), gain(self._levels.true_sigmas[self._step])
+        return {
+            role: Rows(given=given, x_NChw=x_NChw, timestep=timestep, gain=g)
+            for role, given in self._given_now().items()
+        }
+
+    def _given_now(self) -> dict[Role, Given]:
+        """What does not change of the next step's rows; the same as for the step before unless structure changes."""
         structure = self._structure_step
-        yield _Part(run=self, role=Role.PROMPTED, text=prompt, acting=structure.prompted)
-        if negative is not None:
-            yield _Part(run=self, role=Role.UNPROMPTED, text=negative, acting=structure.unprompted)
-            if structure.emphasis_hw is not None:
-                yield _Part(run=self, role=Role.BARE, text=negative, acting=structure.bare)
+        if self._given is None or self._given[0] is not structure:
+            prompt, negative = self._conditioning.prompt, self._conditioning.negative
+            common = Given(
+                count=self._images,
+                text=prompt,
+                guidance_scale=self._guidance_input,
+                adapters=self._adapters,
+            )
+            given = {
+                Role.PROMPTED: replace(common, steering=self._steering, hints=structure.prompted)
+            }
+            if negative is not None:
+                plain = replace(common, text=negative)
+                given[Role.UNPROMPTED] = replace(plain, hints=structure.unprompted)
+                if structure.emphasis_hw is not None:
+                    given[Role.BARE] = replace(plain, hints=structure.bare)
+            self._given = structure, given
+        return self._given[1]
 
     def _undo(self) -> Callable[[], None]:
         """What brings all that a step changes back to how it is now: the latents, the states of sampler and noise."""
@@ -169,7 +192,7 @@ class Run:
             start = away_from = predictions[Role.UNPROMPTED]
             if (emphasis_hw := self._structure_step.emphasis_hw) is not None:
                 start = predictions[Role.BARE]
-                away_from = away_from.lerp(start, emphasis_hw)
+                away_from = away_from.lerp(start, emphasis_hw.to(start.device))
             prediction_NChw = start + self._conditioning.guidance_scale * (prompted - away_from)
         if isinstance(self._scheduler, HoldingUniPC):
             self._scheduler.held_hw = self._hold.held_hw(self._step)
@@ -252,55 +275,16 @@ def step(stages: Stages, runs: Sequence[Run]) -> int:
 
 
 def _step(stages: Stages, runs: Sequence[Run]) -> int:
-    parts = sorted((part for run in runs for part in run._parts()), key=_Part.place)
-    x_BChw = torch.cat(
-        [
-            part.run._scheduler.scale_model_input(part.run._x_NChw, part.run._timestep)
-            for part in parts
-        ]
-    )
-    timestep_B = torch.cat([part.run._timestep.float().expand(part.rows) for part in parts])
-    text = TextStates.cat([part.text.expand(part.rows) for part in parts])
-    controls = [
-        (part.run._control, part.rows, gain(part.run._levels.true_sigmas[part.run._step]))
-        for part in parts
-        if part.role == Role.PROMPTED and part.run._control is not None
-    ]
-    scales = [part.run._conditioning.guidance_scale for part in parts for _ in range(part.rows)]
-    prediction_BChw = stages.predict(
-        x_BChw,
-        timestep_B,
-        text,
-        StepControl.of(controls) if controls else None,
-        passes([(part.rows, part.acting) for part in parts]),
-        **({} if stages.facts.guidance_width is None else {"guidance_B": torch.tensor(scales)}),
-    )
+    parts = [(run, role, rows) for run in runs for role, rows in run.rows().items()]
+    parts.sort(key=lambda part: (part[1], part[2].given.steering is not None))
+    prediction_BChw = stages.predict([rows for _, _, rows in parts])
     predictions: dict[Run, dict[Role, torch.Tensor]] = {run: {} for run in runs}
-    split = torch.split(prediction_BChw, [part.rows for part in parts])
-    for part, prediction_NChw in zip(parts, split, strict=True):
-        predictions[part.run][part.role] = prediction_NChw
+    split = torch.split(prediction_BChw, [rows.given.count for _, _, rows in parts])
+    for (run, role, _), prediction_NChw in zip(parts, split, strict=True):
+        predictions[run][role] = prediction_NChw
     for run in runs:
         run._advance(predictions[run])
-    return len(x_BChw)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Part:
-    """Rows of a call: those of one run for one role, with their text and the structure that acts in them."""
-
-    run: Run
-    role: Role
-    text: TextStates
-    acting: Acting
-
-    @property
-    def rows(self) -> int:
-        """How many: one a picture."""
-        return self.run._images
-
-    def place(self) -> tuple[Role, bool]:
-        """What parts are sorted by: those under attention control come last."""
-        return self.role, self.role == Role.PROMPTED and self.run._control is not None
+    return len(prediction_BChw)
 
 
 def paste(

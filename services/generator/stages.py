@@ -1,18 +1,18 @@
 """The generator's four stages, and their implementation in this process.
 
-Main types: `Stages`, the seam, and `TorchStages`. Every stage is batch-first and stateless, and only tensors cross:
-float32 whatever dtype the networks compute in, on the stages' device, except token ids and pictures, which are on the
-CPU. A row's result depends on its neighbours in a batch by float rounding only.
-Suffixes: B rows, T text positions, D text width, E text encoders, P width of the pooled text, C latent channels, h, w
-latent cells, H, W pixels.
+Main types: `Stages`, the seam, and `TorchStages`. Every stage is batch-first, and only tensors and plain numbers cross,
+see `services.generator.call`: float32 whatever dtype the networks compute in. What a call answers depends on what it is
+given and on nothing before it, a row's result on its neighbours in a batch by float rounding only.
+Suffixes: B rows, W width of the guidance scale's embedding, C latent channels, h, w latent cells, H, W pixels.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
-from diffusers import ControlNetModel
 
 from services.common.collage import Adapter
 from services.diffusion.facts import ModelFacts
@@ -20,9 +20,12 @@ from services.diffusion.folder import UnsupportedModel
 from services.diffusion.networks import LoadedModel
 from services.diffusion.text import Text, TextEncoders, TextStates
 from services.generator.adapters import AdapterSwitch
-from services.generator.attention import ControlSlot, StepControl, install
-from services.generator.controlnet import load_controlnet
-from services.generator.structure import StructurePass
+from services.generator.attention import Control, ControlSlot, install
+from services.generator.call import Given, Rows
+from services.generator.residuals import ControlNets, Pass
+
+# See `Control`.
+TOKENS_MULTIPLE = 8
 
 
 class Stages(Protocol):
@@ -36,32 +39,19 @@ class Stages(Protocol):
     def device(self) -> torch.device:
         """Where latents and texts live."""
 
-    def use(self, adapters: Sequence[Adapter]) -> None:
-        """Turns on exactly these of the model's adapters for all that follows."""
-
     def load_controlnets(self, kinds: Sequence[str]) -> None:
-        """Has the ControlNets of these kinds in memory, so that no step has to wait for one."""
+        """Has the ControlNets of these kinds in memory, so that no step has to wait for one; it changes no answer."""
 
-    def encode_text(self, texts: Sequence[Text]) -> TextStates:
-        """What the U-Net reads of texts, a row each."""
+    def encode_text(self, texts: Sequence[Text], adapters: Sequence[Adapter] = ()) -> TextStates:
+        """What the U-Net reads of texts, a row each, with these of the model's adapters on."""
 
     def encode_image(self, rgb_BHWC: torch.Tensor) -> torch.Tensor:
         """Pictures, uint8 sRGB, to latents [B, C, h, w]: the mode of the posterior, scaled as the U-Net wants it."""
 
-    def predict(
-        self,
-        x_BChw: torch.Tensor,
-        timestep_B: torch.Tensor,
-        text: TextStates,
-        control: StepControl | None,
-        structure: Sequence[StructurePass],
-        guidance_B: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The U-Net's prediction [B, C, h, w] (noise, or v) for scaled model inputs; `control` rules the last rows.
+    def predict(self, rows: Sequence[Rows]) -> torch.Tensor:
+        """The U-Net's prediction [B, C, h, w] (noise, or v) for rows of any jobs in this order, which share adapters.
 
-        `structure` holds each ControlNet of the call once; empty for none. `guidance_B`: guidance scales, float32 on
-        the CPU, for a U-Net that takes them as an input, and for no other. SDXL is told that the picture is of the
-        canvas' size and uncropped.
+        Rows that steer attention come last. SDXL is told that the picture is of the canvas' size and uncropped.
         """
 
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
@@ -79,7 +69,8 @@ class TorchStages:
         """
         self._model = model
         self._slot = ControlSlot()
-        self._controlnets: dict[str, ControlNetModel] = {}
+        self._controlnets = ControlNets(model.controlnets, dtype=model.dtype, device=model.device)
+        self._calls: WeakKeyDictionary[Given, _Call] = WeakKeyDictionary()
         self._adapters = AdapterSwitch({"unet": model.unet, **model.text_encoders}, model.adapters)
         self._encoders = TextEncoders(model.text_encoders.values())
         try:
@@ -97,18 +88,15 @@ class TorchStages:
         """Where latents and texts live."""
         return self._model.device
 
-    def use(self, adapters: Sequence[Adapter]) -> None:
-        """See `Stages`."""
-        self._adapters.use(adapters)
-
     def load_controlnets(self, kinds: Sequence[str]) -> None:
         """See `Stages`."""
         for kind in kinds:
-            self._controlnet(kind)
+            self._controlnets.network(kind)
 
     @torch.inference_mode()
-    def encode_text(self, texts: Sequence[Text]) -> TextStates:
+    def encode_text(self, texts: Sequence[Text], adapters: Sequence[Adapter] = ()) -> TextStates:
         """See `Stages`."""
+        self._adapters.use(adapters)
         # One by one: texts are short, and so a text's states never depend on what it came with.
         return TextStates.cat([self._encoders.encode([text]) for text in texts]).to(torch.float32)
 
@@ -123,27 +111,24 @@ class TorchStages:
         return z_BChw.float().contiguous()
 
     @torch.inference_mode()
-    def predict(
-        self,
-        x_BChw: torch.Tensor,
-        timestep_B: torch.Tensor,
-        text: TextStates,
-        control: StepControl | None,
-        structure: Sequence[StructurePass],
-        guidance_B: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def predict(self, rows: Sequence[Rows]) -> torch.Tensor:
         """See `Stages`."""
-        dtype = self._model.dtype
-        x_BChw, text = x_BChw.to(dtype), text.to(dtype)
-        residuals = self._residuals(x_BChw, timestep_B, text, structure)
-        self._slot.control = control
+        self._adapters.use(rows[0].given.adapters)
+        call = self._call(rows)
+        x_BChw = torch.cat([each.x_NChw for each in rows]).to(self._model.dtype)
+        numbers_2B = self._numbers(rows)
+        timestep_B = numbers_2B[0]
+        if call.control is not None:
+            call.control.gain(numbers_2B[1, -call.control.rows :])
+        residuals = self._controlnets.residuals(call.passes, x_BChw, timestep_B)
+        self._slot.control = call.control
         try:
             noise_BChw: torch.Tensor = self._model.unet(
                 x_BChw,
                 timestep_B,
-                encoder_hidden_states=text.hidden_BTD,
-                added_cond_kwargs=self._beside_time(x_BChw, text),
-                timestep_cond=self._guidance(guidance_B),
+                encoder_hidden_states=call.text.hidden_BTD,
+                added_cond_kwargs=call.beside_time,
+                timestep_cond=call.guidance_BW,
                 down_block_additional_residuals=residuals[:-1] or None,
                 mid_block_additional_residual=residuals[-1] if residuals else None,
                 return_dict=False,
@@ -152,68 +137,72 @@ class TorchStages:
             self._slot.control = None
         return noise_BChw.float()
 
-    def _beside_time(self, x_BChw: torch.Tensor, text: TextStates) -> dict[str, torch.Tensor]:
+    def _numbers(self, rows: Sequence[Rows]) -> torch.Tensor:
+        """Timestep and gain of each row, on the device and without waiting for it."""
+        repeated = [each for each in rows for _ in range(each.given.count)]
+        numbers_2B = torch.tensor(
+            [[each.timestep for each in repeated], [each.gain for each in repeated]],
+            dtype=torch.float32,
+        )
+        if self._model.device.type == "cuda":
+            numbers_2B = numbers_2B.pin_memory()
+        return numbers_2B.to(self._model.device, non_blocking=True)
+
+    def _call(self, rows: Sequence[Rows]) -> "_Call":
+        """What does not change from call to call of the same rows; made once, kept as long as the first of them."""
+        given = [each.given for each in rows]
+        grid = rows[0].x_NChw.shape[2:]
+        key = (grid, *map(ref, given))
+        call = self._calls.get(given[0])
+        if call is None or call.key != key:
+            call = self._calls[given[0]] = self._made(given, key)
+        return call
+
+    def _made(self, given: Sequence[Given], key: tuple[Any, ...]) -> "_Call":
+        text = TextStates.cat([each.text.expand(each.count) for each in given]).to(
+            self._model.dtype
+        )
+        beside_time = self._beside_time(text, *key[0])
+        steered = [(each.steering, each.count) for each in given if each.steering is not None]
+        scales = [each.guidance_scale for each in given for _ in range(each.count)]
+        # On a CPU nothing is recorded, and a product of another width is rounded otherwise in its last bits.
+        multiple = 1 if self._model.device.type == "cpu" else TOKENS_MULTIPLE
+        return _Call(
+            key=key,
+            text=text,
+            beside_time=beside_time,
+            guidance_BW=self._guidance([scale for scale in scales if scale is not None]),
+            control=Control(steered, device=self._model.device, tokens_multiple=multiple)
+            if steered
+            else None,
+            passes=self._controlnets.passes(
+                [(each.count, each.hints) for each in given], text, beside_time
+            ),
+        )
+
+    def _beside_time(self, text: TextStates, height: int, width: int) -> dict[str, torch.Tensor]:
         """What SDXL reads beside the time: the pooled text, and the sizes; empty for others."""
         if text.pooled_BP is None:
             return {}
-        height, width = (side * self.facts.latent_factor for side in x_BChw.shape[2:])
+        height, width = (side * self.facts.latent_factor for side in (height, width))
         # Original size, corner of the crop, target size (Podell et al. 2023), as diffusers sets them when not told.
-        sizes_6 = x_BChw.new_tensor([height, width, 0, 0, height, width])
-        return {"text_embeds": text.pooled_BP, "time_ids": sizes_6.expand(len(x_BChw), -1)}
+        sizes_6 = text.pooled_BP.new_tensor([height, width, 0, 0, height, width])
+        return {
+            "text_embeds": text.pooled_BP,
+            "time_ids": sizes_6.expand(len(text.pooled_BP), -1),
+        }
 
-    def _guidance(self, guidance_B: torch.Tensor | None) -> torch.Tensor | None:
+    def _guidance(self, scales: Sequence[float]) -> torch.Tensor | None:
         """Guidance scales as a distilled U-Net reads them (Meng et al. 2023): sines and cosines of 1000 (scale - 1)."""
         width = self._model.facts.guidance_width
-        if guidance_B is None or width is None:
+        if not scales or width is None:
             return None
         half = width // 2
         falloff = torch.log(torch.tensor(10000.0)) / (half - 1)
         frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -falloff)
-        angles_BW = ((guidance_B - 1) * 1000)[:, None] * frequencies
+        angles_BW = ((torch.tensor(scales) - 1) * 1000)[:, None] * frequencies
         waves_BW = F.pad(torch.cat([angles_BW.sin(), angles_BW.cos()], dim=1), (0, width % 2))
         return waves_BW.to(self._model.device, self._model.dtype)
-
-    def _residuals(
-        self,
-        x_BChw: torch.Tensor,
-        timestep_B: torch.Tensor,
-        text: TextStates,
-        structure: Sequence[StructurePass],
-    ) -> tuple[torch.Tensor, ...]:
-        """What the ControlNets add to the skip connections and, last, to the middle; 0 in rows without one."""
-        total: tuple[torch.Tensor, ...] = ()
-        for part in structure:
-            is_whole = len(part.rows) == len(x_BChw)
-            x_RChw, timestep_R, part_text = x_BChw, timestep_B, text
-            if not is_whole:
-                rows_R = torch.tensor(part.rows, device=x_BChw.device)
-                x_RChw, timestep_R = x_BChw[rows_R], timestep_B[rows_R]
-                part_text = text.rows(rows_R)
-            down, middle = self._controlnet(part.kind)(
-                x_RChw,
-                timestep_R,
-                encoder_hidden_states=part_text.hidden_BTD,
-                added_cond_kwargs=self._beside_time(x_RChw, part_text),
-                controlnet_cond=part.picture_R3HW.to(x_BChw.dtype),
-                return_dict=False,
-            )
-            residuals = tuple(part.weighted(residual_RChw) for residual_RChw in (*down, middle))
-            if not is_whole:
-                residuals = tuple(
-                    each.new_zeros(len(x_BChw), *each.shape[1:]).index_copy(0, rows_R, each)
-                    for each in residuals
-                )
-            total = tuple(map(torch.add, total, residuals)) if total else residuals
-        return total
-
-    def _controlnet(self, kind: str) -> ControlNetModel:
-        """The ControlNet of this kind, loaded with its first use."""
-        if kind not in self._controlnets:
-            model = self._model
-            self._controlnets[kind] = load_controlnet(
-                model.controlnets[kind], dtype=model.dtype, device=model.device
-            )
-        return self._controlnets[kind]
 
     @torch.inference_mode()
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
@@ -225,3 +214,15 @@ class TorchStages:
         unit_BHWC = (x_BCHW * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1)
         rgb_BHWC: torch.Tensor = (unit_BHWC * 255).round().to(torch.uint8)
         return rgb_BHWC.contiguous().cpu()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """What the networks need of rows that come call after call. key: the grid, and which rows they are."""
+
+    key: tuple[Any, ...]
+    text: TextStates
+    beside_time: Mapping[str, torch.Tensor]
+    guidance_BW: torch.Tensor | None
+    control: Control | None
+    passes: tuple[Pass, ...]

@@ -1,7 +1,7 @@
 """Structure control: ControlNets that act inside the visible masks of the layers that ask for them.
 
-Main types: `StructureControl`, what one job's layers ask for, built once; `StructurePass`, one ControlNet's part in one
-U-Net call. ControlNet (Zhang et al. 2023) adds residuals to the U-Net's skip connections and middle; here every
+Main type: `StructureControl`, what one job's layers ask for, and by step what of it acts; `residuals` has the network's
+side. ControlNet (Zhang et al. 2023) adds residuals to the U-Net's skip connections and middle; here every
 residual is first multiplied, at its own resolution, by the scale map
 
     W = sum over the layers that use this kind and are active at this step of scale_i * v_i
@@ -16,7 +16,7 @@ outside, s the guidance scale:
     b + s (p - (e b + (1 - e) u))
 
 Inside, all that structure says is multiplied; outside, what a neighbour feels of it is in p and u alike and drops out.
-Suffixes: B rows of a call, R the rows of one pass, L layers, h, w latent cells, H, W pixels, 3 = R, G, B.
+Suffixes: L layers, h, w latent cells, H, W pixels, 3 = R, G, B.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 its usual name
 from numpy.typing import NDArray
 
 from services.common.collage import Structure
-
-# What acts in some rows of a step: by kind its control picture 3HW and its scale map hw.
-Acting = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+from services.generator.call import ControlPicture, Hint
 
 
 def is_active(part: Structure, step: int, steps: int) -> bool:
@@ -48,15 +45,15 @@ def acts_within(part: Structure, steps: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StructureStep:
-    """What acts in one step: in predictions with the prompt, without it, and in bare ones.
+    """What acts in a step: in predictions with the prompt, without it, and in bare ones; of each kind one.
 
     emphasis_hw: e, by the share of each cell; None where it is nowhere, or everywhere: then `unprompted` is the bare
     one.
     """
 
-    prompted: Acting = field(default_factory=dict)
-    unprompted: Acting = field(default_factory=dict)
-    bare: Acting = field(default_factory=dict)
+    prompted: tuple[Hint, ...] = ()
+    unprompted: tuple[Hint, ...] = ()
+    bare: tuple[Hint, ...] = ()
     emphasis_hw: torch.Tensor | None = None
 
 
@@ -64,11 +61,10 @@ class StructureStep:
 class StructureControl:
     """What a job's layers ask of ControlNets.
 
-    pictures: by kind the control picture 3HW, float32 in [0, 1]. asked: by kind the layers that use it, and how.
-    visible_Lhw: float32 in [0, 1].
+    pictures: by kind. asked: by kind the layers that use it, and how. visible_Lhw: float32 in [0, 1], on the CPU.
     """
 
-    pictures: Mapping[str, torch.Tensor]
+    pictures: Mapping[str, ControlPicture]
     asked: Mapping[str, Sequence[tuple[int, Structure]]]
     visible_Lhw: torch.Tensor
     _steps: dict[tuple[tuple[str, int], ...], "StructureStep"] = field(default_factory=dict)
@@ -85,7 +81,7 @@ class StructureControl:
         Args:
             layers: of each layer, in the order of `visible_Lhw`, what it asks for.
             control: by kind the control picture, HWC; one for every kind that is asked for.
-            visible_Lhw: float32 in [0, 1], on the device to compute on.
+            visible_Lhw: float32 in [0, 1], on the CPU.
         """
         is_seen = visible_Lhw.flatten(1).any(dim=1).tolist()
         asked: dict[str, list[tuple[int, Structure]]] = {}
@@ -96,11 +92,10 @@ class StructureControl:
         if not asked:
             return None
         pictures = {
-            kind: torch.from_numpy(control[kind])
-            .to(visible_Lhw.device)
-            .permute(2, 0, 1)
-            .contiguous()
-            / 255
+            kind: ControlPicture(
+                kind=kind,
+                rgb_3HW=torch.from_numpy(control[kind]).permute(2, 0, 1).contiguous() / 255,
+            )
             for kind in sorted(asked)
         }
         return cls(pictures=pictures, asked=asked, visible_Lhw=visible_Lhw)
@@ -114,7 +109,7 @@ class StructureControl:
         )
 
     def at(self, step: int, steps: int) -> StructureStep:
-        """What acts in step `step` of the job's `steps`."""
+        """What acts in step `step` of the job's `steps`; the same object as long as the same layers do."""
         active = [
             (index, part)
             for kind in self.pictures
@@ -141,63 +136,14 @@ class StructureControl:
             prompted=prompted, unprompted=prompted, bare=bare, emphasis_hw=emphasis_hw
         )
 
-    def _acting(self, weights: Sequence[tuple[int, str, float]]) -> Acting:
+    def _acting(self, weights: Sequence[tuple[int, str, float]]) -> tuple[Hint, ...]:
         """What acts where layers have these weights for kinds: of each kind the sum of weight times mask."""
-        found = {}
-        for kind in self.pictures:
+        found = []
+        for kind, picture in self.pictures.items():
             used = [(index, weight) for index, of, weight in weights if of == kind and weight > 0]
             if used:
                 indices, scales = zip(*used, strict=True)
                 scale_L11 = self.visible_Lhw.new_tensor(scales)[:, None, None]
                 scale_hw = (scale_L11 * self.visible_Lhw[list(indices)]).sum(dim=0)
-                found[kind] = self.pictures[kind], scale_hw
-        return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StructurePass:
-    """One ControlNet's part in one U-Net call.
-
-    rows: which rows of the call it acts in, ascending. picture_R3HW: their control pictures, in [0, 1]. scale_R1hw:
-    their scale maps, float32.
-    """
-
-    kind: str
-    rows: tuple[int, ...]
-    picture_R3HW: torch.Tensor
-    scale_R1hw: torch.Tensor
-
-    def weighted(self, residual_RChw: torch.Tensor) -> torch.Tensor:
-        """A residual, at any level's resolution, times the mean of the scale map over each of its cells.
-
-        A mean and no interpolation: where a cell lies wholly in layers of scale 0 its factor is exactly 0, wholly in
-        one visible layer exactly that layer's scale; a cell on a border has the scales by their shares. In double
-        precision, because a sum of equal 32-bit values need not be their multiple.
-        """
-        height, width = residual_RChw.shape[2:]
-        scale_R1hw = F.adaptive_avg_pool2d(self.scale_R1hw.double(), (height, width))
-        return residual_RChw * scale_R1hw.to(residual_RChw.dtype)
-
-
-def passes(groups: Sequence[tuple[int, Acting]]) -> tuple[StructurePass, ...]:
-    """The ControlNets of one U-Net call, each once, from the groups of its rows: how many, and what acts there."""
-    found: dict[str, list[tuple[range, torch.Tensor, torch.Tensor]]] = {}
-    first = 0
-    for rows, acting in groups:
-        for kind, (picture_3HW, scale_hw) in acting.items():
-            part = range(first, first + rows), picture_3HW, scale_hw
-            found.setdefault(kind, []).append(part)
-        first += rows
-    return tuple(
-        StructurePass(
-            kind=kind,
-            rows=tuple(row for rows, _, _ in parts for row in rows),
-            picture_R3HW=torch.cat(
-                [picture_3HW.expand(len(rows), -1, -1, -1) for rows, picture_3HW, _ in parts]
-            ),
-            scale_R1hw=torch.cat(
-                [scale_hw.expand(len(rows), 1, -1, -1) for rows, _, scale_hw in parts]
-            ),
-        )
-        for kind, parts in sorted(found.items())
-    )
+                found.append(Hint(picture=picture, scale_hw=scale_hw))
+        return tuple(found)
