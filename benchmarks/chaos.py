@@ -37,7 +37,8 @@ from collage.v1 import blob_pb2, collage_pb2
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import AsyncCollageClient, Full, NotFound, Unavailable
 from gateway.jobs import JobState
-from gateway.nats_log import JetStream, NatsLog
+from gateway.jobs.nats_log import Logged, NatsLog
+from gateway.jobs.nats_stream import JetStream
 from local.cluster import Cluster
 
 ART = Path(__file__).parents[1] / "examples" / "art"
@@ -230,9 +231,11 @@ async def check_logs(
             if order.request_id not in outcomes:
                 continue
             outcome = outcomes[order.request_id]
-            entries = [
-                each async for each in log.follow(outcome.job.removeprefix("jobs/"), live=False)
-            ]
+            entries: list[Logged] = []
+            behind = 0
+            while page := await log.entries(outcome.job.removeprefix("jobs/"), behind=behind):
+                entries += page
+                behind = page[-1].position
             events = [each for each in entries if each.entry.kind == "event"]
             sequences = [each.entry.sequence for each in events]
             ends = [each for each in events if each.entry.state.is_final]
@@ -275,7 +278,7 @@ async def run(args: argparse.Namespace, folder: Path) -> int:
     models = "" if args.model is None else f"chosen={args.model}"
     if args.model == Path("toy"):
         # Torch is needed for nothing else here.
-        from tests import toy
+        from testing import toy
 
         models = f"toy={toy.mini(folder / 'model')}"
 

@@ -56,11 +56,11 @@ async def open_jobs(settings: Settings) -> Jobs:
     if scheme == "sqlite" and rest:
         from pathlib import Path
 
-        from gateway.jobs_sqlite import SqliteJobs
+        from gateway.jobs.sqlite import SqliteJobs
 
         return await SqliteJobs.open(Path(rest), policy)
     if scheme == "nats":
-        from gateway.jobs_nats import NatsJobs
+        from gateway.jobs.nats import NatsJobs
 
         return await NatsJobs.open(settings.jobs, policy)
     raise InvalidSetting(f"{settings.jobs!r} is neither sqlite:PATH nor nats://HOST:PORT")

@@ -4,6 +4,7 @@ Main type: `CollageServicer`. It knows the contract, the queue and the storage, 
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from collage.v1 import (
     job_pb2,
 )
 from gateway.jobs import (
+    Ahead,
     Event,
     JobMissing,
     JobRecord,
@@ -29,6 +31,7 @@ from gateway.jobs import (
     job_id_of,
 )
 from gateway.models import Models
+from gateway.outcome import Outcome
 from gateway.plan import Planner
 from gateway.request import digest_of, parse, parse_generate, request_id_of, seed_of
 from gateway.stages import ASK_TIMEOUT_S, asked
@@ -108,14 +111,21 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
     async def GetJob(
         self, request: collage_service_pb2.GetJobRequest, context: Any
     ) -> collage_service_pb2.GetJobResponse:
-        """The record, with plan, pictures and error collected from the log."""
+        """The record, with plan, pictures and error: those of a finished job are in it."""
         record = await self._record(request.name)
+        outcome = Outcome(record.result)
+        # A job that ended without its worker has no result, and one under way has none yet.
+        if not record.result:
+            try:
+                async for event in self._jobs.events(record.id, live=False):
+                    message = collage_service_pb2.JobEvent.FromString(event.payload)
+                    outcome.add(message, event.sequence)
+            except JobsUnavailable as error:
+                raise _storage_down() from error
         job = render_job(record)
-        try:
-            async for event in self._jobs.events(record.id, live=False):
-                _collect(job, await self._render_event(record.id, event))
-        except JobsUnavailable as error:
-            raise _storage_down() from error
+        job.MergeFrom(outcome.job)
+        for image in job.images:
+            await self._sign(image)
         return collage_service_pb2.GetJobResponse(job=job)
 
     async def ListJobs(
@@ -338,19 +348,21 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
     async def _watch(
         self, record: JobRecord, after: int
     ) -> AsyncIterator[collage_service_pb2.JobEvent]:
-        """Events of a job as messages, led by its place in the queue while it waits."""
+        """Events of a job as messages, and between them how many jobs stand before it."""
         try:
-            if record.state is JobState.QUEUED:
-                position = await self._jobs.position(record.id)
-                if position:
+            async for told in self._jobs.watch(record.id, after=after):
+                if isinstance(told, Ahead):
                     yield collage_service_pb2.JobEvent(
                         job=f"jobs/{record.id}",
                         sequence=after,
-                        time=_timestamp(record.created_at),
-                        queued=collage_service_pb2.Queued(position=position - 1),
+                        time=_timestamp(time.time()),
+                        queued=collage_service_pb2.Queued(position=told.jobs),
                     )
-            async for event in self._jobs.events(record.id, after=after):
-                yield await self._render_event(record.id, event)
+                else:
+                    after = told.sequence
+                    yield await self._render_event(record.id, told)
+        except JobMissing:
+            raise NotFound(f"no job {quote(f'jobs/{record.id}')}", reason="JOB_NOT_FOUND") from None
         except JobsUnavailable as error:
             raise _storage_down() from error
 
@@ -360,28 +372,13 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         message.sequence = event.sequence
         message.time.CopyFrom(_timestamp(event.at))
         if message.HasField("image"):
-            url = await self._store.presign(
-                blob_key(message.image.blob.sha256), expires_s=DOWNLOAD_URL_S
-            )
-            message.image.download_url = url or ""
+            await self._sign(message.image)
         return message
 
-
-def _collect(job: collage_service_pb2.Job, event: collage_service_pb2.JobEvent) -> None:
-    """Adds what an event tells of a job's outcome."""
-    kind = event.WhichOneof("kind")
-    if kind == "planned":
-        # A word that failed may be told before the plan is.
-        earlier = list(job.plan.warnings)
-        job.plan.CopyFrom(event.planned.plan)
-        job.plan.warnings.extend(each for each in earlier if each not in job.plan.warnings)
-    elif kind == "warning" and event.warning not in job.plan.warnings:
-        job.plan.warnings.append(event.warning)
-    elif kind == "image":
-        job.images.append(event.image)
-        job.images.sort(key=lambda image: image.index)
-    elif kind in ("failed", "cancelled"):
-        job.error.CopyFrom(getattr(event, kind))
+    async def _sign(self, image: collage_service_pb2.GeneratedImage) -> None:
+        """Puts in the address to fetch the picture from."""
+        key = blob_key(image.blob.sha256)
+        image.download_url = await self._store.presign(key, expires_s=DOWNLOAD_URL_S) or ""
 
 
 def _as_job(

@@ -62,7 +62,10 @@ Answer = TypeVar("Answer")
 
 
 class Emit(Protocol):
-    """Appends one event to the job's log; an event whose key stands there already is dropped."""
+    """Appends one event to the job's log; an event whose key stands there already is dropped.
+
+    `queued` is told, not logged, and not waited for: the place at the part that does the work.
+    """
 
     async def __call__(
         self, event: collage_service_pb2.JobEvent, *, key: str | None = None
@@ -184,7 +187,7 @@ class Stages:
     async def generate(
         self, request: generator_service_pb2.GenerateRequest, field: Field, emit: Emit
     ) -> None:
-        """Draws, and tells of steps, previews and pictures; `field` and errors as in `compose`."""
+        """Draws, and tells of its turn, steps, previews and pictures; `field` and errors as in `compose`."""
         await patiently(lambda: self._generate(request, field, emit))
 
     async def _generate(
@@ -194,7 +197,9 @@ class Stages:
         try:
             async for answer in _latest(_answers(call)):
                 kind = answer.WhichOneof("event")
-                if kind == "step":
+                if kind == "queued":
+                    await emit(collage_service_pb2.JobEvent(queued=answer.queued))
+                elif kind == "step":
                     await emit(collage_service_pb2.JobEvent(step=answer.step))
                 elif kind == "preview":
                     await emit(collage_service_pb2.JobEvent(preview=answer.preview))

@@ -5,13 +5,16 @@ that died is taken up again when its lease runs out. This module knows no stage.
 """
 
 import asyncio
+import contextlib
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from collage.v1 import collage_service_pb2, job_pb2
 from gateway.jobs import (
+    AHEAD_EVERY_S,
     Claim,
     ClaimLost,
     JobMissing,
@@ -20,6 +23,7 @@ from gateway.jobs import (
     JobState,
     JobsUnavailable,
 )
+from gateway.outcome import Outcome
 from gateway.pipeline import Pipeline
 from gateway.words import Words
 from services.common.blobs import BlobStoreUnavailable
@@ -32,6 +36,8 @@ CLAIM_WAIT_S = 5.0
 # Pause after the queue's storage did not answer.
 STORAGE_PAUSE_S = 1.0
 COUNT_EVERY_S = 30.0
+# How long a job that was given back because a part is down or full rests, doubled from one time to the next.
+FIRST_REST_S, LONGEST_REST_S = 2.0, 60.0
 SWEEP_EVERY_S = 600.0
 # When a checkpoint is given up whose job is not in this queue: another queue over the same storage may have it, and
 # writes it every few seconds while it learns.
@@ -107,20 +113,21 @@ class Worker:
         if claim.attempt == 1:
             QUEUE_WAIT_S.observe(max(0.0, time.time() - claim.job.created_at))
         log.info("job taken up", job=claim.job.id, attempt=claim.attempt)
-        running = asyncio.create_task(self._run(claim))
+        outcome = Outcome()
+        running = asyncio.create_task(self._run(claim, outcome))
         cancel = asyncio.create_task(self._jobs.cancelled(claim))
         keep = asyncio.create_task(self._keep(claim))
         watchers = (cancel, keep)
         try:
             await asyncio.wait((running, *watchers), return_when=asyncio.FIRST_COMPLETED)
             if running.done():
-                await self._end(claim, *running.result())
+                await self._end(claim, *running.result(), outcome)
                 return
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             if cancel.done():
                 cancel.result()
-                await self._end(claim, JobState.CANCELLED, cancelled_event())
+                await self._end(claim, JobState.CANCELLED, cancelled_event(), outcome)
             else:
                 keep.result()
         except asyncio.CancelledError:
@@ -128,19 +135,35 @@ class Worker:
             await asyncio.gather(running, return_exceptions=True)
             await self._jobs.release(claim)
             raise
+        except JobsUnavailable:
+            # Given back if the storage answers while the lease lasts: an outage loses no claim by itself.
+            with contextlib.suppress(JobsUnavailable):
+                await self._jobs.release(claim, rest_s=_rest_s(claim))
+            raise
         finally:
             for task in watchers:
                 task.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
 
-    async def _run(self, claim: Claim) -> tuple[JobState | None, collage_service_pb2.JobEvent]:
+    async def _run(
+        self, claim: Claim, outcome: Outcome
+    ) -> tuple[JobState | None, collage_service_pb2.JobEvent]:
         """Runs the pipeline; the state to end in, None to give the job back."""
+        if claim.attempt > 1:
+            async for event in self._jobs.events(claim.job.id, live=False):
+                told = collage_service_pb2.JobEvent.FromString(event.payload)
+                outcome.add(told, event.sequence)
         if claim.job.cancel_requested:
             return JobState.CANCELLED, cancelled_event()
         job = job_pb2.AcceptedJob.FromString(claim.job.body)
+        standing = _Standing(lambda ahead: self._jobs.stand(claim, ahead))
 
         async def emit(event: collage_service_pb2.JobEvent, *, key: str | None = None) -> None:
-            await self._jobs.append(claim, event.SerializeToString(), key=key)
+            if event.HasField("queued"):
+                standing.say(event.queued.position)
+                return
+            sequence = await self._jobs.append(claim, event.SerializeToString(), key=key)
+            outcome.add(event, sequence)
 
         try:
             done = await self._pipeline.run(job, claim.attempt, emit)
@@ -151,20 +174,29 @@ class Worker:
             if isinstance(first, ClaimLost | JobsUnavailable):
                 raise first from None
             error = told_error(first)
-        if isinstance(error, Internal):
-            log.error("job failed by a bug", job=claim.job.id, exc_info=first)
+            if isinstance(error, Internal):
+                log.error("job failed by a bug", job=claim.job.id, exc_info=first)
+        finally:
+            await standing.close()
         if isinstance(error, Unavailable | Overloaded):
             return None, failed_event(error)
         return JobState.FAILED, failed_event(error)
 
     async def _end(
-        self, claim: Claim, state: JobState | None, event: collage_service_pb2.JobEvent
+        self,
+        claim: Claim,
+        state: JobState | None,
+        event: collage_service_pb2.JobEvent,
+        outcome: Outcome,
     ) -> None:
         if state is None:
-            log.warning("job given back", job=claim.job.id, message=event.failed.message)
-            await self._jobs.release(claim)
+            rest_s = _rest_s(claim)
+            message = event.failed.message
+            log.warning("job given back", job=claim.job.id, message=message, rest_s=rest_s)
+            await self._jobs.release(claim, rest_s=rest_s)
             return
-        await self._jobs.finish(claim, state, event.SerializeToString())
+        outcome.end(event)
+        await self._jobs.finish(claim, state, event.SerializeToString(), result=outcome.dump())
         ENDED.labels(state.value).inc()
         log.info("job ended", job=claim.job.id, state=state.value, attempt=claim.attempt)
         # A job that is done has used up its checkpoints.
@@ -214,6 +246,50 @@ async def sweep(jobs: Jobs, words: Words) -> None:
             await words.forget_learning(job, before=time.time() - ABANDONED_S)
 
 
+class _Standing:
+    """Says where a job stands at a part that has it wait: the newest, `AHEAD_EVERY_S` apart.
+
+    One that has to wait for less than that says nothing.
+    """
+
+    def __init__(self, say: Callable[[int], Awaitable[None]]) -> None:
+        self._say = say
+        self._said = 0
+        self._newest = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def say(self, ahead: int) -> None:
+        """So many stand before it now."""
+        self._newest = ahead
+        if self._task is None and ahead != self._said:
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Says nothing more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(AHEAD_EVERY_S)
+            if self._newest == self._said:
+                break
+            self._said = self._newest
+            try:
+                await self._say(self._said)
+            except (ClaimLost, JobsUnavailable) as error:
+                # Whoever works on the job finds out; a place is soon another.
+                log.debug("place not told", message=str(error))
+        self._task = None
+
+
+def _rest_s(claim: Claim) -> float:
+    """How long a job rests that is given back now."""
+    times_before = claim.attempt - 1 - claim.job.lost
+    return float(min(LONGEST_REST_S, FIRST_REST_S * 2 ** min(times_before, 16)))
+
+
 def _first(error: BaseException) -> BaseException:
     """The error itself, or the first one in a group, however nested."""
     while isinstance(error, BaseExceptionGroup):
@@ -232,10 +308,10 @@ def cancelled_event() -> collage_service_pb2.JobEvent:
 
 
 def exhausted_event(job: JobRecord) -> bytes:
-    """The terminal event of a job that was taken up too often, for `QueuePolicy.exhausted`."""
-    error = Internal(
-        f"given up after {job.attempt} attempts; each was lost before it ended",
-        reason="ATTEMPTS_EXHAUSTED",
+    """The terminal event of a job whose workers were lost too often, for `QueuePolicy.exhausted`."""
+    error = Unavailable(
+        f"given up: {job.lost} workers were lost at work on it (it was taken up {job.attempt} times)",
+        reason="WORKERS_LOST",
     )
     return failed_event(error).SerializeToString()
 

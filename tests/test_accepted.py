@@ -247,7 +247,7 @@ async def test_one_stream_redoes_as_a_job_does(folder):
 
 async def test_a_job_of_a_server_that_accepted_otherwise_fails_and_says_so(folder):
     from gateway.jobs import QueuePolicy
-    from gateway.jobs_sqlite import SqliteJobs
+    from gateway.jobs.sqlite import SqliteJobs
 
     asked = request()
     jobs = await SqliteJobs.open(

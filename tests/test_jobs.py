@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -29,8 +30,8 @@ from gateway.jobs import (
     QueuePolicy,
     RequestReused,
 )
-from gateway.jobs_nats import NatsJobs
-from gateway.jobs_sqlite import SqliteJobs
+from gateway.jobs.nats import NatsJobs
+from gateway.jobs.sqlite import SqliteJobs
 from testing.servers import Server, nats_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -360,7 +361,7 @@ async def test_a_full_queue_refuses(queue: Queue) -> None:
 
 
 async def test_a_job_that_kills_its_workers_ends_failed(queue: Queue) -> None:
-    jobs = await queue.open(lease_s=0.3, max_attempts=2)
+    jobs = await queue.open(lease_s=0.3, max_lost=2)
     job = await jobs.submit(new_id(), b"")
     for attempt in (1, 2):
         assert (await claimed(jobs)).attempt == attempt
@@ -506,11 +507,11 @@ async def test_nats_refuses_an_old_delivery_of_a_job_that_moved_on(server: Serve
     slow, quick = await queue.open(lease_s=0.5), await queue.open(lease_s=0.5)
     assert isinstance(slow, NatsJobs)
     await slow.submit(new_id(), b"")
-    lying_about = await slow._pull(2)
+    lying_about = await slow._claims.pull(2)
     assert lying_about is not None
     claim = await claimed(quick)
     # It came first, but the job was delivered anew before anyone acted on it.
-    assert await slow._take("slow", lying_about) is None
+    assert await slow._claims.take("slow", lying_about) is None
     await quick.append(claim, b"mine still")
     await quick.finish(claim, JobState.DONE, b"")
     for jobs in queue.opened:
@@ -525,7 +526,7 @@ async def test_nats_takes_no_job_from_a_worker_that_writes(server: Server) -> No
     await holder.submit(new_id(), b"")
     claim = await claimed(holder)
     for number in range(1, 4):
-        await holder._client.publish(holder._held[claim.token].message.reply, b"-NAK")
+        await holder._client.publish(holder._claims._held[claim.token].message.reply, b"-NAK")
         waiting = asyncio.create_task(other.claim("other", wait_s=0.5))
         if number == 2:
             await holder.extend(claim)
@@ -613,4 +614,33 @@ async def test_nats_killed_in_mid_traffic_loses_nothing(server: Server) -> None:
         events = await history(gateways[0], job_id)
         assert [e.payload for e in events] == [b"0", b"1", b"2", b"end"]
     for jobs in gateways:
+        await jobs.close()
+
+
+async def test_a_file_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    """Its leases were on the wall clock; who held one is gone."""
+    path = tmp_path / "jobs.sqlite"
+    database = sqlite3.connect(path)
+    database.executescript(
+        "CREATE TABLE jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,"
+        " request_id TEXT NOT NULL, state TEXT NOT NULL, attempt INTEGER NOT NULL,"
+        " created_at REAL NOT NULL, started_at REAL, finished_at REAL, body BLOB NOT NULL,"
+        " cancel_requested INTEGER NOT NULL, token TEXT, lease_until REAL);"
+        "CREATE INDEX open_jobs ON jobs (number) WHERE state IN ('queued', 'running');"
+        "CREATE TABLE events (job INTEGER NOT NULL REFERENCES jobs (number), sequence INTEGER"
+        " NOT NULL, at REAL NOT NULL, payload BLOB NOT NULL, key TEXT, final TEXT,"
+        " PRIMARY KEY (job, sequence), UNIQUE (job, key));"
+        "INSERT INTO jobs VALUES (1, 'job-a', 'a', 'running', 1, 5.0, 6.0, NULL, x'01', 0, 't', 9e9);"
+        "INSERT INTO jobs VALUES (2, 'job-b', 'b', 'done', 1, 5.0, 6.0, 7.0, x'02', 0, NULL, NULL);"
+        "INSERT INTO events VALUES (1, 1, 6.0, x'03', 'k', NULL), (2, 1, 7.0, x'04', NULL, 'done');"
+        "PRAGMA user_version = 1"
+    )
+    database.close()
+    for _ in range(2):
+        jobs = await open_jobs(str(path), lease_s=0.5)
+        claim = await claimed(jobs)
+        assert (claim.job.id, claim.job.body) == ("job-a", b"\x01")
+        assert await jobs.append(claim, b"", key="k") == 1
+        assert [e.payload for e in await history(jobs, "job-b")] == [b"\x04"]
+        assert (await jobs.get("job-b")).result == b""
         await jobs.close()

@@ -23,7 +23,7 @@ import services.inversion.__main__ as service
 from collage.v1 import blob_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from gateway.jobs import JobState, QueuePolicy
-from gateway.jobs_sqlite import SqliteJobs
+from gateway.jobs.sqlite import SqliteJobs
 from gateway.pipeline import Pipeline
 from gateway.words import Words
 from gateway.worker import sweep

@@ -1,8 +1,9 @@
 """Jobs: the queue of accepted requests and the ordered event log of each.
 
 `Jobs` is what the gateway sees; `SqliteJobs` (one machine) and `NatsJobs` (production) are its two
-implementations and pass one suite. Bodies and event payloads are opaque bytes here: this module
-knows no protobuf and no pipeline.
+implementations and pass one suite. Bodies, event payloads and results are opaque bytes here: this
+package knows no protobuf and no pipeline. Whether a claim stands is decided on the store's clock
+alone; `created_at` and the like are the writer's, and only told.
 """
 
 from __future__ import annotations
@@ -11,7 +12,35 @@ import enum
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
+
+from gateway.jobs.errors import (
+    ClaimLost,
+    JobMissing,
+    JobsError,
+    JobsUnavailable,
+    QueueFull,
+    RequestReused,
+)
+
+__all__ = [
+    "AHEAD_EVERY_S",
+    "FINAL_STATES",
+    "Ahead",
+    "Claim",
+    "ClaimLost",
+    "Event",
+    "JobMissing",
+    "JobRecord",
+    "JobState",
+    "Jobs",
+    "JobsError",
+    "JobsUnavailable",
+    "QueueFull",
+    "QueuePolicy",
+    "RequestReused",
+    "job_id_of",
+]
 
 
 class JobState(enum.Enum):
@@ -41,12 +70,18 @@ class JobRecord:
     state: JobState
     # Claims so far: 0 while never claimed, 1 during the first run. Released and lost claims count.
     attempt: int
+    # Those of them whose lease ran out: the worker died, or hung.
+    lost: int
     created_at: float
     # When the first claim was made.
     started_at: float | None
     finished_at: float | None
     body: bytes
+    # What `finish` was given, empty before and where none was.
+    result: bytes
     cancel_requested: bool
+    # What its worker said last with `stand`, None where it said nothing.
+    ahead: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,80 +119,41 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """How many jobs stand before a job now: in the queue, or where its worker has it wait."""
+
+    jobs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueuePolicy:
     """The limits of a queue, the same for every process on it.
 
     `lease_s` (> 0): a claim not extended for so long is given to another worker; extend about every
     third of it.
     `max_queued` (>= 1): jobs that may wait; more are refused with `QueueFull`.
-    `max_attempts` (>= 1): claims a job may use up before it ends FAILED with the payload
-    `exhausted` makes for it.
+    `max_lost` (>= 1): claims of a job that may be lost before it ends FAILED with the payload
+    `exhausted` makes for it; claims given back do not count.
     `retry_after_s`: what `QueueFull` tells the caller.
     """
 
     exhausted: Callable[[JobRecord], bytes]
     lease_s: float = 30.0
     max_queued: int = 1000
-    max_attempts: int = 20
+    max_lost: int = 20
     retry_after_s: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.lease_s > 0:
             raise ValueError(f"lease_s is {self.lease_s}, must be above 0")
-        if self.max_queued < 1 or self.max_attempts < 1:
+        if self.max_queued < 1 or self.max_lost < 1:
             raise ValueError(
-                f"max_queued is {self.max_queued} and max_attempts {self.max_attempts}, "
-                "must be at least 1"
+                f"max_queued is {self.max_queued} and max_lost {self.max_lost}, must be at least 1"
             )
 
 
-class JobsError(Exception):
-    """Root of what `Jobs` raises. `retryable`: the same call may succeed later."""
-
-    retryable: ClassVar[bool] = False
-
-
-class JobMissing(JobsError):
-    """No job has this id."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"no job {job_id!r}")
-        self.job_id = job_id
-
-
-class RequestReused(JobsError):
-    """The request id already stands for another body."""
-
-    def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id {request_id!r} was used before with another request")
-        self.request_id = request_id
-
-
-class QueueFull(JobsError):
-    """As many jobs wait as the policy allows."""
-
-    retryable: ClassVar[bool] = True
-
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} jobs are waiting already; try again in {retry_after_s:g} s")
-        self.waiting = waiting
-        self.retry_after_s = retry_after_s
-
-
-class ClaimLost(JobsError):
-    """The job was given to another claim, or has ended: stop working on it, write nothing more."""
-
-    def __init__(self, claim: Claim) -> None:
-        super().__init__(
-            f"claim of attempt {claim.attempt} on {claim.job.id} by {claim.worker} is void"
-        )
-        self.claim = claim
-
-
-class JobsUnavailable(JobsError):
-    """The store behind the queue did not answer within the retry budget."""
-
-    retryable: ClassVar[bool] = True
+# Seconds between two tellings of a job's place, at least.
+AHEAD_EVERY_S = 1.0
 
 
 class Jobs(Protocol):
@@ -178,15 +174,25 @@ class Jobs(Protocol):
         ...
 
     async def claim(self, worker: str, *, wait_s: float) -> Claim | None:
-        """The oldest waiting job or one whose lease ran out; None after `wait_s` without any."""
+        """The oldest of the jobs that wait and those whose lease ran out; None after `wait_s`."""
         ...
 
     async def extend(self, claim: Claim) -> bool:
         """Start the lease anew; answers whether cancellation was requested. Raises `ClaimLost`."""
         ...
 
-    async def release(self, claim: Claim) -> None:
-        """Give the job back at once, to its old place in the queue. A lost claim is no error."""
+    async def release(self, claim: Claim, *, rest_s: float = 0) -> None:
+        """Give the job back, to its old place in the queue. A lost claim is no error.
+
+        `rest_s`: seconds for which nobody is given it, whatever waits behind it.
+        """
+        ...
+
+    async def stand(self, claim: Claim, ahead: int) -> None:
+        """Say how many jobs stand before this one where its worker has it wait. Raises `ClaimLost`.
+
+        Told to those who `watch`, and no part of the log.
+        """
         ...
 
     async def cancelled(self, claim: Claim) -> None:
@@ -205,8 +211,13 @@ class Jobs(Protocol):
         """
         ...
 
-    async def finish(self, claim: Claim, state: JobState, payload: bytes) -> None:
-        """End the job with its one terminal event, atomically. Raises `ClaimLost`."""
+    async def finish(
+        self, claim: Claim, state: JobState, payload: bytes, *, result: bytes = b""
+    ) -> None:
+        """End the job with its one terminal event and its record's result, atomically.
+
+        Raises `ClaimLost`.
+        """
         ...
 
     def events(self, job_id: str, *, after: int = 0, live: bool = True) -> AsyncIterator[Event]:
@@ -214,6 +225,14 @@ class Jobs(Protocol):
 
         Ends after the terminal event; without `live`, at the end of the history there is. Raises
         `JobMissing` on first use.
+        """
+        ...
+
+    def watch(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event | Ahead]:
+        """Live `events`, and between them the jobs ahead: as that changes, `AHEAD_EVERY_S` apart.
+
+        Led by it where the job waits. Costs nothing while nothing of this job changes, and however
+        many watch one job read it once.
         """
         ...
 
