@@ -135,8 +135,9 @@ async def main() -> int:
             card.memory_bytes(
                 Extent(width=64, height=64),
                 plates.sampling(model=card.name),
-                value_bytes=4,
+                max_rows=1,
                 has_structure=False,
+                has_emphasis=False,
             )
             for card in cards
         )

@@ -70,7 +70,7 @@ def in_process(stages: Stages, message: collage_pb2.Collage, sampling: Sampling)
     run = Run.begin(stages, plate=plate, conditioning=conditioning, sampling=sampling)
     while not run.is_done:
         step(stages, [run])
-    return encode_png(run.finish(stages)[0])
+    return encode_png(next(iter(run.finish(stages))))
 
 
 async def over_loopback(

@@ -187,7 +187,7 @@ def controlled(
         assert run.steps_total == steps
         while not run.is_done:
             step(stages, [run])
-        return run.finish(stages)
+        return list(run.finish(stages))
 
     return draw
 

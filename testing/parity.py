@@ -120,7 +120,7 @@ class Case:
         run = Run.begin(self.stages, plate=plate, conditioning=conditioning, sampling=sampling)
         while not run.is_done:
             step(self.stages, [run])
-        return run.latents_NChw, np.stack(run.finish(self.stages))
+        return run.latents_NChw, np.stack(list(run.finish(self.stages)))
 
     def stock(self, sampler: str, strength: float, scale: float, **options: Any) -> Any:
         """Latents, or what `output_type` says, by the stock pipeline."""

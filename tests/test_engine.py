@@ -429,10 +429,10 @@ class BrokenScheduler(Scheduler):
         super().__init__(**limits)
         self.error = None
 
-    def turn(self, *, now_s):
+    def turn(self, **options):
         if self.error is not None:
             raise self.error
-        return super().turn(now_s=now_s)
+        return super().turn(**options)
 
     def remove(self, ticket_id):
         if self.error is not None:

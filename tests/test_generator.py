@@ -22,6 +22,7 @@ from collage.v1 import (
 )
 from services.common import color, wire
 from services.common.blobs import FolderBlobStore, put_blob
+from services.common.collage import Extent
 from services.common.errors import (
     DeadlinePassed,
     InvalidRequest,
@@ -36,6 +37,7 @@ from services.generator.__main__ import Settings, build, load_stages
 from services.generator.card import read_catalog
 from services.generator.engine import Engine
 from services.generator.scheduler import Scheduler
+from services.generator.service import GeneratorServicer
 from testing import plates, toy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -409,5 +411,44 @@ async def test_a_device_of_another_kind_is_other_arithmetic(folder, monkeypatch)
     for name in ("NVIDIA H100", "NVIDIA A100"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         kinds.add(engine.arithmetic(replace(card, device=torch.device("cuda", 0))))
-    assert len(kinds) == 4
+    # Where jobs share calls, a picture's last bits are those of the company it had.
+    joint = Scheduler(max_rows=8)
+    shared = Engine(Catalog({"mini": card}), load=load_stages, scheduler=joint, threads=1)
+    kinds.add(shared.arithmetic(card))
+    assert len(kinds) == 5
+
+
+async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(
+    folder, tmp_path, monkeypatch
+):
+    (card,) = read_catalog(f"mini={folder}").cards
+    # Stable Diffusion XL on a card of 24 GiB, whose weights take seven.
+    facts = replace(card.facts, latent_factor=8, upcasts_vae=True)
+    large = replace(
+        card,
+        facts=facts,
+        device=torch.device("cuda", 0),
+        dtype=torch.float16,
+        unet_channels=320,
+        vae_channels=128,
+        weights_bytes=7 * 2**30,
+    )
+    monkeypatch.setattr("services.generator.engine.device_bytes", lambda _: 24 * 2**30)
+    size = Extent(width=1024, height=1024)
+    found = {}
+    for max_rows in (1, 8):
+        scheduler = Scheduler(max_rows=max_rows)
+        engine = Engine(Catalog({"xl": large}), load=load_stages, scheduler=scheduler, threads=1)
+        servicer = GeneratorServicer(engine, FolderBlobStore(tmp_path), limit_bytes=0)
+        options = {"has_structure": False, "has_emphasis": False}
+        for images in (1, 16):
+            sampling = replace(large.defaults(), images=images, guidance_scale=5.0)
+            try:
+                servicer._memory_bytes(large, size, sampling, **options)
+                found[max_rows, images] = True
+            except InvalidRequest as error:
+                assert error.reason == "TOO_MUCH_MEMORY"
+                found[max_rows, images] = False
+    # One call of 32 rows does not fit; the same pictures eight rows at a time, decoded one by one, do.
+    assert found == {(1, 1): True, (1, 16): False, (8, 1): True, (8, 16): True}
     await engine.drain()

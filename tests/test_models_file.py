@@ -189,10 +189,7 @@ def test_a_distilled_folder_is_drawn_with_as_it_was_made(tmp_path):
     defaults = card.defaults()
     assert (defaults.sampler, defaults.steps) == ("lcm", 8)
     # Guidance is an input of its U-Net: it takes no rows of its own.
-    assert (
-        defaults.guidance_scale > 1
-        and card.unet_rows(replace(defaults, images=3), has_emphasis=True) == 3
-    )
+    assert defaults.guidance_scale > 1 and card.rows_a_picture(defaults, has_emphasis=True) == 1
     card.check_sampling(replace(defaults, steps=50))
     with pytest.raises(InvalidRequest, match="steps: is 51; sampler lcm of model toy takes at mo"):
         card.check_sampling(replace(defaults, steps=51))

@@ -78,7 +78,7 @@ def begin(stages, plate, sampling=SAMPLING, *, layers=LAYERS, prompt=PROMPT):
 def finish(stages, run):
     while not run.is_done:
         step(stages, [run])
-    return run.finish(stages)
+    return list(run.finish(stages))
 
 
 def test_equals_diffusers_bit_for_bit(tmp_path):
@@ -116,7 +116,7 @@ def test_no_strength_no_work(stages, calls):
     # int(6 * 0.16) is no step either.
     run = begin(stages, plate(0.16), replace(SAMPLING, images=2))
     assert run.is_done and run.steps_total == 0
-    pictures = run.finish(stages)
+    pictures = list(run.finish(stages))
     assert [np.array_equal(picture, plate().composite_HWC) for picture in pictures] == [True, True]
     assert calls == []
 

@@ -44,7 +44,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the work failed for want of memory, of the device or of the machine."""
     # On the CPU torch raises a plain RuntimeError with the words of its allocator.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(
@@ -52,7 +52,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def recover(device: torch.device, error: Exception, *, who: str) -> None:
+def recover(device: torch.device, error: BaseException, *, who: str) -> None:
     """Makes the device ready for the next work after an error: what failed for want of memory may fit in pieces.
 
     Args:

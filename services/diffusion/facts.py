@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from services.common.collage import Extent
 from services.common.weights import NotAModel
-from services.diffusion.folder import UnsupportedModel, read_config, read_part
+from services.diffusion.folder import UnsupportedModel, read_config, read_tokenizer
 from services.diffusion.tokens import TextTooLong, Tokens
 
 # The parts of a folder and the classes that may fill them, by their names in model_index.json.
@@ -147,7 +147,7 @@ def read_facts(folder: Path) -> ModelFacts:
             guidance_width=unet.get("time_cond_proj_dim"),
             prediction_type=scheduler.get("prediction_type", "epsilon"),
             scheduler_config=scheduler,
-            tokenizers=tuple(read_part(CLIPTokenizer, folder, part) for part in tokenizers),
+            tokenizers=tuple(read_tokenizer(folder, part) for part in tokenizers),
             # As AutoencoderKL has it where the folder is silent, and as diffusers' pipelines heed it: for SDXL only.
             upcasts_vae=is_xl and vae.get("force_upcast", True),
         )

@@ -1,4 +1,4 @@
-"""How much memory this machine lets a process have, `machine_bytes`; and handing it back, `give_back`."""
+"""How much memory a process may have, `machine_bytes` and `device_bytes`; and handing it back, `give_back`."""
 
 import contextlib
 import ctypes
@@ -20,6 +20,13 @@ def machine_bytes() -> int:
     # No such file, or "max": no limit of its own.
     except (OSError, ValueError):
         return machine
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory of a device; of the CPU, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return machine_bytes()
 
 
 def give_back() -> None:

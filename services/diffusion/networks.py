@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from services.diffusion.facts import ModelFacts, read_facts
-from services.diffusion.folder import read_part
+from services.diffusion.folder import read_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,17 +57,19 @@ def load(
         UnsupportedModel: another family than U-Net latent diffusion with a CLIP text encoder, or two as SDXL has them.
     """
     facts = read_facts(folder)
-    unet = read_part(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
-    vae = read_part(AutoencoderKL, folder, "vae", torch_dtype=vae_dtype or facts.vae_dtype(dtype))
-    text_encoders = {"text_encoder": read_part(CLIPTextModel, folder, "text_encoder", dtype=dtype)}
+    unet = read_network(UNet2DConditionModel, folder, "unet", dtype=dtype)
+    vae = read_network(AutoencoderKL, folder, "vae", dtype=vae_dtype or facts.vae_dtype(dtype))
+    text_encoders = {
+        "text_encoder": read_network(CLIPTextModel, folder, "text_encoder", dtype=dtype)
+    }
     if facts.pooled_width:
-        text_encoders["text_encoder_2"] = read_part(
+        text_encoders["text_encoder_2"] = read_network(
             CLIPTextModelWithProjection, folder, "text_encoder_2", dtype=dtype
         )
     for part in (unet, vae, *text_encoders.values()):
         # Not requires_grad_(False): torch picks another matrix product for weights that need no gradient, and the
         # last bits would differ from those of a stock diffusers pipeline. The stages run in inference mode anyway.
-        part.eval().to(device)
+        part.to(device)
     return LoadedModel(
         facts=facts,
         unet=unet,

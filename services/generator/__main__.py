@@ -9,7 +9,6 @@ from collage.v1 import generator_service_pb2_grpc
 from services.common.rpc import Server
 from services.common.settings import open_blobs, read
 from services.common.telemetry import serve_metrics, start_logging
-from services.diffusion.memory import machine_bytes
 from services.diffusion.networks import load
 from services.generator.card import GeneratorCard, read_catalog
 from services.generator.engine import Engine
@@ -28,14 +27,14 @@ class Settings:
     # `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, the default first; or the path of a models.yaml; empty
     # for the bundled model.
     models: str = ""
-    # U-Net rows that several jobs may share; 1 keeps every picture's bytes independent of the load.
+    # U-Net rows that jobs may share, and the pictures of one; 1 keeps every picture's bytes independent of the load.
     max_rows: int = DEFAULT_MAX_ROWS
     # Jobs that may wait.
     max_waiting: int = DEFAULT_MAX_WAITING
     # CPU threads of one operation, 0 for one a core. Another number gives pictures that differ in their last bits.
     threads: int = 0
-    # GiB that one request may take beyond the weights, 0 for half of the machine's memory. Only on the CPU: a machine
-    # without memory ends the process, a GPU without memory fails the request.
+    # GiB that one request may take beyond the weights, 0 for half of what they leave of the device's memory: a request
+    # that would take more is refused before anything is drawn.
     request_memory: float = 0.0
     # GiB that weights may take on each device, 0 for no limit: models are loaded with their first use, and those used
     # least recently give way.
@@ -73,9 +72,7 @@ async def build(settings: Settings) -> Server:
     )
     server = Server("generator", settings.address, drain=engine.drain)
     generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
-        GeneratorServicer(
-            engine, blobs, limit_bytes=settings.request_memory * 2**30 or machine_bytes() / 2
-        ),
+        GeneratorServicer(engine, blobs, limit_bytes=settings.request_memory * 2**30),
         server.grpc,
     )
     server.add("collage.v1.GeneratorService")

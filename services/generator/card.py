@@ -23,6 +23,7 @@ from services.diffusion.catalog import Catalog, ModelCard, weights_bytes
 from services.diffusion.facts import read_facts
 from services.generator.adapters import AdapterFile
 from services.generator.controlnet import check_controlnet
+from services.generator.sampler import decoded_together
 from services.generator.schedule import SAMPLERS, most_steps, native_sampler
 
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
@@ -220,11 +221,11 @@ class GeneratorCard(ModelCard):
                 f"is {sampling.steps}; sampler {sampling.sampler} of model {self.name} takes at most {most}",
             )
 
-    def unet_rows(self, sampling: Sampling, *, has_emphasis: bool) -> int:
-        """Rows of one U-Net call: a picture each, two with guidance, three where that emphasises structure."""
+    def rows_a_picture(self, sampling: Sampling, *, has_emphasis: bool) -> int:
+        """U-Net rows of a picture's step: one, two with guidance, three where that emphasises structure."""
         if not self.facts.reads_negative(sampling.guidance_scale):
-            return sampling.images
-        return sampling.images * (3 if has_emphasis else 2)
+            return 1
+        return 3 if has_emphasis else 2
 
     def defaults(self) -> Sampling:
         """What a request that leaves sampling unset gets."""
@@ -247,29 +248,46 @@ class GeneratorCard(ModelCard):
         size: Extent,
         sampling: Sampling,
         *,
-        value_bytes: int,
+        max_rows: int,
         has_structure: bool,
         has_emphasis: bool,
     ) -> int:
-        """Peak working memory beyond the weights.
+        """Peak working memory of a request beyond the weights.
 
-        The larger of a U-Net step and the decoding of all pictures, which never overlap:
+        The larger of a U-Net step and of what is decoded together:
 
-            max(rows * cells * unet_channels * UNET_COPIES, images * pixels * vae_channels * VAE_COPIES)
+            max(rows * cells * unet_channels * UNET_COPIES, pictures * pixels * vae_channels * VAE_COPIES)
 
-        and with ControlNets RESIDUAL_COPIES more in the first, or the embedding of their pictures where that is more,
+        values, and with ControlNets RESIDUAL_COPIES more in the first, or the embedding of their pictures where that is
+        more; and the finished pictures twice (pixels and PNG). On the CPU a value takes 4 bytes, because half precision
+        falls back to single there, elsewhere those of the network's dtype.
 
-        values of `value_bytes` each (4 in single precision), and the finished pictures twice (pixels and PNG).
+        Args:
+            size: of the canvas.
+            sampling: what is asked for.
+            max_rows: rows of one call where pictures need not share it; 1 where all of a request do.
+            has_structure: whether ControlNets act.
+            has_emphasis: whether guidance strengthens them.
         """
         cells = size.pixels // self.facts.latent_factor**2
-        rows = self.unet_rows(sampling, has_emphasis=has_emphasis)
+        rows = each = self.rows_a_picture(sampling, has_emphasis=has_emphasis)
+        rows *= sampling.images
+        if max_rows > 1:
+            rows = max(each, min(rows, max_rows))
         block = rows * cells * self.unet_channels
         unet = block * UNET_COPIES
         if has_structure:
             residuals = block * RESIDUAL_COPIES
             unet = max(unet + residuals, rows * size.pixels * EMBEDDED_VALUES + 2 * residuals)
-        decode = sampling.images * size.pixels * self.vae_channels * VAE_COPIES
-        return max(unet, decode) * value_bytes + 2 * 3 * sampling.images * size.pixels
+        together = min(sampling.images, decoded_together(size.pixels))
+        decode = together * size.pixels * self.vae_channels * VAE_COPIES
+        return max(
+            unet * self._value_bytes(self.dtype),
+            decode * self._value_bytes(self.facts.vae_dtype(self.dtype)),
+        ) + (2 * 3 * sampling.images * size.pixels)
+
+    def _value_bytes(self, dtype: torch.dtype) -> int:
+        return torch.float32.itemsize if self.device.type == "cpu" else dtype.itemsize
 
 
 def read_catalog(models: str) -> Catalog[GeneratorCard]:

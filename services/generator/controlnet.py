@@ -6,7 +6,7 @@ import torch
 from diffusers import ControlNetModel
 
 from services.common.weights import NotAModel
-from services.diffusion.folder import UnsupportedModel, read_config, read_part
+from services.diffusion.folder import UnsupportedModel, read_config, read_network
 
 # What a ControlNet shares with the U-Net it is for: the shapes of its inputs and residuals. (Kinds of blocks may
 # differ: small ones for SDXL have no attention.)
@@ -27,10 +27,9 @@ def load_controlnet(folder: Path, *, dtype: torch.dtype, device: torch.device) -
     Raises:
         NotAModel: a file is missing or unreadable.
     """
-    # A step that was not told beforehand asks for it in its midst: weights made in inference mode need no gradient,
-    # which would change the last bits of what they give, see `load`.
+    network: ControlNetModel = read_network(ControlNetModel, folder, None, dtype=dtype)
     with torch.inference_mode(False):
-        return read_part(ControlNetModel, folder, None, torch_dtype=dtype).eval().to(device)
+        return network.to(device)
 
 
 def check_controlnet(folder: Path, model: Path) -> None:

@@ -19,6 +19,7 @@ from services.common.errors import DeadlinePassed, DeviceLost
 from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.diffusion.catalog import Catalog
+from services.diffusion.memory import device_bytes
 from services.generator.card import GeneratorCard
 from services.generator.conditioning import LayerControl
 from services.generator.job import (
@@ -60,6 +61,8 @@ class Engine:
     ) -> None:
         self.catalog = catalog
         self._threads = threads
+        self._max_rows = scheduler.max_rows
+        self._memory_bytes = memory_bytes
         self._runner = Runner(
             catalog, load=load, scheduler=scheduler, threads=threads, memory_bytes=memory_bytes
         )
@@ -109,14 +112,47 @@ class Engine:
         shape = Shape(
             model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
         )
-        rows = card.unet_rows(sampling, has_emphasis=has_emphasis)
+        rows = sampling.images * card.rows_a_picture(sampling, has_emphasis=has_emphasis)
         return self._runner.seconds(shape, rows=rows, steps=sampling.steps)
 
+    def memory_bytes(
+        self,
+        card: GeneratorCard,
+        size: Extent,
+        sampling: Sampling,
+        *,
+        has_structure: bool,
+        has_emphasis: bool,
+    ) -> int:
+        """Peak working memory of a request beyond the weights, see `GeneratorCard.memory_bytes`."""
+        return card.memory_bytes(
+            size,
+            sampling,
+            max_rows=self._max_rows,
+            has_structure=has_structure,
+            has_emphasis=has_emphasis,
+        )
+
+    def most_bytes(self, card: GeneratorCard) -> float:
+        """What a request's work may take: half of what weights leave of the memory, as one is decoded beside another.
+
+        Where no budget is set for weights, and all models together are large, they are believed to leave half.
+        """
+        whole = device_bytes(card.device)
+        beside = [each.weights_bytes for each in self.catalog.cards if each.device == card.device]
+        budget = min(self._memory_bytes, whole / 2)
+        return (whole - max(card.weights_bytes, min(sum(beside), budget))) / 2
+
     def arithmetic(self, card: GeneratorCard) -> str:
-        """Names what decides a picture's last bits beside the request and the networks: equal here, equal bytes."""
+        """Names what decides a picture's last bits beside the request and the networks: equal here, equal bytes.
+
+        Where jobs share calls, a picture's last bits are those of the company it had: it is found again, but only by a
+        generator that draws so, too.
+        """
+        joint = f", {self._max_rows} rows together" if self._max_rows > 1 else ""
         if card.device.type == "cuda":
-            return f"{card.dtype} on {torch.cuda.get_device_name(card.device)}"
-        return f"{card.dtype} on {torch.backends.cpu.get_cpu_capability()} with {self._threads} threads"
+            return f"{card.dtype} on {torch.cuda.get_device_name(card.device)}{joint}"
+        return f"{card.dtype} on {torch.backends.cpu.get_cpu_capability()} with {self._threads} threads{joint}"
 
     async def drain(self) -> None:
         """Admits nothing more and returns when what was admitted is finished."""

@@ -1,8 +1,9 @@
-"""The runner: the one thread that owns the device, and the jobs it works off.
+"""The runner: the one thread that steps, and the jobs it works off.
 
 Main type: `Runner`. The thread asks the `Scheduler` whose turn it is, takes the batch one step further, and looks at
-cancels and deadlines before the next. It knows neither event loops nor messages nor storage, and of a model only its
-`Stages`.
+cancels and deadlines before the next. What need not hold up the next step is done beside it: a thread finishes
+pictures, decoding them and their previews, and another loads the models that are asked for. It knows neither event
+loops nor messages nor storage, and of a model only its `Stages`.
 """
 
 import contextlib
@@ -14,14 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import Counter, Histogram
 
 from services.common.errors import (
     Cancelled,
     CollageError,
     DeadlinePassed,
-    DeviceLost,
     Internal,
     Overloaded,
     Unavailable,
@@ -35,7 +38,15 @@ from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
 from services.generator.noise import released_at
 from services.generator.sampler import Run, step
-from services.generator.scheduler import DropReason, QueueFull, Scheduler, Shape, Ticket, Turn
+from services.generator.scheduler import (
+    DropReason,
+    Part,
+    QueueFull,
+    Scheduler,
+    Shape,
+    Ticket,
+    Turn,
+)
 from services.generator.stages import Stages
 
 # Longest sleep of the idle thread: it is woken by every admission, this only bounds the wait.
@@ -55,13 +66,16 @@ BATCH_ROWS = Histogram(
 )
 JOBS = Counter("collage_generator_jobs_total", "Jobs that ended", ["outcome"])
 
-# Loads a model and answers its stages; called on the device's thread.
+# Loads a model and answers its stages.
 StagesLoader = Callable[[GeneratorCard], Stages]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Entry:
-    """An admitted job. `context` carries the request id into the thread's log lines."""
+    """An admitted job. `context` carries the request id into the threads' log lines.
+
+    runs: one for each part, once it has begun. finished: parts whose pictures have been made.
+    """
 
     job: Job
     ticket: Ticket
@@ -69,7 +83,35 @@ class _Entry:
     admitted_s: float
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     place: int | None = None
-    run: Run | None = None
+    runs: list[Run] = field(default_factory=list)
+    steps_told: int = 0
+    finished: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that all pictures have had, on average."""
+        return sum(run.steps_done for run in self.runs) // len(self.runs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Work:
+    """A part of a batch, with its job."""
+
+    part: Part
+    entry: _Entry
+
+    @property
+    def run(self) -> Run:
+        """Once the job has begun."""
+        return self.entry.runs[self.part.index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Loading:
+    """A model on its way into memory."""
+
+    card: GeneratorCard
+    done: "Future[None]" = field(default_factory=Future)
 
 
 class Runner:
@@ -104,7 +146,15 @@ class Runner:
         self._changed = threading.Condition()
         self._is_draining = False
         self._has_ended = False
+        self._lost: BaseException | None = None
+        self._loading: _Loading | None = None
+        self._to_finish: SimpleQueue[tuple[_Entry, Callable[[_Entry], None]]] = SimpleQueue()
+        self._to_load: SimpleQueue[_Loading] = SimpleQueue()
         self.end: Future[None] = Future()
+        # Daemons: a process that ends waits neither for a device that is lost nor for a model that nobody wants now.
+        # One that loads, and not one a model: each thread's allocator would keep what the last one left it.
+        threading.Thread(target=self._load_all, name="load", daemon=True).start()
+        threading.Thread(target=self._finish_all, name="finish", daemon=True).start()
         threading.Thread(target=self._live, name="device", daemon=True).start()
 
     def submit(self, job: Job, mailbox: Mailbox) -> int:
@@ -118,15 +168,18 @@ class Runner:
         card = self._catalog.find(job.sampling.model, field="sampling.model")
         sampling, released_hw = job.sampling, released_at(job.plate.strength_hw, job.sampling.steps)
         height, width = released_hw.shape
+        parts = self._scheduler.together(sampling.images)
         ticket = Ticket(
             id=next(self._ids),
             shape=Shape(
-                model=sampling.model,
+                model=card.name,
                 grid_height=height,
                 grid_width=width,
                 adapters=sampling.active_adapters,
             ),
-            rows=card.unet_rows(sampling, has_emphasis=job.has_emphasis),
+            parts=parts,
+            rows=card.rows_a_picture(sampling, has_emphasis=job.has_emphasis)
+            * (sampling.images // parts),
             steps=sampling.steps - int(released_hw.min()),
             deadline_s=job.deadline_s,
         )
@@ -150,6 +203,7 @@ class Runner:
         """Gives a job up within one step; one that has ended is left as it is."""
         with self._changed:
             self._scheduler.cancel(job_id)
+            self._changed.notify()
 
     def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
         """Expected seconds of so many steps on an idle device; 0 where the model has not run yet."""
@@ -162,7 +216,7 @@ class Runner:
             self._is_draining = True
             self._changed.notify()
 
-    # Below: the device's thread.
+    # Below: the thread that steps.
 
     def _live(self) -> None:
         """Works until there is no more to do, or dies of what is no job's own failure; either way nobody waits on."""
@@ -178,8 +232,9 @@ class Runner:
             left = list(self._entries.values())
             self._entries.clear()
         for entry in left:
-            JOBS.labels(DeviceLost.reason).inc()
-            entry.mailbox.post(Ended(error=device.lost(WHO)))
+            lost = device.lost(WHO)
+            JOBS.labels(lost.reason).inc()
+            entry.mailbox.post(Ended(error=lost))
         if death is None:
             self.end.set_result(None)
         else:
@@ -189,20 +244,54 @@ class Runner:
         device.own(self._threads)
         while (turn := self._next_turn()) is not None:
             for ticket, reason in turn.dropped:
-                self._end(self._entries[ticket.id], _dropped(reason))
-            for ticket in turn.joined:
-                self._attempt(self._entries[ticket.id], self._begin)
-            self._advance([self._entries[t.id] for t in turn.batch if t.id in self._entries])
+                if (entry := self._entries.get(ticket.id)) is not None:
+                    self._end(entry, _dropped(reason))
+            if turn.wanted is not None:
+                self._ask_for(turn.wanted, is_idle=not turn.batch)
+            if turn.batch:
+                self._advance(turn.batch)
 
     def _next_turn(self) -> Turn | None:
-        with self._changed:
-            while self._scheduler.is_idle:
-                if self._is_draining:
+        """What to do, as soon as there is something; None at the end of a drain."""
+        while True:
+            self._settle_loading()
+            with self._changed:
+                if self._lost is not None:
+                    raise self._lost
+                if not self._scheduler.is_idle:
+                    coming = () if self._loading is None else (self._loading.card.name,)
+                    turn = self._scheduler.turn(
+                        now_s=time.monotonic(), in_memory=self._shelf.names, coming=coming
+                    )
+                    self._tell_places()
+                    if turn.batch or turn.dropped or (turn.wanted and self._loading is None):
+                        return turn
+                elif self._is_draining and not self._entries:
                     return None
-                self._changed.wait(IDLE_WAIT_S)
-            turn = self._scheduler.turn(now_s=time.monotonic())
-            self._tell_places()
-            return turn
+                if self._loading is None or not self._loading.done.done():
+                    self._changed.wait(IDLE_WAIT_S)
+
+    def _ask_for(self, model: str, *, is_idle: bool) -> None:
+        """Has a model loaded, beside what is stepped where there is room, in others' place where nothing is."""
+        card = self._catalog.find(model, field="sampling.model")
+        if self._loading is not None or not (is_idle or self._shelf.has_room(card)):
+            return
+        self._shelf.make_room(card)
+        self._loading = _Loading(card=card)
+        self._to_load.put(self._loading)
+
+    def _settle_loading(self) -> None:
+        """Takes notice of a model that is there now; one that cannot be loaded fails the job that waited longest."""
+        if self._loading is None or not self._loading.done.done():
+            return
+        loading, self._loading = self._loading, None
+        failure = loading.done.exception()
+        if failure is None:
+            return
+        with self._changed:
+            ticket = self._scheduler.first_of(loading.card.name)
+        if ticket is not None and (entry := self._entries.get(ticket.id)) is not None:
+            self._fail(entry, failure)
 
     def _begin(self, entry: _Entry) -> None:
         QUEUE_SECONDS.observe(time.monotonic() - entry.admitted_s)
@@ -219,112 +308,122 @@ class Runner:
                 adapters=job.sampling.active_adapters,
             )
         with self._stage(entry, stages, "encode_image"):
-            entry.run = Run.begin(
+            run = Run.begin(
                 stages, plate=job.plate, conditioning=conditioning, sampling=job.sampling
             )
-        if kinds := entry.run.control_kinds:
+        if kinds := run.control_kinds:
             # Before the first step, whose time is what all that follow are estimated by.
             with self._stage(entry, stages, "load_controlnets"):
                 stages.load_controlnets(kinds)
+        entry.runs = run.split() if entry.ticket.parts > 1 else [run]
 
     def _stages_of(self, entry: _Entry) -> Stages:
-        """The stages of the job's model; models of jobs that have begun do not give way to it."""
-        with self._changed:
-            in_use = {
-                each.job.sampling.model for each in self._entries.values() if each.run is not None
-            }
-        return self._shelf.take(self._card(entry), in_use=in_use)
+        return self._shelf.take(self._card(entry))
 
     def _card(self, entry: _Entry) -> GeneratorCard:
         return self._catalog.find(entry.job.sampling.model, field="sampling.model")
 
-    def _advance(self, entries: Sequence[_Entry]) -> None:
-        """One step for those that have one left, then the pictures of those that have none."""
-        done = {entry.ticket.id: _run(entry).steps_done for entry in entries}
-        self._step([entry for entry in entries if not _run(entry).is_done])
-        for entry in entries:
-            if self._is_here(entry) and _run(entry).steps_done > done[entry.ticket.id]:
-                self._attempt(entry, self._tell_step)
-            if self._is_here(entry) and _run(entry).is_done:
-                self._attempt(entry, self._finish)
+    def _advance(self, batch: Sequence[Part]) -> None:
+        """One step for the parts that have one left; the pictures of those that have none are finished elsewhere."""
+        # By their entries from here on: the thread that finishes may end a job at any time.
+        work = [
+            _Work(part=part, entry=entry)
+            for part in batch
+            if (entry := self._entries.get(part.ticket.id)) is not None
+        ]
+        for entry in dict.fromkeys(each.entry for each in work):
+            if not entry.runs:
+                self._attempt(entry, self._begin)
+        work = self._those_here(work)
+        self._step([each for each in work if not each.run.is_done])
+        work = self._those_here(work)
+        for entry in dict.fromkeys(each.entry for each in work):
+            if entry.steps_done > entry.steps_told:
+                entry.steps_told = entry.steps_done
+                total = entry.runs[0].steps_total
+                entry.mailbox.post(StepDone(step=entry.steps_told, total=total))
+        for each in work:
+            self._show(each)
+
+    def _those_here(self, work: Sequence["_Work"]) -> list["_Work"]:
+        """Those whose jobs have begun and not ended."""
+        return [each for each in work if each.entry.runs and self._is_here(each.entry)]
 
     def _is_here(self, entry: _Entry) -> bool:
-        """Has not ended yet."""
         return entry.ticket.id in self._entries
 
-    def _step(self, entries: Sequence[_Entry]) -> None:
-        if not entries:
+    def _step(self, work: Sequence["_Work"]) -> None:
+        if not work:
             return
-        sampling = entries[0].job.sampling
-        stages = self._stages_of(entries[0])
+        entry = work[0].entry
+        stages, parts = self._stages_of(entry), tuple(each.part for each in work)
         try:
             start_s = time.monotonic()
-            rows = step(stages, [_run(entry) for entry in entries])
+            rows = step(stages, [each.run for each in work])
             device.synchronize(stages.device)
             seconds = time.monotonic() - start_s
         except Exception as error:
             failure = error
         else:
-            STEP_SECONDS.labels(sampling.model).observe(seconds)
+            STEP_SECONDS.labels(entry.job.sampling.model).observe(seconds)
             BATCH_ROWS.observe(rows)
-            batch = tuple(entry.ticket for entry in entries)
             with self._changed:
-                self._scheduler.stepped(batch, rows=rows, seconds=seconds)
+                self._scheduler.stepped(parts, rows=rows, seconds=seconds)
             return
         # Outside the handler: while an exception is handled, all that the failed call held stays in memory.
-        if len(entries) == 1:
-            self._fail(entries[0], failure)
+        if len(work) == 1:
+            self._fail(entry, failure)
             return
-        # Whose fault it is cannot be told from here: every run is as it was before, each job tries alone, and only the
-        # culprit fails.
-        log.warning(
-            "joint step failed, each job tries alone", jobs=len(entries), error=str(failure)
-        )
         device.recover(stages.device, failure, who=WHO)
-        for entry in entries:
-            self._step([entry])
+        log.warning("joint step failed", parts=len(work), error=str(failure))
+        if device.is_out_of_memory(failure):
+            # Every run is as it was; the next turn takes fewer of them.
+            with self._changed:
+                self._scheduler.ran_out(parts, now_s=time.monotonic())
+            return
+        # Whose fault it is cannot be told from here: every run is as it was, each tries alone, and only the culprit
+        # fails.
+        for each in work:
+            self._step(self._those_here([each]))
 
-    def _tell_step(self, entry: _Entry) -> None:
-        run, every = _run(entry), entry.job.sampling.preview_every
-        entry.mailbox.post(StepDone(step=run.steps_done, total=run.steps_total))
-        if every is not None and run.steps_done % every == 0 and not run.is_done:
-            for index, pixels_HWC in enumerate(run.preview()):
-                entry.mailbox.post(
-                    RawPreview(index=index, step=run.steps_done, pixels_HWC=pixels_HWC)
-                )
-
-    def _finish(self, entry: _Entry) -> None:
-        stages = self._stages_of(entry)
-        with self._stage(entry, stages, "decode"):
-            pictures = _run(entry).finish(stages)
-        for index, pixels_HWC in enumerate(pictures):
-            entry.mailbox.post(RawImage(index=index, pixels_HWC=pixels_HWC))
-        self._end(entry, None)
+    def _show(self, each: "_Work") -> None:
+        """Has what is to be seen of a part made by the other thread: its pictures, or a preview where one is due."""
+        entry, run, first = each.entry, each.run, each.part.index
+        stages, every = self._stages_of(entry), entry.job.sampling.preview_every
+        if run.is_done:
+            with self._changed:
+                self._scheduler.ended(each.part)
+            self._beside(entry, lambda entry: self._finish(entry, run, stages, first=first))
+        elif every is not None and run.steps_done % every == 0 and run.steps_done > 0:
+            done, look = run.steps_done, run.look()
+            self._beside(entry, lambda entry: _preview(entry, look, step=done, first=first))
 
     def _attempt(self, entry: _Entry, work: Callable[[_Entry], None]) -> None:
         """Does one job's own work; what goes wrong is that job's alone."""
         try:
-            entry.context.run(work, entry)
+            entry.context.copy().run(work, entry)
             return
         except Exception as error:
             failure = error
         # Outside the handler, as in `_step`.
         self._fail(entry, failure)
 
-    def _fail(self, entry: _Entry, error: Exception) -> None:
+    def _fail(self, entry: _Entry, error: BaseException) -> None:
         told = _told(error, entry.job)
         if isinstance(told, Internal):
-            entry.context.run(log.error, "job failed", reason=told.reason, exc_info=error)
-        entry.run = None
+            entry.context.copy().run(log.error, "job failed", reason=told.reason, exc_info=error)
         if told is not error:
             device.recover(self._card(entry).device, error, who=WHO)
         self._end(entry, told)
 
     def _end(self, entry: _Entry, error: CollageError | None) -> None:
+        """Tells a job's end; one that has ended already is left as it is."""
         with self._changed:
+            if self._entries.pop(entry.ticket.id, None) is None:
+                return
             self._scheduler.remove(entry.ticket.id)
-            del self._entries[entry.ticket.id]
             self._tell_places()
+            self._changed.notify()
         JOBS.labels(error.reason if error else "DONE").inc()
         entry.mailbox.post(Ended(error=error))
 
@@ -345,10 +444,54 @@ class Runner:
         STAGE_SECONDS.labels(name).observe(seconds)
         log.info("stage done", stage=name, seconds=round(seconds, 4))
 
+    # Below: the thread that loads.
 
-def _run(entry: _Entry) -> Run:
-    assert entry.run is not None, "only a job that has begun is stepped"
-    return entry.run
+    def _load_all(self) -> None:
+        while True:
+            loading = self._to_load.get()
+            try:
+                self._shelf.load(loading.card)
+            except BaseException as error:  # of the thread: told where it is settled
+                loading.done.set_exception(error)
+            else:
+                loading.done.set_result(None)
+            with self._changed:
+                self._changed.notify()
+
+    # Below: the thread that finishes.
+
+    def _beside(self, entry: _Entry, work: Callable[[_Entry], None]) -> None:
+        """Has a job's own work done by the thread that finishes, in the order it was asked for."""
+        self._to_finish.put((entry, work))
+
+    def _finish_all(self) -> None:
+        device.own(self._threads)
+        while True:
+            entry, work = self._to_finish.get()
+            if not self._is_here(entry):
+                continue
+            try:
+                self._attempt(entry, work)
+            except BaseException as error:  # of the thread: the device is lost
+                with self._changed:
+                    self._lost = error
+                    self._changed.notify()
+                return
+
+    def _finish(self, entry: _Entry, run: Run, stages: Stages, *, first: int) -> None:
+        with self._stage(entry, stages, "decode"):
+            for index, pixels_HWC in enumerate(run.finish(stages), start=first):
+                entry.mailbox.post(RawImage(index=index, pixels_HWC=pixels_HWC))
+        entry.finished += 1
+        if entry.finished == entry.ticket.parts:
+            self._end(entry, None)
+
+
+def _preview(
+    entry: _Entry, look: Callable[[], Sequence[NDArray[np.uint8]]], *, step: int, first: int
+) -> None:
+    for index, pixels_HWC in enumerate(look(), start=first):
+        entry.mailbox.post(RawPreview(index=index, step=step, pixels_HWC=pixels_HWC))
 
 
 def _dropped(reason: DropReason) -> CollageError:
@@ -357,7 +500,7 @@ def _dropped(reason: DropReason) -> CollageError:
     return Cancelled("cancelled by the caller")
 
 
-def _told(error: Exception, job: Job) -> CollageError:
+def _told(error: BaseException, job: Job) -> CollageError:
     """What the caller hears of an exception in its job."""
     if isinstance(error, CollageError):
         return error

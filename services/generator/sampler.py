@@ -5,8 +5,10 @@ U-Net call. Read `step` and `Run._advance` for the algorithm. This module knows 
 Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent cells, H, W pixels.
 """
 
+import copy
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from typing import Any
@@ -26,6 +28,9 @@ from services.generator.schedule import scheduler
 from services.generator.stages import Stages
 from services.generator.structure import StructureControl, StructureStep
 
+# Pixels decoded in one call, a picture at least: an autoencoder takes some 5 KiB a pixel, far more than steps do. A
+# number of its own, because a picture's last bits depend on how many are decoded beside it, and must not on the memory.
+DECODED_PIXELS = 1024 * 1024
 # Weight of "no colour" when the preview's map is fitted, relative to the picture: makes a flat composite solvable.
 _PREVIEW_RIDGE = 1e-4
 _NO_STRUCTURE = StructureStep()
@@ -104,6 +109,23 @@ class Run:
     ) -> "Run":
         """Encodes the composite and noises it; runs no network where no cell is free at any step."""
         return cls(stages, plate, conditioning, sampling)
+
+    def split(self) -> list["Run"]:
+        """A run for each picture, in order, from before the first step; they share what does not change."""
+        assert self.steps_done == 0, "a run is split before its first step"
+        runs = [copy.copy(self) for _ in range(self._images)]
+        for index, run in enumerate(runs):
+            run._images = 1
+            if self.steps_total == 0:
+                continue
+            own = slice(index, index + 1)
+            run._scheduler = copy.deepcopy(self._scheduler)
+            run._step_options = {
+                name: generators[own] for name, generators in self._step_options.items()
+            }
+            run._hold = replace(self._hold, noise_NChw=self._hold.noise_NChw[own])
+            run._x_NChw = self._x_NChw[own]
+        return runs
 
     @property
     def is_done(self) -> bool:
@@ -205,9 +227,9 @@ class Run:
         self.steps_done += 1
 
     @torch.inference_mode()
-    def clean_NChw(self) -> torch.Tensor:
-        """The latents that the last step expects in the end; z0 in cells not yet free. Needs one step done."""
-        step, x_NChw, prediction_NChw = self._last
+    def clean_NChw(self, at: tuple[int, torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """The latents that the last step, or one looked at, expects in the end; z0 in cells not yet free."""
+        step, x_NChw, prediction_NChw = at or self._last
         # The sampler's own scaling taken out: scale² + sigma² = 1.
         scale, sigma = self._levels.scales[step], self._levels.sigmas[step]
         norm = (scale**2 + sigma**2) ** 0.5
@@ -218,14 +240,20 @@ class Run:
             clean_NChw = scale * x_NChw - sigma * prediction_NChw
         return torch.where(self._hold.released_hw > step, self._hold.z0_1Chw, clean_NChw)
 
+    def look(self) -> Callable[[], list[NDArray[np.uint8]]]:
+        """What makes a `preview` as the last step has it, on any thread, whatever is stepped meanwhile."""
+        return functools.partial(self.preview, self._last)
+
     @torch.inference_mode()
-    def preview(self) -> list[NDArray[np.uint8]]:
+    def preview(
+        self, at: tuple[int, torch.Tensor, torch.Tensor] | None = None
+    ) -> list[NDArray[np.uint8]]:
         """What the pictures are going to be, as the last step has it: uint8 sRGB [h, w, 3] each, a pixel a cell.
 
         Nothing is decoded: colours come from the linear map that takes the composite's latent closest to the
         composite. Needs one step done.
         """
-        rgb_Nhw3 = _with_constant(self.clean_NChw()) @ self._latent_to_rgb()
+        rgb_Nhw3 = _with_constant(self.clean_NChw(at)) @ self._latent_to_rgb()
         return list((rgb_Nhw3.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
     def _latent_to_rgb(self) -> torch.Tensor:
@@ -244,17 +272,19 @@ class Run:
         return on_device
 
     @torch.inference_mode()
-    def finish(self, stages: Stages) -> list[NDArray[np.uint8]]:
-        """The pictures, uint8 sRGB [H, W, 3] each.
+    def finish(self, stages: Stages) -> Iterator[NDArray[np.uint8]]:
+        """The pictures, uint8 sRGB [H, W, 3] each; so many are decoded at a time as `DECODED_PIXELS` allow.
 
         Where the plate's release is 0 they hold the composite's own bytes, at 255 the decoded ones, a blend between.
         """
         assert self.is_done, f"{self.steps_total - self.steps_done} steps are left"
         kept_HWC, release_HW = self._plate.composite_HWC, self._plate.release_HW
         if self.steps_total == 0:
-            return [kept_HWC.copy() for _ in range(self._images)]
-        drawn_NHWC = stages.decode_image(self._x_NChw).numpy()
-        return [paste(kept_HWC, drawn_HWC, release_HW) for drawn_HWC in drawn_NHWC]
+            yield from (kept_HWC.copy() for _ in range(self._images))
+            return
+        for x_NChw in torch.split(self._x_NChw, decoded_together(release_HW.size)):
+            for drawn_HWC in stages.decode_image(x_NChw).numpy():
+                yield paste(kept_HWC, drawn_HWC, release_HW)
 
 
 @torch.inference_mode()
@@ -285,6 +315,11 @@ def _step(stages: Stages, runs: Sequence[Run]) -> int:
     for run in runs:
         run._advance(predictions[run])
     return len(prediction_BChw)
+
+
+def decoded_together(pixels: int) -> int:
+    """How many pictures of so many pixels are decoded in one call."""
+    return max(1, DECODED_PIXELS // pixels)
 
 
 def paste(

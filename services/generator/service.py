@@ -58,12 +58,13 @@ MAX_BOUND_CHARACTERS = limits.MAX_PROMPT_CHARACTERS + limits.MAX_LAYERS * (
 MAX_READING = 4
 # Longest a job may take when its caller names no deadline.
 MAX_JOB_S = 3600.0
-# Bytes of a value in memory estimates: single precision, which every device may fall back to.
-VALUE_BYTES = 4
 
 
 class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
-    """Generates from plates in `blobs`; on the CPU a request may take `limit_bytes` beyond the weights."""
+    """Generates from plates in `blobs`.
+
+    limit_bytes: what a request may take beyond the weights; 0 for what the engine finds right.
+    """
 
     def __init__(self, engine: Engine, blobs: BlobStore, *, limit_bytes: float) -> None:
         self._engine = engine
@@ -196,18 +197,19 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         Raises:
             InvalidRequest: more than is allowed.
         """
-        needed = card.memory_bytes(
+        needed = self._engine.memory_bytes(
+            card,
             size,
             sampling,
-            value_bytes=VALUE_BYTES,
             has_structure=has_structure,
             has_emphasis=has_emphasis,
         )
-        if card.device.type == "cpu" and needed > self._limit_bytes:
+        most = self._limit_bytes or self._engine.most_bytes(card)
+        if needed > most:
             raise InvalidRequest.of(
                 "sampling.images",
                 f"is {sampling.images}; at {size.width} x {size.height} pixels that takes "
-                f"{needed / 2**30:.1f} GiB of memory, allowed: {self._limit_bytes / 2**30:.1f} GiB; "
+                f"{needed / 2**30:.1f} GiB of memory, allowed: {most / 2**30:.1f} GiB; "
                 "ask for fewer at a time, or for a smaller canvas",
                 reason="TOO_MUCH_MEMORY",
             )

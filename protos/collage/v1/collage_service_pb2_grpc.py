@@ -149,7 +149,7 @@ class CollageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Stops exactly one job within one denoising step. Finished jobs stay as they are.
+        """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

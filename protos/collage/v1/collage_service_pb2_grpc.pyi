@@ -45,7 +45,7 @@ class CollageServiceStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.ListJobsRequest, _collage_service_pb2.ListJobsResponse]
     """Newest first."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.CancelJobRequest, _collage_service_pb2.CancelJobResponse]
-    """Stops exactly one job within one denoising step. Finished jobs stay as they are."""
+    """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_collage_service_pb2.WatchJobRequest, _collage_service_pb2.WatchJobResponse]
     """Numbered events, from after a given number; ends after the terminal event. Resumable on any gateway."""
     GenerateImages: _grpc.UnaryStreamMultiCallable[_collage_service_pb2.GenerateImagesRequest, _collage_service_pb2.GenerateImagesResponse]
@@ -84,7 +84,7 @@ class CollageServiceAsyncStub(CollageServiceStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.ListJobsRequest, _collage_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Newest first."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.CancelJobRequest, _collage_service_pb2.CancelJobResponse]  # type: ignore[assignment]
-    """Stops exactly one job within one denoising step. Finished jobs stay as they are."""
+    """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are."""
     WatchJob: _aio.UnaryStreamMultiCallable[_collage_service_pb2.WatchJobRequest, _collage_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Numbered events, from after a given number; ends after the terminal event. Resumable on any gateway."""
     GenerateImages: _aio.UnaryStreamMultiCallable[_collage_service_pb2.GenerateImagesRequest, _collage_service_pb2.GenerateImagesResponse]  # type: ignore[assignment]
@@ -150,7 +150,7 @@ class CollageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _collage_service_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_collage_service_pb2.CancelJobResponse, _abc.Awaitable[_collage_service_pb2.CancelJobResponse]]:
-        """Stops exactly one job within one denoising step. Finished jobs stay as they are."""
+        """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are."""
 
     @_abc_1.abstractmethod
     def WatchJob(
