@@ -46,6 +46,14 @@ class Structure:
         )
 
 
+# A layer's dials, each 0 to 1 and chosen from its size where it is left out, and what each does.
+DIALS = {
+    "noise": "how far the layer may move from its cut-out: 0 keeps every pixel, 1 only the place",
+    "attract": "how much attention its words gain where it stands",
+    "repel": "how much attention its words lose elsewhere",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One cut-out: its picture, its words, its place and its dials; see `Layer` in collage.proto for ranges.
@@ -103,9 +111,7 @@ class Layer:
             text=self.text,
             opacity=self.opacity,
             visible=self.visible,
-            noise=self.noise,
-            attract=self.attract,
-            repel=self.repel,
+            **{dial: getattr(self, dial) for dial in DIALS},
             seed=self.seed,
             structure=[_structure(each) for each in self.structure],
             transform=collage_pb2.Transform(

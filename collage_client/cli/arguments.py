@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from collage_client._collage import DIALS
 from collage_client.cli import completion, drawing, listing, server
 from collage_client.cli.options import (
     SWEPT_DIALS,
@@ -30,10 +31,8 @@ _INTRODUCTION = """\
 Turns a stack of cut-out pictures into one coherent picture (Collage Diffusion).
 
 A collage is a file, collage.yaml: a canvas, a prompt, and layers from back to front, each with its picture, its
-words, its place and three dials, all 0 to 1:
-  noise    how far the layer may move from its cut-out: 0 keeps every pixel, 1 only the place
-  attract  how much attention its words gain where it stands
-  repel    how much attention its words lose elsewhere
+words, its place and its dials, all 0 to 1:
+{dials}
 A dial that is left out is chosen from the layer's size; `collage plan` shows the value.
 """
 _START = """\
@@ -54,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     root = argparse.ArgumentParser(
         prog="collage",
-        description=_INTRODUCTION,
+        description=_INTRODUCTION.format(
+            dials="\n".join(f"  {name:<8} {told}" for name, told in DIALS.items())
+        ),
         epilog=_START,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SWEPT_DIALS = ("noise", "attract", "repel", "opacity")
+from collage_client._collage import DIALS
+
+SWEPT_DIALS = (*DIALS, "opacity")
 MAX_SWEEP_VALUES = 16
 
 

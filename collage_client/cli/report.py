@@ -9,6 +9,7 @@ from typing import Any
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
 from collage_client import CollageError, JobFailed, JobResult, files
+from collage_client.cli.options import SWEPT_DIALS
 
 # The contract's stages, in the order they run.
 _STAGES = ("compose", "learn", "generate")
@@ -43,14 +44,11 @@ def plan(made: pb.Plan, size: collage_pb2.Size | None) -> str:
         f"prompt  {made.prompt}",
         "",
         table(
-            ("layer", "noise", "attract", "repel", "opacity", "covers", "shown"),
+            ("layer", *SWEPT_DIALS, "covers", "shown"),
             (
                 (
                     layer.name,
-                    f"{layer.noise:.2f}",
-                    f"{layer.attract:.2f}",
-                    f"{layer.repel:.2f}",
-                    f"{layer.opacity:.2f}",
+                    *(f"{getattr(layer, dial):.2f}" for dial in SWEPT_DIALS),
                     f"{layer.visible_fraction:.1%}",
                     f"{layer.unoccluded_fraction:.1%}",
                 )
