@@ -100,6 +100,8 @@ class Planner:
             prompt_tokens=estimate.prompt_tokens,
             prompt_tokens_limit=estimate.prompt_tokens_limit,
             estimated_seconds=estimate.seconds,
+            estimated_seconds_low=estimate.seconds_low,
+            estimated_seconds_high=estimate.seconds_high,
             estimated_memory_bytes=estimate.memory_bytes,
         )
         request = generator_service_pb2.GenerateRequest(

@@ -6,7 +6,6 @@ import hashlib
 import io
 import time
 import weakref
-from functools import partial
 
 import numpy as np
 import pytest
@@ -385,15 +384,32 @@ async def test_estimates_are_measured_and_scale(catalog, torch_stages):
     size, large = Extent(width=32, height=32), Extent(width=64, height=32)
     ten = plates.sampling(steps=10)
     async with running(catalog, torch_stages) as engine:
-        estimate = partial(engine.seconds, card, has_emphasis=False)
-        assert estimate(size, ten) == 0.0
+
+        def estimate(extent, sampling=ten, *, steps=10, has_emphasis=False):
+            return engine.expected(
+                card, extent, sampling, steps=steps, controlnets=0, has_emphasis=has_emphasis
+            )
+
+        assert estimate(size).seconds == 0.0
         await engine.warm_up()
-        once = estimate(size, ten)
-        assert 0 < once < 10
-        assert estimate(large, ten) == pytest.approx(2 * once)
-        alone = plates.sampling(steps=10, guidance_scale=1.0)
-        assert estimate(size, alone) == pytest.approx(once / 2)
-        assert estimate(size, ten, has_emphasis=True) == pytest.approx(1.5 * once)
+        once = estimate(size)
+        assert 0 < once.low <= once.seconds <= once.high < 10
+        # What was not drawn yet is told from it, by its rows and cells.
+        assert estimate(large).seconds == pytest.approx(2 * once.seconds)
+        step = (estimate(size, steps=110).seconds - once.seconds) / 100
+        for sampling, emphasis, rows in (
+            (plates.sampling(steps=10, guidance_scale=1.0), False, 0.5),
+            (ten, True, 1.5),
+        ):
+            told = estimate(size, sampling, has_emphasis=emphasis)
+            assert told.seconds == pytest.approx(once.seconds + 10 * (rows - 1) * step)
+        # Once it was, it is told as it was.
+        job = plates.job(steps=10, made_of=plates.plate(side=64))
+        start_s = time.monotonic()
+        await collect(engine, job)
+        taken_s = time.monotonic() - start_s
+        drawn = estimate(Extent(width=64, height=64), steps=9)
+        assert 0.2 * taken_s < drawn.seconds < 1.5 * taken_s
 
 
 @pytest.mark.parametrize(("limits", "cells"), [("{}", (8, 8)), ("{max_side: 16}", (4, 4))])

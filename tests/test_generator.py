@@ -206,6 +206,7 @@ async def test_estimates_count_tokens_and_refuse_nothing_too_long(served):
                 prompt="a sushi " * 60,
                 negative_prompt="",
                 word_tokens=3,
+                largest_noise=1.0,
             ),
             timeout=WAIT_S,
         )

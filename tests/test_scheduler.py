@@ -335,11 +335,3 @@ def test_another_canvas_need_not_wait_for_a_long_job():
     with pytest.raises(QueueFull, match="about 10"):
         scheduler.admit(ticket(1, shape=WIDE, steps=5, deadline_s=9), now_s=0)
     scheduler.admit(ticket(1, shape=WIDE, steps=5, deadline_s=60), now_s=0)
-
-
-def test_pace_scales_with_rows_cells_and_steps_and_is_zero_when_unknown():
-    pace = Scheduler().pace
-    assert pace.seconds(SMALL, rows=1, steps=10) == 0.0
-    pace.record(SMALL, rows=2, seconds=4.0)
-    assert pace.seconds(SMALL, rows=1, steps=10) == pytest.approx(20.0)
-    assert pace.seconds(WIDE, rows=2, steps=1) == pytest.approx(6.0)

@@ -63,7 +63,10 @@ def plan(made: pb.Plan, size: collage_pb2.Size | None) -> str:
 
 def cost(made: pb.Plan) -> str:
     """What a plan is expected to cost."""
-    seconds = f"{made.estimated_seconds:.1f} s" if made.estimated_seconds else "time unknown"
+    seconds = "time unknown"
+    if made.estimated_seconds:
+        low, high = made.estimated_seconds_low, made.estimated_seconds_high
+        seconds = f"{made.estimated_seconds:.1f} s ({low:.1f} to {high:.1f})"
     return (
         f"expected  {seconds}, {made.estimated_memory_bytes / 2**20:.0f} MiB beyond the weights; "
         f"prompt takes {made.prompt_tokens} of {made.prompt_tokens_limit} tokens"

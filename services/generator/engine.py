@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,9 +36,11 @@ from services.generator.job import (
     RawPreview,
     StepDone,
 )
+from services.generator.pace import Call, Expected
 from services.generator.preview import encode_preview
 from services.generator.runner import Runner, StagesLoader
-from services.generator.scheduler import Scheduler, Shape
+from services.generator.sampler import decoded_together
+from services.generator.scheduler import Scheduler
 
 # Threads that write PNGs while the device goes on: a picture is encoded much faster than it is drawn.
 PNG_THREADS = 2
@@ -104,16 +107,37 @@ class Engine:
             async for _ in events:
                 pass
 
-    def seconds(
-        self, card: GeneratorCard, size: Extent, sampling: Sampling, *, has_emphasis: bool
-    ) -> float:
-        """Expected seconds of a job's steps on an idle device; 0 where the model has not run yet."""
-        factor = card.facts.latent_factor
-        shape = Shape(
-            model=card.name, grid_height=size.height // factor, grid_width=size.width // factor
+    def expected(
+        self,
+        card: GeneratorCard,
+        size: Extent,
+        sampling: Sampling,
+        *,
+        steps: int,
+        controlnets: int,
+        has_emphasis: bool,
+    ) -> Expected:
+        """How long an idle device draws a request: encoding, so many steps, decoding; all 0 where it has not drawn yet.
+
+        Learning, loading and waiting are not in it.
+        """
+        each = card.rows_a_picture(sampling, has_emphasis=has_emphasis)
+        # Pictures of one call, see `Scheduler.together`.
+        stepped = sampling.images
+        if self._max_rows > 1:
+            stepped = min(stepped, max(1, self._max_rows // each))
+        decoded = 1 if self._max_rows > 1 else min(sampling.images, decoded_together(size.pixels))
+        call = Call(
+            model=card.name, work="encode", cells=size.pixels // card.facts.latent_factor**2
         )
-        rows = sampling.images * card.rows_a_picture(sampling, has_emphasis=has_emphasis)
-        return self._runner.seconds(shape, rows=rows, steps=sampling.steps)
+        step = replace(call, work="step", rows=stepped * each, controlnets=controlnets)
+        decode = replace(call, work="decode", rows=decoded)
+        calls = math.ceil(sampling.images / stepped) * steps
+        return (
+            self._runner.expected(call)
+            + self._runner.expected(step).times(calls)
+            + self._runner.expected(decode).times(math.ceil(sampling.images / decoded))
+        )
 
     def memory_bytes(
         self,

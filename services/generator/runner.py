@@ -37,7 +37,8 @@ from services.generator.card import GeneratorCard
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
 from services.generator.noise import released_at
-from services.generator.sampler import Run, step
+from services.generator.pace import Call, Expected
+from services.generator.sampler import Run, decoded_together, step
 from services.generator.scheduler import (
     DropReason,
     Part,
@@ -182,6 +183,7 @@ class Runner:
             * (sampling.images // parts),
             steps=sampling.steps - int(released_hw.min()),
             deadline_s=job.deadline_s,
+            controlnets=len({part.kind for layer in job.layers for part in layer.structures}),
         )
         with self._changed:
             if self._has_ended:
@@ -205,10 +207,10 @@ class Runner:
             self._scheduler.cancel(job_id)
             self._changed.notify()
 
-    def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
-        """Expected seconds of so many steps on an idle device; 0 where the model has not run yet."""
+    def expected(self, call: Call) -> Expected:
+        """How long a call of the networks takes here."""
         with self._changed:
-            return self._scheduler.pace.seconds(shape, rows=rows, steps=steps)
+            return self._scheduler.pace.expected(call)
 
     def drain(self) -> None:
         """Admits nothing more; the thread finishes what was admitted and ends, see `end`."""
@@ -296,8 +298,8 @@ class Runner:
     def _begin(self, entry: _Entry) -> None:
         QUEUE_SECONDS.observe(time.monotonic() - entry.admitted_s)
         entry.mailbox.post(QueuedAt(place=0))
-        job = entry.job
-        stages = self._stages_of(entry)
+        job, cells = entry.job, entry.ticket.shape.cells
+        stages, start_s = self._stages_of(entry), time.monotonic()
         with self._stage(entry, stages, "encode_text"):
             conditioning = prepare(
                 stages,
@@ -311,6 +313,10 @@ class Runner:
             run = Run.begin(
                 stages, plate=job.plate, conditioning=conditioning, sampling=job.sampling
             )
+        self._record(
+            Call(model=job.sampling.model, work="encode", cells=cells),
+            seconds=time.monotonic() - start_s,
+        )
         if kinds := run.control_kinds:
             # Before the first step, whose time is what all that follow are estimated by.
             with self._stage(entry, stages, "load_controlnets"):
@@ -444,6 +450,10 @@ class Runner:
         STAGE_SECONDS.labels(name).observe(seconds)
         log.info("stage done", stage=name, seconds=round(seconds, 4))
 
+    def _record(self, call: Call, *, seconds: float) -> None:
+        with self._changed:
+            self._scheduler.pace.record(call, seconds=seconds)
+
     # Below: the thread that loads.
 
     def _load_all(self) -> None:
@@ -479,9 +489,22 @@ class Runner:
                 return
 
     def _finish(self, entry: _Entry, run: Run, stages: Stages, *, first: int) -> None:
+        start_s = time.monotonic()
         with self._stage(entry, stages, "decode"):
             for index, pixels_HWC in enumerate(run.finish(stages), start=first):
                 entry.mailbox.post(RawImage(index=index, pixels_HWC=pixels_HWC))
+        if run.steps_total > 0:
+            pictures = entry.job.sampling.images // entry.ticket.parts
+            together = min(pictures, decoded_together(entry.job.plate.release_HW.size))
+            self._record(
+                Call(
+                    model=entry.job.sampling.model,
+                    work="decode",
+                    cells=entry.ticket.shape.cells,
+                    rows=together,
+                ),
+                seconds=(time.monotonic() - start_s) * together / pictures,
+            )
         entry.finished += 1
         if entry.finished == entry.ticket.parts:
             self._end(entry, None)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.common.collage import Adapter
+from services.generator.pace import Call, Pace
 
 # Rows that different jobs, or pictures of one, may share in one U-Net call. One means that every job is alone in its
 # batch, with all its pictures. Convolutions and matrix products choose their order of summation by batch size, so a
@@ -41,10 +42,6 @@ DEFAULT_SLICE_S = 10.0
 # Seconds that a job may be passed because its model is not in memory: a few times what it takes to load a large one, so
 # that models which do not fit together spend most of the time drawing.
 DEFAULT_PATIENCE_S = 30.0
-
-# Weight of the newest step in the mean step time: steady, and yet the first step, which pays for allocation, counts for
-# less than a tenth after five more.
-PACE_NEWEST_WEIGHT = 0.4
 
 # Bounds of the advice when to ask again: below, callers would spin; above, they would stay away from an idle server
 # because of one long job.
@@ -91,7 +88,8 @@ class Ticket:
 
     parts: what it can be stepped by, one after another or together: its pictures, or 1 where they stay together. rows:
     the most U-Net rows that a part takes in a step, at least 1. steps: of each part, those that change the picture, 0
-    or more. deadline_s: when the job is worth nothing any more, on the caller's clock, inf for never.
+    or more. deadline_s: when the job is worth nothing any more, on the caller's clock, inf for never. controlnets: how
+    many act in its steps.
     """
 
     id: int
@@ -100,6 +98,7 @@ class Ticket:
     steps: int
     deadline_s: float
     parts: int = 1
+    controlnets: int = 0
 
     def __post_init__(self) -> None:
         assert self.rows >= 1, f"rows is {self.rows}, must be at least 1"
@@ -126,23 +125,6 @@ class Turn:
     batch: tuple[Part, ...] = ()
     dropped: tuple[tuple[Ticket, DropReason], ...] = ()
     wanted: str | None = None
-
-
-class Pace:
-    """How fast steps are here: a running mean, by model, of the seconds a row takes per cell."""
-
-    def __init__(self) -> None:
-        self._row_cell_s: dict[str, float] = {}
-
-    def record(self, shape: Shape, *, rows: int, seconds: float) -> None:
-        """Takes in one measured step of so many rows."""
-        newest = seconds / (rows * shape.cells)
-        mean = self._row_cell_s.get(shape.model, newest)
-        self._row_cell_s[shape.model] = mean + PACE_NEWEST_WEIGHT * (newest - mean)
-
-    def seconds(self, shape: Shape, *, rows: int, steps: int) -> float:
-        """Expected seconds of so many steps; 0 where this model was never measured."""
-        return self._row_cell_s.get(shape.model, 0.0) * rows * shape.cells * steps
 
 
 @dataclass(slots=True, kw_only=True)
@@ -278,7 +260,8 @@ class Scheduler:
 
     def stepped(self, batch: tuple[Part, ...], *, rows: int, seconds: float) -> None:
         """Records that one U-Net call of so many rows and seconds took these parts one step further."""
-        self.pace.record(batch[0].ticket.shape, rows=rows, seconds=seconds)
+        controlnets = max(part.ticket.controlnets for part in batch)
+        self.pace.record(_step(batch[0].ticket.shape, rows, controlnets), seconds=seconds)
         for part in batch:
             if (left := self._left(part)) is not None:
                 left[part.index] = max(0, left[part.index] - 1)
@@ -379,8 +362,11 @@ class Scheduler:
         line = self._lines.get(ticket.shape)
         if line is None or ticket.id not in line.jobs or ticket.id in self._cancelled:
             return 0.0
-        steps = sum(max(0, left) for left in line.jobs[ticket.id][1])
-        return self.pace.seconds(ticket.shape, rows=ticket.rows, steps=steps)
+        return self._step_seconds(ticket) * sum(max(0, left) for left in line.jobs[ticket.id][1])
+
+    def _step_seconds(self, ticket: Ticket) -> float:
+        """Of one of its parts, alone."""
+        return self.pace.expected(_step(ticket.shape, ticket.rows, ticket.controlnets)).seconds
 
     def _ahead_seconds(self, ticket: Ticket) -> float:
         """Expected seconds until a job's own steps begin, and of what interrupts them."""
@@ -389,11 +375,15 @@ class Scheduler:
             seconds = self._seconds_left(other)
             by_shape[other.shape] = by_shape.get(other.shape, 0.0) + seconds
         own_s = by_shape.pop(ticket.shape, 0.0)
-        with_it_s = own_s + self.pace.seconds(
-            ticket.shape, rows=ticket.rows, steps=ticket.steps * ticket.parts
-        )
+        with_it_s = own_s + self._step_seconds(ticket) * ticket.steps * ticket.parts
         slices = max(1, math.ceil(with_it_s / self._slice_s)) if self._slice_s else math.inf
         return own_s + sum(min(each, slices * self._slice_s) for each in by_shape.values())
+
+
+def _step(shape: Shape, rows: int, controlnets: int) -> Call:
+    return Call(
+        model=shape.model, work="step", cells=shape.cells, rows=rows, controlnets=controlnets
+    )
 
 
 def _bounded(seconds: float) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -157,6 +158,14 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             has_structure=any(layer.structure for layer in request.layers),
             has_emphasis=has_emphasis,
         )
+        expected = self._engine.expected(
+            card,
+            size,
+            sampling,
+            steps=math.floor(sampling.steps * largest_noise),
+            controlnets=len({part.kind for layer in request.layers for part in layer.structure}),
+            has_emphasis=has_emphasis,
+        )
         is_negative_read = card.facts.reads_negative(sampling.guidance_scale)
         warnings = [
             *(
@@ -178,7 +187,9 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 card.count_tokens(request.negative_prompt) if is_negative_read else 0
             ),
             prompt_tokens_limit=card.tokens_limit,
-            seconds=self._engine.seconds(card, size, sampling, has_emphasis=has_emphasis),
+            seconds=expected.seconds,
+            seconds_low=expected.low,
+            seconds_high=expected.high,
             memory_bytes=memory_bytes,
             warnings=warnings,
         )

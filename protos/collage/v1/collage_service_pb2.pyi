@@ -52,7 +52,7 @@ class PlanCollageResponse(_message.Message):
     def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("composite", "layers", "warnings", "prompt", "sampling", "prompt_tokens", "prompt_tokens_limit", "estimated_seconds", "estimated_memory_bytes")
+    __slots__ = ("composite", "layers", "warnings", "prompt", "sampling", "prompt_tokens", "prompt_tokens_limit", "estimated_seconds", "estimated_memory_bytes", "estimated_seconds_low", "estimated_seconds_high")
     COMPOSITE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,8 @@ class Plan(_message.Message):
     PROMPT_TOKENS_LIMIT_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_SECONDS_LOW_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_SECONDS_HIGH_FIELD_NUMBER: _ClassVar[int]
     composite: _blob_pb2.BlobRef
     layers: _containers.RepeatedCompositeFieldContainer[_collage_pb2.LayerPlan]
     warnings: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Warning]
@@ -71,7 +73,9 @@ class Plan(_message.Message):
     prompt_tokens_limit: int
     estimated_seconds: float
     estimated_memory_bytes: int
-    def __init__(self, composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ..., prompt: _Optional[str] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., estimated_memory_bytes: _Optional[int] = ...) -> None: ...
+    estimated_seconds_low: float
+    estimated_seconds_high: float
+    def __init__(self, composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ..., prompt: _Optional[str] = ..., sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., estimated_memory_bytes: _Optional[int] = ..., estimated_seconds_low: _Optional[float] = ..., estimated_seconds_high: _Optional[float] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("request_id", "generate", "redo", "learn")

@@ -80,17 +80,21 @@ class EstimateRequest(_message.Message):
     def __init__(self, sampling: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., size: _Optional[_Union[_collage_pb2.Size, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., word_tokens: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., largest_noise: _Optional[float] = ...) -> None: ...
 
 class EstimateResponse(_message.Message):
-    __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes", "warnings")
+    __slots__ = ("prompt_tokens", "negative_prompt_tokens", "prompt_tokens_limit", "seconds", "memory_bytes", "warnings", "seconds_low", "seconds_high")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_LIMIT_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LOW_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_HIGH_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     negative_prompt_tokens: int
     prompt_tokens_limit: int
     seconds: float
     memory_bytes: int
     warnings: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Warning]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., negative_prompt_tokens: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ...) -> None: ...
+    seconds_low: float
+    seconds_high: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., negative_prompt_tokens: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ..., seconds_low: _Optional[float] = ..., seconds_high: _Optional[float] = ...) -> None: ...
