@@ -31,7 +31,7 @@ from services.common.plate import Plate
 from services.compositor.compose import Composition
 from services.compositor.service import Work, make
 from services.diffusion.networks import load
-from services.generator.attention import ControlledAttention, grid_of, project
+from services.generator.attention import ControlledAttention, grid_of, heads
 from services.generator.conditioning import Conditioning, LayerControl, prepare
 from services.generator.sampler import Run, step
 from services.generator.stages import TorchStages
@@ -50,11 +50,11 @@ class Meter:
 
     def read(self, attn: Any, cells: torch.Tensor, text: torch.Tensor) -> None:
         """One cross-attention: repeats its scores, with the control's bias, for the prompted rows."""
-        query, key, _ = project(attn, cells, text)
+        query, key = heads(attn, attn.to_q(cells)), heads(attn, attn.to_k(text))
         scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
         control = attn.processor.slot.control
         if control is not None:
-            scores = scores + control.bias_B1QT(query, key)
+            scores = scores + control.bias_B1QT(query, control.looked_at(key))
         mass_HQT = scores[len(scores) // 2 :].softmax(-1).flatten(0, 1)
         grid = grid_of(mass_HQT.shape[1], *self._visible.shape[1:])
         v_LQ = F.adaptive_avg_pool2d(self._visible, grid).flatten(1)

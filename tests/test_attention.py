@@ -52,6 +52,10 @@ def control(*jobs, **options):
     return made
 
 
+def biased(made, query, key):
+    return made.bias_B1QT(query, made.looked_at(key))
+
+
 def expected_bias(query, key, sigma, control_visible, positions=POSITIONS, dials=DIALS):
     """The formula as the paper has it, token by token, for one row; query [H, Q, d], key [H, T, d]."""
     scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
@@ -72,7 +76,7 @@ def test_bias_is_the_papers(sigma, multiple):
     query, key = rand(4, 2, 64, 5), rand(4, 2, TOKENS, 5, seed=1)
     masks = visible()
     made = control((steering(masks=masks), 2, gain(sigma)), tokens_multiple=multiple)
-    bias = made.bias_B1QT(query, key)
+    bias = biased(made, query, key)
     assert bias.shape == (4, 1, 64, TOKENS)
     # The first two rows are those without the prompt.
     assert not bias[:2].any()
@@ -89,7 +93,7 @@ def test_what_one_attention_was_told_does_not_reach_the_next():
     for seed in range(3):
         query, key = rand(3, 2, 64, 5, seed=seed), rand(3, 2, TOKENS, 5, seed=seed + 9)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-            bias = made.bias_B1QT(query.to(dtype), key.to(dtype))
+            bias = biased(made, query.to(dtype), key.to(dtype))
             assert not bias[:2].any() and bias.dtype == dtype
             expected = expected_bias(query[2], key[2], 1.0, masks)
             torch.testing.assert_close(bias[2, 0].float(), expected, rtol=tolerance, atol=tolerance)
@@ -101,18 +105,18 @@ def test_rows_of_two_jobs_get_what_each_would_get_alone():
     # More layers than one's, so that one's are padded.
     other = steering([(2, 6)] + [()] * 9, [(1.0, 1.0)] * 10, visible(4, 4, layers=10))
     assert len(other.attract_L) > len(one.attract_L) == LAYERS_MULTIPLE
-    together = control((one, 1, 0.5), (other, 3, 1.2)).bias_B1QT(query, key)
+    together = biased(control((one, 1, 0.5), (other, 3, 1.2)), query, key)
     assert not together[0].any()
-    alone = control((one, 1, 0.5)).bias_B1QT(query[1:2], key[1:2])
+    alone = biased(control((one, 1, 0.5)), query[1:2], key[1:2])
     torch.testing.assert_close(together[1:2], alone)
-    alone = control((other, 3, 1.2)).bias_B1QT(query[2:], key[2:])
+    alone = biased(control((other, 3, 1.2)), query[2:], key[2:])
     torch.testing.assert_close(together[2:], alone)
 
 
 def test_scores_below_zero_do_not_turn_attract_into_repel():
     query, key = torch.ones(1, 1, 4, 2), -torch.ones(1, 1, TOKENS, 2)
     made = control((steering([(1,)], [(1.0, 1.0)], visible(2, 2, layers=1)), 1, 1.0))
-    assert not made.bias_B1QT(query, key).any()
+    assert not biased(made, query, key).any()
 
 
 def test_two_layers_of_one_text_stay_two():
@@ -258,6 +262,6 @@ def test_full_repel_takes_attention_out_of_the_mask(stages):
         mass = (query @ key.transpose(2, 3) / math.sqrt(8) + bias).softmax(-1)[..., 1:3]
         return float((mass * masks.flatten()[:, None]).sum() / mass.sum())
 
-    bias = made.bias_B1QT(query, key)
+    bias = biased(made, query, key)
     assert share(0.0) < 0.7 and share(bias) > 0.9
     assert np.isfinite(bias.numpy()).all()

@@ -526,9 +526,7 @@ async def test_nats_takes_no_job_from_a_worker_that_writes(server: Server) -> No
     await holder.submit(new_id(), b"")
     claim = await claimed(holder)
     for number in range(1, 4):
-        await holder._stream.client.publish(
-            holder._claims._held[claim.token].message.reply, b"-NAK"
-        )
+        await holder._client.publish(holder._claims._held[claim.token].message.reply, b"-NAK")
         waiting = asyncio.create_task(other.claim("other", wait_s=0.5))
         if number == 2:
             await holder.extend(claim)

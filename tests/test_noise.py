@@ -1,3 +1,5 @@
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from services.diffusion.facts import read_facts
 from services.generator import schedule
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
 from services.generator.schedule import SAMPLERS
+from services.generator.single import Single
 from testing import toy
 
 STEPS = 10
@@ -54,6 +57,37 @@ def test_sigma_stays_finite_where_the_schedule_ends_in_pure_noise(facts):
     assert Levels.of(scheduler).true_sigmas[0] == pytest.approx(4096, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+        lambda one, other: 1 - one / 3,
+        lambda one, other: 2.5 / (one**2 + 1) ** 0.5 - other,
+        lambda one, other: torch.log(one) - torch.exp(-other),
+        lambda one, other: one.sqrt() * 7,
+        lambda one, other: torch.expm1(one - other),
+    ],
+)
+def test_numbers_of_a_schedule_round_as_tensors_of_one_element(compute):
+    draws = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) * 15
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for pair in draws:
+        number, tensor = compute(*map(Single, pair.tolist())), compute(*pair)
+        assert isinstance(number, Single) and number == tensor.item()
+        assert torch.equal(x * number - number, x * tensor - tensor)
+    for bad in (compute(Single(0.0), Single(0.0)), compute(Single(1e38), Single(1e-38))):
+        assert isinstance(bad, Single), "it goes on as tensors do, with what is not finite"
+
+
+def test_a_timestep_is_a_place_in_a_table():
+    assert (10, 11, 12)[Single(2.0) - 1] == 11
+    with pytest.raises(AssertionError):
+        (10, 11, 12)[Single(1.5)]
+
+
 def test_strength_counts_steps_as_diffusers_does():
     strengths = np.linspace(0, 1, 1001)
     for steps in (1, 7, 10, 20, 50, 1000):
@@ -71,7 +105,7 @@ def test_hold_lets_go_cell_by_cell_and_ends_at_the_latent_itself(facts, sampler)
         noise_NChw=noise,
         released_hw=released,
         levels=Levels.of(scheduler_at(facts, sampler, 0)),
-        last_state=STEPS,
+        releases=tuple(range(STEPS + 1)),
     )
     for state in range(1, STEPS + 1):
         # A cell's last held state is the one that goes into its first free step.
@@ -87,7 +121,7 @@ def test_nothing_is_touched_once_all_cells_are_free(facts):
         noise_NChw=draw(1),
         released_hw=torch.full((8, 8), 3),
         levels=levels,
-        last_state=3,
+        releases=(3,),
     )
     x = draw(2)
     assert hold.apply(x, 4) is x

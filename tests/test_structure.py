@@ -388,6 +388,21 @@ def test_without_structure_it_is_the_stock_path_bit_for_bit(stages, calls):
     assert not torch.equal(latents(stages, begin(stages, FULL, ())), plain)
 
 
+def test_a_control_picture_is_embedded_once_a_job(stages):
+    """Though what acts changes twice on the way."""
+    stages.load_controlnets(["canny"])
+    embedded = []
+    hook = stages._controlnets._embeddings["canny"].register_forward_hook(
+        lambda *_: embedded.append(1)
+    )
+    late = (Structure(kind="canny", start=0.5),)
+    latents(stages, begin(stages, late, (Structure(kind="canny", end=0.7),)))
+    hook.remove()
+    assert embedded == [1]
+    # And forgotten with the job.
+    assert not stages._controlnets._embedded
+
+
 def test_eight_layers_of_one_kind_share_one_pass(stages, passed):
     plate = halves()
     visible_Lhw = np.repeat(plate.visible_Lhw / 4, 4, axis=0)

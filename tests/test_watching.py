@@ -38,10 +38,7 @@ class Meter:
 
     def read(self) -> int:
         if isinstance(self.jobs, NatsJobs):
-            return (
-                self.jobs._stream.client.stats["in_msgs"]
-                + self.jobs._stream.client.stats["out_msgs"]
-            )
+            return self.jobs._client.stats["in_msgs"] + self.jobs._client.stats["out_msgs"]
         # The look for other processes' changes is one for all, twenty times a second.
         return sum("data_version" not in each for each in self._statements)
 
@@ -244,7 +241,7 @@ async def test_leases_do_not_hang_on_a_clock_that_is_set(
     if isinstance(holder, NatsJobs):
         # Delivered anew before its time, as after a crash of the server.
         reply = holder._claims.holding(claim).message.reply
-        await holder._stream.client.publish(reply, b"-NAK")
+        await holder._client.publish(reply, b"-NAK")
     assert await other.claim("other", wait_s=0.4) is None
     await holder.append(claim, b"mine still")
     monkeypatch.setattr(time, "time", lambda: real() - 1800)

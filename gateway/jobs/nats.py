@@ -9,48 +9,67 @@ Who waits here hears of it by one feed of all logs (`gateway.jobs.nats_news`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import math
+import re
 import time
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.js import api
 from nats.js.errors import NotFoundError
 
 from gateway.jobs import (
     Ahead,
     Claim,
+    ClaimLost,
     Event,
     JobMissing,
     JobRecord,
     JobState,
     JobsUnavailable,
+    QueueFull,
     QueuePolicy,
     RequestReused,
     job_id_of,
 )
-from gateway.jobs.nats_census import Census
-from gateway.jobs.nats_claims import Claims, Held
+from gateway.jobs.nats_claims import REQUEST_HEADER, Claims, Held, job_id_of_subject, record_of
 from gateway.jobs.nats_log import Entry, Logged, NatsLog
 from gateway.jobs.nats_news import NatsNews
-from gateway.jobs.nats_places import Places
-from gateway.jobs.nats_requests import Requests, record_of
-from gateway.jobs.nats_stream import TRANSIENT, JetStream
-from gateway.jobs.tails import Seen
+from gateway.jobs.nats_stream import REQUEST_S, TRANSIENT, JetStream
+from gateway.jobs.tails import Read, Seen, Tail
+from services.common.telemetry import log
 
+_JOB_ID = re.compile(r"job-[0-9a-f]{32}")
+# Requests under way at once when many jobs are looked at.
+_PARALLEL = 32
 # Seconds for which a place in the queue is told from what is known of it.
 _PLACES_S = 0.25
+# Seconds for which a full queue is taken to stay full, so that refusing stays cheap.
+_FULL_S = 0.25
 
 
 class NatsJobs:
     """See `Jobs`. Open with `NatsJobs.open`."""
 
-    def __init__(self, stream: JetStream, policy: QueuePolicy, *, name: str) -> None:
-        self._stream = stream
+    def __init__(self, client: Client, policy: QueuePolicy, *, name: str, retry_s: float) -> None:
+        self._client = client
         self._policy = policy
-        self._log = NatsLog(stream, name=name)
-        self._requests = Requests(stream, self._log, name=name)
-        self._claims = Claims(stream, self._log, self._requests, policy)
-        self._census = Census()
-        self._places = Places(stream, self._claims, self._requests, self._census, policy)
+        self._name = name
+        self._requests = f"{name}-requests"
+        self._stream = JetStream(client, retry_s=retry_s)
+        self._log = NatsLog(self._stream, name=name)
+        self._claims = Claims(self._stream, self._log, policy, requests=self._requests)
         self._news: NatsNews
+        # Numbers of the watched jobs that waited when they were looked at.
+        self._numbers: weakref.WeakKeyDictionary[Tail, int] = weakref.WeakKeyDictionary()
+        self._asking = asyncio.Lock()
+        self._asked_at, self._answer = -math.inf, 0
+        self._full_until = 0.0
 
     @classmethod
     async def open(
@@ -68,16 +87,50 @@ class NatsJobs:
         keep each new stream. `retry_s` bounds how long an operation waits for a server that is
         away.
         """
-        stream = await JetStream.connect(url, retry_s=retry_s)
-        jobs = cls(stream, policy, name=name)
+
+        async def on_error(error: Exception) -> None:
+            # The client tells of every failed try to connect again.
+            log.debug("nats error", error=repr(error))
+
+        async def on_disconnect() -> None:
+            if not client.is_closed:
+                log.warning("nats connection lost")
+
+        async def on_reconnect() -> None:
+            log.warning("nats connected again")
+            for jobs in opened:
+                jobs._news.restart()
+
+        opened: list[NatsJobs] = []
         try:
-            for each in (jobs._log, jobs._requests):
-                await stream.create_stream(each.stream_name, each.all_subjects, replicas=replicas)
+            client = await asyncio.wait_for(
+                nats.connect(
+                    url,
+                    error_cb=on_error,
+                    disconnected_cb=on_disconnect,
+                    reconnected_cb=on_reconnect,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.2,
+                    connect_timeout=2,
+                    ping_interval=10,
+                ),
+                retry_s,
+            )
+        except (OSError, nats.errors.Error) as error:
+            raise JobsUnavailable(f"nats: no connection ({type(error).__name__})") from error
+        jobs = cls(client, policy, name=name, retry_s=retry_s)
+        try:
+            for stream, subjects in (
+                (jobs._log.stream_name, jobs._log.all_subjects),
+                (jobs._requests, jobs._subject("*")),
+            ):
+                await jobs._stream.create_stream(stream, subjects, replicas=replicas)
             await jobs._claims.open()
         except BaseException:
-            await stream.close()
+            await client.close()
             raise
-        jobs._news = NatsNews(stream, jobs._log, jobs._census, jobs._places.of)
+        jobs._news = NatsNews(jobs._stream, jobs._log, jobs._places)
+        opened.append(jobs)
         return jobs
 
     async def submit(self, request_id: str, body: bytes) -> JobRecord:
@@ -86,9 +139,12 @@ class NatsJobs:
         try:
             record = await self.get(job_id)
         except JobMissing:
-            await self._news.caught_up()
-            await self._places.check_room()
-            await self._requests.add(job_id, request_id, body)
+            await self._check_room()
+            head = json.dumps({"request_id": request_id, "created_at": time.time()})
+            # Whether this or a racing call created it, the job is there afterwards.
+            await self._stream.store(
+                self._subject(job_id), body, headers={REQUEST_HEADER: head}, behind=0
+            )
             record = await self.get(job_id)
         if record.body != body:
             raise RequestReused(request_id)
@@ -109,7 +165,7 @@ class NatsJobs:
                     if (claim := await taking) is not None:
                         await self.release(claim)
                     raise
-                self._places.left()
+                self._full_until = 0.0
                 if claim is not None:
                     return claim
             elif remaining_s <= 0:
@@ -117,11 +173,36 @@ class NatsJobs:
 
     async def extend(self, claim: Claim) -> bool:
         """See `Jobs.extend`."""
-        return await self._claims.extend(claim)
+        held = self._claims.holding(claim)
+
+        def extend(newest: Entry) -> Entry | None:
+            self._claims.check(claim, newest)
+            # Whoever works aloud need not say so.
+            is_silent = time.monotonic() - held.spoke_at > self._policy.lease_s / 4
+            return newest.then("extended") if is_silent else None
+
+        spoke_at = time.monotonic()
+        newest = await self._log.advance(claim.job.id, extend)
+        if newest.entry.kind == "extended":
+            held.spoke_at = spoke_at
+        await self._stream.ask(held.message.in_progress)
+        return newest.entry.cancel_requested
 
     async def release(self, claim: Claim, *, rest_s: float = 0) -> None:
         """See `Jobs.release`."""
-        await self._claims.release(claim, rest_s)
+
+        def release(newest: Entry) -> Entry:
+            self._claims.check(claim, newest)
+            return newest.then(
+                "released", state=JobState.QUEUED, token="", ahead=None, rest_s=rest_s
+            )
+
+        with contextlib.suppress(ClaimLost):
+            held = self._claims.holding(claim)
+            await self._log.advance(claim.job.id, release)
+            # Where this is lost the job comes round when the lease has run out.
+            await self._stream.ask(lambda: held.message.nak(delay=rest_s))
+        self._claims.drop(claim)
 
     async def stand(self, claim: Claim, ahead: int) -> None:
         """See `Jobs.stand`."""
@@ -184,8 +265,8 @@ class NatsJobs:
                 if isinstance(told, Event):
                     yield told
             return
-        _, newest = await self._requests.find(job_id)
-        read = self._log.reader(job_id)
+        _, newest = await self._record(job_id)
+        read = self._reader(job_id)
         while after < newest.entry.sequence and (events := await read(after)):
             for event in events:
                 yield event
@@ -195,21 +276,21 @@ class NatsJobs:
         """See `Jobs.watch`."""
 
         async def look() -> Seen:
-            request, newest = await self._requests.find(job_id)
+            request, newest = await self._record(job_id)
             entry = newest.entry
             ahead = entry.ahead
             if entry.state is JobState.QUEUED:
-                number = self._news.tails.of(job_id).number = request.seq or 0
-                ahead = await self._places.ahead(number, within_s=_PLACES_S)
+                self._numbers[self._news.tails.of(job_id)] = request.seq or 0
+                ahead = self._ahead(request.seq or 0, await self._handed_out(within_s=_PLACES_S))
                 # Told from what may be old; corrected where it is.
                 self._news.tails.moved()
             return Seen(last=entry.sequence, is_over=entry.state.is_final, ahead=ahead)
 
-        return self._news.tails.watch(job_id, after, look, self._log.reader(job_id))
+        return self._news.tails.watch(job_id, after, look, self._reader(job_id))
 
     async def cancel(self, job_id: str, *, payload: bytes) -> JobRecord:
         """See `Jobs.cancel`."""
-        request, _ = await self._requests.find(job_id)
+        request, _ = await self._record(job_id)
 
         def cancel(newest: Entry) -> Entry | None:
             if newest.state is JobState.QUEUED:
@@ -221,35 +302,53 @@ class NatsJobs:
             return newest.then("cancel", cancel_requested=True)
 
         await self._log.advance(job_id, cancel, payload)
-        self._places.left()
+        self._full_until = 0.0
         return await self.get(job_id)
 
     async def get(self, job_id: str) -> JobRecord:
         """See `Jobs.get`."""
-        request, newest = await self._requests.find(job_id)
+        request, newest = await self._record(job_id)
         return record_of(request, newest.entry, newest.result)
 
     async def list(
         self, *, page_size: int, page_token: str = ""
     ) -> tuple[tuple[JobRecord, ...], str]:
-        """See `Jobs.list`."""
-        return await self._requests.page(page_size, page_token)
+        """See `Jobs.list`. A token is the stream sequence of the last job listed."""
+        if page_token and not page_token.isdecimal():
+            raise ValueError(f"page_token is {page_token[:40]!r}, must be one that list answered")
+        state = (await self._stream.ask(lambda: self._stream.api.stream_info(self._requests))).state
+        end = min(int(page_token), state.last_seq + 1) if page_token else state.last_seq + 1
+        start = max(end - page_size, state.first_seq, 1)
+        turn = asyncio.Semaphore(_PARALLEL)
+
+        async def record(position: int) -> JobRecord | None:
+            async with turn:
+                request = await self._stream.find(self._requests, seq=position)
+                if request is None:
+                    return None
+                newest = await self._log.newest(job_id_of_subject(request.subject or ""))
+                return record_of(request, newest.entry, newest.result)
+
+        found = await asyncio.gather(*(record(each) for each in range(end - 1, start - 1, -1)))
+        records = tuple(each for each in found if each is not None)
+        return records, str(start) if start > max(state.first_seq, 1) else ""
 
     async def counts(self) -> dict[JobState, int]:
         """See `Jobs.counts`."""
         await self._news.caught_up()
-        counted = self._census.counts()
+        requests = await self._stream.ask(lambda: self._stream.api.stream_info(self._requests))
+        counted = self._news.census.counts()
         # A job nobody has touched has no log.
-        counted[JobState.QUEUED] += await self._requests.count() - sum(counted.values())
+        counted[JobState.QUEUED] += requests.state.messages - sum(counted.values())
         return counted
 
     async def position(self, job_id: str) -> int:
         """See `Jobs.position`."""
-        request, newest = await self._requests.find(job_id)
+        request, newest = await self._record(job_id)
         if newest.entry.state is not JobState.QUEUED:
             return 0
         await self._news.caught_up()
-        return await self._places.ahead(request.seq or 0) + 1
+        return self._ahead(request.seq or 0, await self._handed_out()) + 1
 
     async def ready(self) -> None:
         """See `Jobs.ready`: asks for both streams and the consumer, once."""
@@ -261,9 +360,24 @@ class NatsJobs:
 
     async def close(self) -> None:
         """See `Jobs.close`."""
-        await self._stream.close()
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            # So that acknowledgements still on their way out are sent.
+            await asyncio.wait_for(self._client.flush(), REQUEST_S)
+        await self._client.close()
         # Whoever waits finds the connection closed.
         await self._news.close()
+
+    async def _record(self, job_id: str) -> tuple[api.RawStreamMsg, Logged]:
+        """The job's request and its newest entry. Raises `JobMissing`."""
+        if not _JOB_ID.fullmatch(job_id):
+            raise JobMissing(job_id)
+        request, newest = await asyncio.gather(
+            self._stream.find(self._requests, subject=self._subject(job_id)),
+            self._log.newest(job_id),
+        )
+        if request is None:
+            raise JobMissing(job_id)
+        return request, newest
 
     async def _write(
         self,
@@ -289,3 +403,59 @@ class NatsJobs:
             if held.newest.entry.kind == "event":
                 self._news.tell(job_id, held.newest)
         return held.newest
+
+    def _reader(self, job_id: str) -> Read:
+        """Reads of one watcher, each from where the one before ended."""
+        known = (0, 0)
+
+        async def read(after: int) -> Sequence[Event]:
+            nonlocal known
+            sequence, position = known
+            if sequence != after:
+                position = await self._log.position(job_id, after)
+            while page := await self._log.entries(job_id, behind=position):
+                position = page[-1].position
+                events = [each.event for each in page if each.entry.kind == "event"]
+                if events:
+                    known = (events[-1].sequence, position)
+                    return events
+            return ()
+
+        return read
+
+    def _ahead(self, number: int, handed_out: int) -> int:
+        """Jobs that wait before the one of this number."""
+        return max(0, self._news.census.waiting(handed_out=handed_out, up_to=number) - 1)
+
+    async def _places(self, job_ids: Sequence[str]) -> Mapping[str, int]:
+        handed_out = await self._handed_out()
+        places = {}
+        for job_id in job_ids:
+            tail = self._news.tails.watched(job_id)
+            number = 0 if tail is None else self._numbers.get(tail, 0)
+            if number and self._news.census.state(job_id) is not JobState.RUNNING:
+                places[job_id] = self._ahead(number, handed_out)
+        return places
+
+    async def _handed_out(self, *, within_s: float = 0) -> int:
+        """The highest number of a job that was given to a worker, as it was so many seconds ago at most."""
+        async with self._asking:
+            if time.monotonic() - self._asked_at > within_s:
+                info = await self._stream.ask(self._claims.info)
+                self._asked_at, self._answer = time.monotonic(), info.delivered.stream_seq
+            return self._answer
+
+    async def _check_room(self) -> None:
+        limit = self._policy.max_queued
+        waiting = limit
+        if time.monotonic() >= self._full_until:
+            await self._news.caught_up()
+            last = await self._stream.last(self._requests)
+            waiting = self._news.census.waiting(handed_out=await self._handed_out(), up_to=last)
+            if waiting < limit:
+                return
+            self._full_until = time.monotonic() + _FULL_S
+        raise QueueFull(waiting, self._policy.retry_after_s)
+
+    def _subject(self, job_id: str) -> str:
+        return f"{self._name}.requests.{job_id}"

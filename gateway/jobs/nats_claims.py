@@ -14,17 +14,18 @@ import functools
 import json
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import nats.errors
 from nats.aio.msg import Msg
 from nats.js import api
 
-from gateway.jobs import Claim, ClaimLost, JobState, JobsUnavailable, QueuePolicy
+from gateway.jobs import Claim, ClaimLost, JobRecord, JobState, JobsUnavailable, QueuePolicy
 from gateway.jobs.nats_log import Entry, Logged, NatsLog
-from gateway.jobs.nats_requests import Requests, job_id_of_subject, record_of
 from gateway.jobs.nats_stream import TRANSIENT, JetStream
 
+REQUEST_HEADER = "Collage-Request"
 _CONSUMER = "workers"
 # Seconds after which a pull is sent again: one that was lost with the server costs no more than
 # this.
@@ -55,7 +56,7 @@ class Claims:
     """Those of this process."""
 
     def __init__(
-        self, stream: JetStream, log: NatsLog, requests: Requests, policy: QueuePolicy
+        self, stream: JetStream, log: NatsLog, policy: QueuePolicy, *, requests: str
     ) -> None:
         self._stream = stream
         self._log = log
@@ -73,13 +74,11 @@ class Claims:
             max_deliver=-1,
             max_ack_pending=_MAX_CLAIMED,
         )
-        await self._stream.ask(
-            lambda: self._stream.api.add_consumer(self._requests.stream_name, config)
-        )
+        await self._stream.ask(lambda: self._stream.api.add_consumer(self._requests, config))
 
     async def info(self) -> api.ConsumerInfo:
         """The consumer as it stands; raises what the client raises."""
-        return await self._stream.api.consumer_info(self._requests.stream_name, _CONSUMER)
+        return await self._stream.api.consumer_info(self._requests, _CONSUMER)
 
     async def pull(self, wait_s: float) -> Msg | None:
         """The next message of the queue, or None after `wait_s` (at most 2 s)."""
@@ -89,7 +88,7 @@ class Claims:
             inbox = await client.subscribe(client.new_inbox(), max_msgs=1)
             try:
                 await client.publish(
-                    f"$JS.API.CONSUMER.MSG.NEXT.{self._requests.stream_name}.{_CONSUMER}",
+                    f"$JS.API.CONSUMER.MSG.NEXT.{self._requests}.{_CONSUMER}",
                     json.dumps({"batch": 1, "expires": int(wait_s * 1e9)}).encode(),
                     reply=inbox.subject,
                 )
@@ -164,39 +163,6 @@ class Claims:
                 lease_s=self._policy.lease_s,
             )
 
-    async def extend(self, claim: Claim) -> bool:
-        """See `Jobs.extend`."""
-        held = self.holding(claim)
-
-        def extend(newest: Entry) -> Entry | None:
-            self.check(claim, newest)
-            # Whoever works aloud need not say so.
-            is_silent = time.monotonic() - held.spoke_at > self._policy.lease_s / 4
-            return newest.then("extended") if is_silent else None
-
-        began = time.monotonic()
-        newest = (await self._log.advance(claim.job.id, extend)).entry
-        if newest.kind == "extended":
-            held.spoke_at = began
-        await self._stream.ask(held.message.in_progress)
-        return newest.cancel_requested
-
-    async def release(self, claim: Claim, rest_s: float) -> None:
-        """See `Jobs.release`."""
-
-        def release(newest: Entry) -> Entry:
-            self.check(claim, newest)
-            return newest.then(
-                "released", state=JobState.QUEUED, token="", ahead=None, rest_s=rest_s
-            )
-
-        with contextlib.suppress(ClaimLost):
-            held = self.holding(claim)
-            await self._log.advance(claim.job.id, release)
-            # Where this is lost the job comes round when the lease has run out.
-            await self._stream.ask(lambda: held.message.nak(delay=rest_s))
-        self.drop(claim)
-
     def holding(self, claim: Claim) -> Held:
         """What is known of a claim; raises `ClaimLost` where it is void."""
         if (held := self._held.get(claim.token)) is None:
@@ -224,3 +190,28 @@ class Claims:
         if held_s <= 0:
             return 0.0
         return held_s - (await self._log.now() - newest.time)
+
+
+def job_id_of_subject(subject: str) -> str:
+    """The job that a message is of, whichever stream holds it."""
+    return subject.rsplit(".", 1)[1]
+
+
+def record_of(message: Msg | api.RawStreamMsg, newest: Entry, result: bytes = b"") -> JobRecord:
+    """A request and the newest entry of its job's log as the record they are."""
+    headers: Mapping[str, str] = message.headers or {}
+    head = json.loads(headers[REQUEST_HEADER])
+    return JobRecord(
+        id=job_id_of_subject(message.subject or ""),
+        request_id=head["request_id"],
+        state=newest.state,
+        attempt=newest.attempt,
+        lost=newest.lost,
+        created_at=head["created_at"],
+        started_at=newest.started_at,
+        finished_at=newest.finished_at,
+        body=message.data or b"",
+        result=result,
+        cancel_requested=newest.cancel_requested,
+        ahead=newest.ahead,
+    )

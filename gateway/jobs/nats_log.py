@@ -21,7 +21,6 @@ from nats.js import api
 
 from gateway.jobs import Event, JobState
 from gateway.jobs.nats_stream import JetStream
-from gateway.jobs.tails import Read
 
 _ENTRY_HEADER = "Collage-Entry"
 # Entries asked for at once.
@@ -159,25 +158,6 @@ class NatsLog:
             behind = page[-1].position
             found |= {each.entry.key: each.entry.sequence for each in page if each.entry.key}
         return found
-
-    def reader(self, job_id: str) -> Read:
-        """Reads of one watcher's events, each from where the one before ended."""
-        known = (0, 0)
-
-        async def read(after: int) -> Sequence[Event]:
-            nonlocal known
-            sequence, position = known
-            if sequence != after:
-                position = await self.position(job_id, after)
-            while page := await self.entries(job_id, behind=position):
-                position = page[-1].position
-                events = [each.event for each in page if each.entry.kind == "event"]
-                if events:
-                    known = (events[-1].sequence, position)
-                    return events
-            return ()
-
-        return read
 
     async def position(self, job_id: str, sequence: int) -> int:
         """The place of the last entry up to the event of this number: a search, not a read."""

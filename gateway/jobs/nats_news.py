@@ -9,28 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from nats.aio.msg import Msg
 
 from gateway.jobs import JobsUnavailable
 from gateway.jobs.nats_census import Census
-from gateway.jobs.nats_feed import Feed
+from gateway.jobs.nats_claims import job_id_of_subject
 from gateway.jobs.nats_log import Entry, Logged, NatsLog
-from gateway.jobs.nats_requests import job_id_of_subject
-from gateway.jobs.nats_stream import JetStream
-from gateway.jobs.tails import Places, Tails
+from gateway.jobs.nats_stream import Feed, JetStream
+from gateway.jobs.tails import Tails
 from services.common.telemetry import log
 
 
 class NatsNews:
-    """Of one queue; the census is kept from it, and `places` is asked as in `Tails`."""
+    """`places` as in `Tails`."""
 
-    def __init__(self, stream: JetStream, log: NatsLog, census: Census, places: Places) -> None:
+    def __init__(
+        self,
+        stream: JetStream,
+        log: NatsLog,
+        places: Callable[[Sequence[str]], Awaitable[Mapping[str, int]]],
+    ) -> None:
         self._stream = stream
         self._log = log
-        self._census = census
         self.tails = Tails(places)
+        self.census = Census()
         self._feed = Feed(stream, log.stream_name, log.all_subjects, self._take)
         # How many writes to a job's log are under way here.
         self._writing: Counter[str] = Counter()
@@ -41,6 +45,10 @@ class NatsNews:
     async def caught_up(self) -> None:
         """Return when everything that is stored now was heard of."""
         await self._feed.reached(await self._stream.last(self._log.stream_name))
+
+    def restart(self) -> None:
+        """The connection was broken."""
+        self._feed.restart()
 
     @contextlib.contextmanager
     def writing(self, job_id: str) -> Iterator[None]:
@@ -70,7 +78,7 @@ class NatsNews:
 
     def _take(self, message: Msg) -> None:
         job_id, entry = job_id_of_subject(message.subject), Entry.load(message.headers)
-        self._census.take(job_id, entry)
+        self.census.take(job_id, entry)
         is_turn = entry.kind in ("claimed", "released", "cancel") or entry.state.is_final
         if is_turn:
             self.tails.moved()

@@ -1,7 +1,7 @@
 """JetStream streams as a queue needs them: compare-and-set, reading back, and following.
 
-Main type: `JetStream`, a connection that repeats its requests while the server is away. It knows no
-jobs.
+Main types: `JetStream`, a connection that repeats its requests while the server is away, and
+`Feed`, one ordered consumer of a whole stream. They know no jobs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-import nats
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -40,8 +39,8 @@ REQUEST_S = 2.0
 # What the server's limit on a message leaves for headers.
 _HEADERS_BYTES = 4096
 # Seconds between two signs of life of a consumer, and of silence after which it is taken for lost.
-HEARTBEAT_S = 1.0
-SILENCE_S = 3.0
+_HEARTBEAT_S = 1.0
+_SILENCE_S = 3.0
 # Seconds after which the server drops a consumer that nobody listens to.
 _UNHEARD_S = 10.0
 # What may have another outcome when the server is back.
@@ -66,52 +65,6 @@ class JetStream:
         self.client = client
         self.api = client.jetstream(timeout=REQUEST_S)
         self._retry_s = retry_s
-        # Told when the connection was broken and is there again.
-        self.on_reconnect: list[Callable[[], None]] = []
-
-    @classmethod
-    async def connect(cls, url: str, *, retry_s: float) -> JetStream:
-        """Connect within `retry_s`, and again for ever. Raises `JobsUnavailable`."""
-        streams: list[JetStream] = []
-
-        async def on_error(error: Exception) -> None:
-            # The client tells of every failed try to connect again.
-            log.debug("nats error", error=repr(error))
-
-        async def on_disconnect() -> None:
-            if not client.is_closed:
-                log.warning("nats connection lost")
-
-        async def on_reconnect() -> None:
-            log.warning("nats connected again")
-            for stream in streams:
-                for tell in stream.on_reconnect:
-                    tell()
-
-        try:
-            client = await asyncio.wait_for(
-                nats.connect(
-                    url,
-                    error_cb=on_error,
-                    disconnected_cb=on_disconnect,
-                    reconnected_cb=on_reconnect,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.2,
-                    connect_timeout=2,
-                    ping_interval=10,
-                ),
-                retry_s,
-            )
-        except (OSError, nats.errors.Error) as error:
-            raise JobsUnavailable(f"nats: no connection ({type(error).__name__})") from error
-        streams.append(cls(client, retry_s=retry_s))
-        return streams[0]
-
-    async def close(self) -> None:
-        """Sends what is on its way out, acknowledgements among it, and closes the connection."""
-        with contextlib.suppress(nats.errors.Error, TimeoutError):
-            await asyncio.wait_for(self.client.flush(), REQUEST_S)
-        await self.client.close()
 
     @property
     def limit_bytes(self) -> int:
@@ -201,7 +154,7 @@ class JetStream:
             )
             async with self.consumer(stream, config, take) as info:
                 while info.num_pending and len(found) < limit:
-                    async with asyncio.timeout(SILENCE_S):
+                    async with asyncio.timeout(_SILENCE_S):
                         await news.wait()
                     news.clear()
                     if found[-1].metadata.num_pending == 0:
@@ -226,7 +179,7 @@ class JetStream:
                 ack_policy=api.AckPolicy.NONE,
                 mem_storage=True,
                 num_replicas=1,
-                idle_heartbeat=HEARTBEAT_S,
+                idle_heartbeat=_HEARTBEAT_S,
                 inactive_threshold=_UNHEARD_S,
             )
             consumer = info.name
@@ -237,3 +190,99 @@ class JetStream:
                 if consumer:
                     # Not waited for: one that is forgotten goes by itself.
                     await self.client.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}")
+
+
+class Feed:
+    """Every message of a stream's subjects in order, without its data, as long as it is open.
+
+    It begins with the last message of each subject. A consumer that is lost with the server is made
+    anew behind the last message taken, so that none is missed and none comes twice.
+    """
+
+    def __init__(
+        self, stream: JetStream, name: str, subject: str, take: Callable[[Msg], None]
+    ) -> None:
+        self._stream = stream
+        self._name = name
+        self._subject = subject
+        self._take = take
+        self._position = 0
+        self._grown = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    async def reached(self, position: int) -> None:
+        """Return when everything up to this sequence was taken.
+
+        Raises `JobsUnavailable` where that takes far longer than a consumer that was lost.
+        """
+        try:
+            async with asyncio.timeout(3 * _SILENCE_S):
+                while self._position < position:
+                    await self._grown.wait()
+        except TimeoutError:
+            raise JobsUnavailable(f"nats: {self._name} is not delivered") from None
+
+    def restart(self) -> None:
+        """The connection was broken: the consumer may be gone."""
+        self._lost.set()
+
+    async def close(self) -> None:
+        """Takes nothing more."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._consume()
+            except (*TRANSIENT, nats.errors.Error, APIError) as error:
+                log.debug("feed broken", stream=self._name, error=repr(error))
+                await asyncio.sleep(0.1)
+            except Exception:
+                # Whoever waits here would wait for ever.
+                log.exception("feed failed", stream=self._name)
+                await asyncio.sleep(_HEARTBEAT_S)
+
+    async def _consume(self) -> None:
+        """Take messages until the consumer is lost."""
+        self._lost.clear()
+        heard, taken = time.monotonic(), 0
+
+        async def take(message: Msg) -> None:
+            nonlocal heard, taken
+            heard = time.monotonic()
+            headers = message.headers or {}
+            if headers.get("Status") is not None:
+                # A heartbeat says what was sent.
+                if int(headers.get("Nats-Last-Consumer", taken)) != taken:
+                    self._lost.set()
+                return
+            sequence = message.metadata.sequence
+            if self._lost.is_set() or sequence.consumer != taken + 1:
+                self._lost.set()
+                return
+            taken += 1
+            self._take(message)
+            self._reach(sequence.stream)
+
+        config = api.ConsumerConfig(filter_subject=self._subject, headers_only=True)
+        if self._position:
+            config.deliver_policy = api.DeliverPolicy.BY_START_SEQUENCE
+            config.opt_start_seq = self._position + 1
+        else:
+            config.deliver_policy = api.DeliverPolicy.LAST_PER_SUBJECT
+        last = (await self._stream.api.stream_info(self._name)).state.last_seq
+        async with self._stream.consumer(self._name, config, take) as info:
+            if not info.num_pending:
+                # What was there last may have been removed.
+                self._reach(last)
+            while not self._lost.is_set() and time.monotonic() - heard < _SILENCE_S:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._lost.wait(), _HEARTBEAT_S)
+
+    def _reach(self, position: int) -> None:
+        if position > self._position:
+            self._position = position
+            grown, self._grown = self._grown, asyncio.Event()
+            grown.set()

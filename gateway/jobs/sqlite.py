@@ -18,7 +18,6 @@ from gateway.jobs import (
     Claim,
     ClaimLost,
     Event,
-    JobMissing,
     JobRecord,
     JobState,
     JobsUnavailable,
@@ -27,7 +26,7 @@ from gateway.jobs import (
 from gateway.jobs.database import Database
 from gateway.jobs.news import News
 from gateway.jobs.table import Table, record_of
-from gateway.jobs.tails import Seen, Tail, Tails
+from gateway.jobs.tails import Seen, Tails
 
 _T = TypeVar("_T")
 
@@ -207,8 +206,8 @@ class SqliteJobs:
     async def _read(self, job_id: str, after: int) -> Sequence[Event]:
         return await self._database.run(lambda: self._table.read(job_id, after))
 
-    async def _places(self, watched: Mapping[str, Tail]) -> Mapping[str, int]:
-        return await self._database.run(lambda: self._table.places(watched))
+    async def _places(self, job_ids: Sequence[str]) -> Mapping[str, int]:
+        return await self._database.run(lambda: self._table.places(job_ids))
 
     async def _change(self, work: Callable[[], _T]) -> _T:
         """Run `work` as one transaction."""
@@ -262,10 +261,8 @@ class SqliteJobs:
             if tail.last is None:
                 # Nobody reads along.
                 continue
-            # One that an operator removed has no news.
-            with contextlib.suppress(JobMissing):
-                seen = await self._look(job_id)
-                while tail.last < seen.last and (events := await self._read(job_id, tail.last)):
-                    for event in events:
-                        tail.tell(event)
-                tail.stand(seen.ahead)
+            seen = await self._look(job_id)
+            while tail.last < seen.last and (events := await self._read(job_id, tail.last)):
+                for event in events:
+                    tail.tell(event)
+            tail.stand(seen.ahead)

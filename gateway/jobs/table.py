@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway.jobs import (
@@ -209,10 +209,11 @@ class Table:
         row = self.present(job_id)
         return self._place(row["number"]) if row["state"] == JobState.QUEUED.value else 0
 
-    def places(self, job_ids: Collection[str]) -> Mapping[str, int]:
+    def places(self, job_ids: Sequence[str]) -> Mapping[str, int]:
         """The jobs ahead of each of these that waits."""
         rows = self._database.execute(f"SELECT id {_OPEN} AND state = 'queued' ORDER BY number")
-        return {row["id"]: ahead for ahead, row in enumerate(rows) if row["id"] in job_ids}
+        wanted = set(job_ids)
+        return {row["id"]: ahead for ahead, row in enumerate(rows) if row["id"] in wanted}
 
     def page(self, below: int, size: int) -> list[sqlite3.Row]:
         """Rows of the newest jobs below this number."""

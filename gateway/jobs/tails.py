@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 
 from gateway.jobs import AHEAD_EVERY_S, Ahead, Event, JobMissing, JobsUnavailable
-from services.common.telemetry import log
 
 # What a tail keeps, of which the newest event is a part however large: a watcher that falls back behind it reads the
 # store.
@@ -46,8 +45,6 @@ class Tail:
         self.last: int | None = None
         self.is_over = False
         self.ahead: int | None = None
-        # The store's own number of the job, 0 where it noted none.
-        self.number = 0
         # Set when there is news for watchers, and for who holds the claim; take one before looking.
         self.news = asyncio.Event()
         self.turn = asyncio.Event()
@@ -99,14 +96,10 @@ class Tail:
         return [event for event in self._events if event.sequence > sequence]
 
 
-# The jobs ahead of each of these that waits in the queue.
-Places = Callable[[Mapping[str, Tail]], Awaitable[Mapping[str, int]]]
-
-
 class Tails:
-    """Those of one process."""
+    """Those of one process. `places` answers the jobs ahead of each waiting job among those given."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]) -> None:
         self._places = places
         # Held by whoever watches, so that a job nobody watches leaves nothing here.
         self._tails: weakref.WeakValueDictionary[str, Tail] = weakref.WeakValueDictionary()
@@ -179,15 +172,11 @@ class Tails:
         while True:
             await self._moved.wait()
             self._moved.clear()
-            if waiting := {job: tail for job, tail in self.all() if not tail.is_over}:
+            if waiting := [job for job, tail in self.all() if not tail.is_over]:
                 try:
                     places = await self._places(waiting)
                 except JobsUnavailable:
                     self._moved.set()
-                    places = {}
-                except Exception:
-                    # Whoever waits would hear of no place any more.
-                    log.exception("places not told")
                     places = {}
                 for job_id, ahead in places.items():
                     if (tail := self.watched(job_id)) is not None:

@@ -14,6 +14,7 @@ resolution), T text positions, U positions that belong to a layer of any job, d 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
@@ -36,8 +37,17 @@ def grid_of(queries: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Words:
+    """Texts as one cross-attention reads them, and the scaled keys at positions that belong to layers."""
+
+    key_BHTd: torch.Tensor
+    value_BHTd: torch.Tensor
+    looked_at_RHdU: torch.Tensor
+
+
 class Control:
-    """Control of the last rows of U-Net calls, the same rows each time."""
+    """Control of the last rows of U-Net calls, the same rows with the same texts each time."""
 
     def __init__(
         self,
@@ -74,12 +84,13 @@ class Control:
         self._place_UT = place_UT.to(device)
         self._gain_R11 = torch.ones(1, 1, 1, device=device)
         self._gained: dict[int, torch.Tensor] = {}
+        self._words: dict[Attention, Words] = {}
         self._weights: dict[int, torch.Tensor] = {}
         self._rooms: dict[tuple[int, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def gain(self, gain_R: torch.Tensor) -> None:
         """Sets g(sigma) of each row, for the calls that follow."""
-        self._gain_R11 = gain_R[:, None, None]
+        self._gain_R11 = gain_R.view(-1, 1, 1)
         self._gained.clear()
 
     def weight_RQT(self, queries: int) -> torch.Tensor:
@@ -110,20 +121,37 @@ class Control:
             self._rooms[key] = room_B1QT, room_B1QT[batch - self.rows :, 0]
         return self._rooms[key]
 
-    def bias_B1QT(self, query_BHQd: torch.Tensor, key_BHTd: torch.Tensor) -> torch.Tensor:
+    def words(self, attn: Attention, text_BTD: torch.Tensor) -> "Words":
+        """What a cross-attention makes of the texts of the calls, which are the same each time; made once."""
+        if attn not in self._words:
+            if attn.norm_cross:
+                text_BTD = attn.norm_encoder_hidden_states(text_BTD)
+            key_BHTd, value_BHTd = (heads(attn, part(text_BTD)) for part in (attn.to_k, attn.to_v))
+            self._words[attn] = Words(
+                key_BHTd=key_BHTd, value_BHTd=value_BHTd, looked_at_RHdU=self.looked_at(key_BHTd)
+            )
+        return self._words[attn]
+
+    def looked_at(self, key_BHTd: torch.Tensor) -> torch.Tensor:
+        """The scaled keys of the controlled rows at positions that belong to layers, [R, H, d, U]."""
+        key_RHUd = key_BHTd[-self.rows :].index_select(2, self._token_U)
+        # Scaled before the product, which in half precision would overflow for some models.
+        scale: float = key_BHTd.shape[3] ** -0.5
+        return (key_RHUd * scale).transpose(2, 3)
+
+    def bias_B1QT(self, query_BHQd: torch.Tensor, looked_at_RHdU: torch.Tensor) -> torch.Tensor:
         """What is added to the scaled scores, the same for all heads, 0 in rows without control.
 
         It is true until the next call for as many queries. Few operations: on a GPU each costs as much as its launch,
         and there is one call for every cross-attention of every step.
         """
-        batch, _, queries, width = query_BHQd.shape
+        batch, _, queries, _ = query_BHQd.shape
         bias_B1QT, bias_RQT = self._room_B1QT(batch, queries, query_BHQd.dtype)
-        if batch > self.rows:
-            query_BHQd, key_BHTd = query_BHQd[-self.rows :], key_BHTd[-self.rows :]
-        # Scaled before the product, which in half precision would overflow for some models.
-        key_RHUd = key_BHTd.index_select(2, self._token_U) * width**-0.5
-        score_RHQU = torch.matmul(query_BHQd, key_RHUd.transpose(2, 3))
-        top_RU = score_RHQU.amax(dim=(1, 2)).clamp_(min=0).float()
+        query_RHQd = query_BHQd[-self.rows :] if batch > self.rows else query_BHQd
+        score_RHQU = torch.matmul(query_RHQd, looked_at_RHdU)
+        top_RU = score_RHQU.amax(dim=(1, 2)).clamp_(min=0)
+        if top_RU.dtype != torch.float32:
+            top_RU = top_RU.float()
         if queries not in self._gained:
             self._gained[queries] = self.weight_RQT(queries) * self._gain_R11
         torch.mul(self._gained[queries], (top_RU @ self._place_UT)[:, None], out=bias_RQT)
@@ -159,22 +187,22 @@ class ControlledAttention:
             )
             return stock
         assert encoder_hidden_states is not None and attention_mask is None, "not cross-attention"
-        query_BHQd, key_BHTd, value_BHTd = project(attn, hidden_states, encoder_hidden_states)
+        words = control.words(attn, encoder_hidden_states)
+        query_BHQd = heads(attn, attn.to_q(hidden_states))
         mixed_BHQd = F.scaled_dot_product_attention(
-            query_BHQd, key_BHTd, value_BHTd, attn_mask=control.bias_B1QT(query_BHQd, key_BHTd)
+            query_BHQd,
+            words.key_BHTd,
+            words.value_BHTd,
+            attn_mask=control.bias_B1QT(query_BHQd, words.looked_at_RHdU),
         )
         mixed: torch.Tensor = attn.to_out[0](mixed_BHQd.transpose(1, 2).flatten(2))
         return mixed
 
 
-def project(
-    attn: Attention, hidden_states: torch.Tensor, text_BTD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of a cross-attention, [B, H, Q or T, d] each."""
-    if attn.norm_cross:
-        text_BTD = attn.norm_encoder_hidden_states(text_BTD)
-    query, key, value = attn.to_q(hidden_states), attn.to_k(text_BTD), attn.to_v(text_BTD)
-    return tuple(x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))  # type: ignore[return-value]
+def heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
+    """Queries, keys or values [B, Q or T, H * d] by heads, [B, H, Q or T, d]."""
+    by_head: torch.Tensor = projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
+    return by_head
 
 
 def install(unet: UNet2DConditionModel, slot: ControlSlot) -> None:

@@ -9,7 +9,7 @@ Suffixes: N pictures of a job, C latent channels, h, w latent cells, L layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,13 @@ _MIN_ALPHA_BAR = 2.0**-24
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Levels:
-    """State k of the sampler is scales[k] * z0 + sigmas[k] * noise, in the sampler's own scaling; float32 scalars.
+    """State k of the sampler is scales[k] * z0 + sigmas[k] * noise, in the sampler's own scaling; single precision.
 
     `true_sigmas[k]` is sqrt((1 - abar) / abar) at the timestep of step k, whatever the sampler's scaling.
     """
 
-    scales: tuple[torch.Tensor, ...]
-    sigmas: tuple[torch.Tensor, ...]
+    scales: tuple[float, ...]
+    sigmas: tuple[float, ...]
     true_sigmas: tuple[float, ...]
 
     @classmethod
@@ -61,12 +61,15 @@ class Levels:
             ((1 - alpha_bar) / alpha_bar) ** 0.5,
         )
         return cls(
-            scales=tuple(scales), sigmas=tuple(sigmas), true_sigmas=tuple(true_sigmas.tolist())
+            scales=tuple(scales.tolist()),
+            sigmas=tuple(sigmas.tolist()),
+            true_sigmas=tuple(true_sigmas.tolist()),
         )
 
     def noised(self, z0: torch.Tensor, noise: torch.Tensor, state: int) -> torch.Tensor:
         """z0 as it is in state `state`."""
-        return self.scales[state] * z0 + self.sigmas[state] * noise
+        scale = self.scales[state]
+        return (z0 if scale == 1 else scale * z0) + self.sigmas[state] * noise
 
 
 def released_at(strength_hw: NDArray[np.float64], steps: int) -> NDArray[np.int64]:
@@ -83,14 +86,15 @@ class Hold:
     """Keeps cells at the composite's latent, noised to the exact level of the state, until they are released.
 
     z0_1Chw: the composite's latent. noise_NChw: one fixed noise a picture. released_hw: int64, see `released_at`.
+    releases: the values in it, ascending, for nobody to ask a device for them.
     """
 
     z0_1Chw: torch.Tensor
     noise_NChw: torch.Tensor
     released_hw: torch.Tensor
+    releases: tuple[int, ...]
     levels: Levels
-    # The state after which no cell is held any more.
-    last_state: int
+    _held: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def start(self, state: int) -> torch.Tensor:
         """All cells, noised to the level of `state`."""
@@ -101,7 +105,14 @@ class Hold:
 
         A cell is held up to and including the state that goes into its first free step.
         """
-        return self.released_hw >= state if state <= self.last_state else None
+        # The next ones to be let go: until then the map is the same.
+        following = next((release for release in self.releases if release >= state), None)
+        if following is None:
+            return None
+        if following not in self._held:
+            self._held.clear()
+            self._held[following] = self.released_hw >= following
+        return self._held[following]
 
     def apply(self, x_NChw: torch.Tensor, state: int) -> torch.Tensor:
         """The state with held cells put back: x where free, noised z0 where held, z0 itself at the very end."""

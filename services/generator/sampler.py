@@ -25,6 +25,7 @@ from services.generator.call import Given, Rows
 from services.generator.conditioning import Conditioning
 from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
 from services.generator.schedule import scheduler
+from services.generator.single import tabulate
 from services.generator.stages import Stages
 from services.generator.structure import StructureControl, StructureStep
 
@@ -72,6 +73,7 @@ class Run:
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(self._first_step)
         self._levels = Levels.of(self._scheduler)
+        tabulate(self._scheduler)
         # One generator a picture: it draws the start, and then what an ancestral sampler adds.
         generators = [
             torch.Generator("cpu").manual_seed(sampling.seed_of(index))
@@ -88,7 +90,7 @@ class Run:
             noise_NChw=noise_NChw.to(device),
             released_hw=torch.from_numpy(released_hw).to(device),
             levels=self._levels,
-            last_state=int(released_hw.max()),
+            releases=tuple(np.unique(released_hw).tolist()),
         )
         self._x_NChw = self._hold.start(self._first_step)
         visible_Lhw = torch.from_numpy(plate.visible_Lhw)
@@ -100,7 +102,9 @@ class Run:
         # A guidance scale is given to the U-Nets that take it as an input, and to no other.
         is_input = facts.guidance_width is not None
         self._guidance_input = conditioning.guidance_scale if is_input else None
-        self._given: tuple[StructureStep, dict[Role, Given]] | None = None
+        self._given: dict[StructureStep, dict[Role, Given]] = {}
+        self._emphasis_hw: torch.Tensor | None = None
+        self._latent_to_rgb: torch.Tensor | None = None
 
     @classmethod
     @torch.inference_mode()
@@ -150,9 +154,8 @@ class Run:
         return self._first_step + self.steps_done
 
     @property
-    def _timestep(self) -> torch.Tensor:
-        timestep: torch.Tensor = self._scheduler.timesteps[self._step]
-        return timestep
+    def _timestep(self) -> Any:
+        return self._scheduler.timesteps[self._step]
 
     @property
     def _structure_step(self) -> StructureStep:
@@ -173,7 +176,7 @@ class Run:
     def _given_now(self) -> dict[Role, Given]:
         """What does not change of the next step's rows; the same as for the step before unless structure changes."""
         structure = self._structure_step
-        if self._given is None or self._given[0] is not structure:
+        if structure not in self._given:
             prompt, negative = self._conditioning.prompt, self._conditioning.negative
             common = Given(
                 count=self._images,
@@ -189,8 +192,10 @@ class Run:
                 given[Role.UNPROMPTED] = replace(plain, hints=structure.unprompted)
                 if structure.emphasis_hw is not None:
                     given[Role.BARE] = replace(plain, hints=structure.bare)
-            self._given = structure, given
-        return self._given[1]
+                    self._emphasis_hw = structure.emphasis_hw.to(self._x_NChw.device)
+            # A new one, for a step that fails brings the old one back.
+            self._given = {structure: given}
+        return self._given[structure]
 
     def _undo(self) -> Callable[[], None]:
         """What brings all that a step changes back to how it is now: the latents, the states of sampler and noise."""
@@ -212,9 +217,9 @@ class Run:
         if Role.UNPROMPTED in predictions:
             # Classifier-free guidance (Ho and Salimans 2022); with emphasis see `services.generator.structure`.
             start = away_from = predictions[Role.UNPROMPTED]
-            if (emphasis_hw := self._structure_step.emphasis_hw) is not None:
+            if self._emphasis_hw is not None and Role.BARE in predictions:
                 start = predictions[Role.BARE]
-                away_from = away_from.lerp(start, emphasis_hw.to(start.device))
+                away_from = away_from.lerp(start, self._emphasis_hw)
             prediction_NChw = start + self._conditioning.guidance_scale * (prompted - away_from)
         if isinstance(self._scheduler, HoldingUniPC):
             self._scheduler.held_hw = self._hold.held_hw(self._step)
@@ -253,10 +258,12 @@ class Run:
         Nothing is decoded: colours come from the linear map that takes the composite's latent closest to the
         composite. Needs one step done.
         """
-        rgb_Nhw3 = _with_constant(self.clean_NChw(at)) @ self._latent_to_rgb()
+        if self._latent_to_rgb is None:
+            self._latent_to_rgb = self._fitted_colours()
+        rgb_Nhw3 = _with_constant(self.clean_NChw(at)) @ self._latent_to_rgb
         return list((rgb_Nhw3.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
-    def _latent_to_rgb(self) -> torch.Tensor:
+    def _fitted_colours(self) -> torch.Tensor:
         """Least squares from the composite's latent cells to their mean colours in [0, 1], [C + 1, 3]."""
         factor = self._plate.latent_factor
         height, width = self._plate.strength_hw.shape

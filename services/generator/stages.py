@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
 
@@ -115,11 +116,12 @@ class TorchStages:
         """See `Stages`."""
         self._adapters.use(rows[0].given.adapters)
         call = self._call(rows)
-        x_BChw = torch.cat([each.x_NChw for each in rows]).to(self._model.dtype)
-        numbers_2B = self._numbers(rows)
-        timestep_B = numbers_2B[0]
+        x_BChw = torch.cat([each.x_NChw for each in rows])
+        if self._model.dtype != x_BChw.dtype:
+            x_BChw = x_BChw.to(self._model.dtype)
+        timestep_B, gain_R = self._numbers(rows)
         if call.control is not None:
-            call.control.gain(numbers_2B[1, -call.control.rows :])
+            call.control.gain(gain_R)
         residuals = self._controlnets.residuals(call.passes, x_BChw, timestep_B)
         self._slot.control = call.control
         try:
@@ -135,18 +137,23 @@ class TorchStages:
             )[0]
         finally:
             self._slot.control = None
-        return noise_BChw.float()
+        return noise_BChw if noise_BChw.dtype == torch.float32 else noise_BChw.float()
 
-    def _numbers(self, rows: Sequence[Rows]) -> torch.Tensor:
-        """Timestep and gain of each row, on the device and without waiting for it."""
-        repeated = [each for each in rows for _ in range(each.given.count)]
-        numbers_2B = torch.tensor(
-            [[each.timestep for each in repeated], [each.gain for each in repeated]],
-            dtype=torch.float32,
-        )
+    def _numbers(self, rows: Sequence[Rows]) -> tuple[torch.Tensor, ...]:
+        """The timestep of each row and the gain of each that steers, on the device and without waiting for it."""
+        timesteps = [each.timestep for each in rows for _ in range(each.given.count)]
+        gains = [
+            each.gain
+            for each in rows
+            for _ in range(each.given.count)
+            if each.given.steering is not None
+        ]
+        numbers = torch.from_numpy(np.array(timesteps + gains, np.float32))
         if self._model.device.type == "cuda":
-            numbers_2B = numbers_2B.pin_memory()
-        return numbers_2B.to(self._model.device, non_blocking=True)
+            numbers = numbers.pin_memory()
+        if self._model.device.type != "cpu":
+            numbers = numbers.to(self._model.device, non_blocking=True)
+        return torch.split(numbers, [len(timesteps), len(gains)])  # type: ignore[no-any-return, no-untyped-call]
 
     def _call(self, rows: Sequence[Rows]) -> "_Call":
         """What does not change from call to call of the same rows; made once, kept as long as the first of them."""
