@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -80,6 +81,12 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+# Of addresses on this machine, where no proxy can reach what listens; a host elsewhere is reached as gRPC reaches it:
+# through `https_proxy` or `http_proxy`, but for hosts in `no_proxy`.
+_DIRECT = ("grpc.enable_http_proxy", 0)
+_LOOPBACK = re.compile(
+    r"(?:ipv[46]:|dns:/*)?(?:localhost|127(?:\.\d+){3}|\[::1\]|::1)(?::\d+)?", re.IGNORECASE
+)
 # The servers log a call under this.
 _REQUEST_ID_KEY = "x-request-id"
 _MEDIA_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"RIFF", "image/webp"))
@@ -117,7 +124,9 @@ class Calls:
     """The calls of one channel. Make it inside a running event loop."""
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None) -> None:
-        options = _CHANNEL_OPTIONS
+        options: tuple[tuple[str, int | str], ...] = _CHANNEL_OPTIONS
+        if _LOOPBACK.fullmatch(address):
+            options = (*options, _DIRECT)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=options)
         else:

@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from collage.v1 import collage_service_pb2 as service_pb
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_TOO_LARGE = "MESSAGE_TOO_LARGE"
 E = TypeVar("E", bound="CollageError")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -71,7 +72,11 @@ class InvalidInput(CollageError):
 
 
 class MessageTooLarge(InvalidInput):
-    """One message is larger than gRPC takes. The client uploads pictures as blobs, so texts are what is too long."""
+    """One message is larger than the contract's 4 MiB.
+
+    The client uploads a collage's pictures as blobs, so of its own calls texts are what is too long; raw messages sent
+    by a stub of one's own name large pictures by their digests, see `PutBlob`.
+    """
 
 
 class PreconditionFailed(CollageError):
@@ -120,8 +125,14 @@ def error_of_call(error: grpc.aio.AioRpcError) -> CollageError:
     message = error.details() or ""
     # gRPC itself refuses a message above its limit, without details; no service is full then.
     if not status.details and "message larger than max" in message:
-        return MessageTooLarge(message, code=error.code(), reason="MESSAGE_TOO_LARGE")
+        return MessageTooLarge(
+            f"{message}; upload pictures with PutBlob and name them by their digests",
+            code=error.code(),
+            reason=_TOO_LARGE,
+        )
     kind = _KINDS.get(error.code(), CollageError)
+    if any(_reason_of(detail) == _TOO_LARGE for detail in status.details):
+        kind = MessageTooLarge
     return _built(kind, error.code(), message, status.details)
 
 
@@ -131,6 +142,11 @@ def error_of_job(job: str, error: service_pb.JobError) -> JobFailed:
     failed = _built(JobFailed, code, error.message, error.details)
     failed.job = job
     return failed
+
+
+def _reason_of(detail: Any) -> str:
+    info = error_details_pb2.ErrorInfo()
+    return info.reason if detail.Unpack(info) else ""
 
 
 def _built(kind: type[E], code: grpc.StatusCode, message: str, details: Iterable[Any]) -> E:

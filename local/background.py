@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
-
 from collage.v1 import collage_service_pb2 as pb
 from collage.v1 import collage_service_pb2_grpc
 from local.residence import Kind, Occupied, Residence, Resident, code, model_key, seen, sockets
@@ -250,7 +248,10 @@ async def _unneeded(residence: Residence, address: str, idle_s: float) -> None:
 
     Also when the data folder is gone.
     """
-    async with grpc.aio.insecure_channel(address) as channel:
+    # What starts a server has imported this; what only looks for one need not wait for it.
+    from services.common.rpc import connect
+
+    async with connect(address) as channel:
         stub = collage_service_pb2_grpc.CollageServiceStub(channel)  # type: ignore[no-untyped-call]
         while True:
             await asyncio.sleep(min(LOOK_S, max(0.2, idle_s / 4)))

@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2, collage_service_pb2_grpc
 from local.layout import Layout, Part, lay_out
 from local.processes import ProcessFailed
+from services.common.rpc import connect
 from services.common.telemetry import log
 
 # A generator reads its model and draws a picture before it serves.
@@ -235,7 +234,7 @@ class Cluster:
 
 async def _check_whole(address: str) -> None:
     """Asks a gateway for what takes every part but the inversion."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with connect(address) as channel:
         gateway: Any = collage_service_pb2_grpc.CollageServiceStub(channel)  # type: ignore[no-untyped-call]
         await gateway.ListJobs(collage_service_pb2.ListJobsRequest(), timeout=CHECK_S)
         listed = await gateway.ListModels(collage_service_pb2.ListModelsRequest(), timeout=CHECK_S)

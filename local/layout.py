@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from local.processes import Process, free_port, nats_command, probe_nats, seaweed_command
+from services.common.rpc import connect
 from services.common.s3 import S3BlobStore
 from services.common.settings import PREFIX
 
@@ -170,9 +170,7 @@ def lay_out(
 
 async def check_health(address: str) -> None:
     """Returns when a server of ours says that it serves, raises while it does not."""
-    # A channel of its own: one that failed before would wait before it tries again.
-    options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
+    async with connect(address, is_probe=True) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_S)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:

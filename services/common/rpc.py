@@ -42,6 +42,8 @@ from services.common.telemetry import log, request_id
 
 # gRPC's own default, kept on purpose: larger things are blobs.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+# What a server reads of a message all the same, so that it can say in words that it is too large.
+_READ_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES
 # Time a draining server gives admitted calls before it cuts them.
 DRAIN_S = 25.0
 # The same after a part that the server cannot work without has failed: only calls that do not need it can still end.
@@ -57,12 +59,15 @@ _SEARCHED_PARTS = 64
 # Methods of our own contract.
 OURS = "/collage.v1."
 
+# gRPC takes any name and drops those it does not know: a test holds these and the channels' against its own.
 _SERVER_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _READ_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # A caller may ask so often whether a quiet stream is alive, and a connection without one.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
 ]
 # Only UNAVAILABLE, and only where a call may be repeated (AIP-194): every call of ours is idempotent but PutBlob's
@@ -83,7 +88,7 @@ _SERVICE_CONFIG = json.dumps(
         ]
     }
 )
-_CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
@@ -91,6 +96,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 1),
     ("grpc.service_config", _SERVICE_CONFIG),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Services of one deployment are reached directly, whatever proxy the environment names for the world outside.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 CALLS = Counter("collage_rpc_calls_total", "Calls answered", ["method", "code"])
@@ -112,8 +119,9 @@ def bounded(limit_s: float) -> float:
 class Malformed:
     """Stands for request bytes that are no message of the method's type, and says why."""
 
-    def __init__(self, field: str, description: str) -> None:
+    def __init__(self, field: str, description: str, *, reason: str | None = None) -> None:
         self.violation = Violation(field=field, description=description)
+        self.reason = reason
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -163,6 +171,13 @@ def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """
 
     def attempt(data: bytes) -> Any:
+        if len(data) > MAX_MESSAGE_BYTES:
+            return Malformed(
+                "request",
+                f"has {len(data)} bytes; allowed: {MAX_MESSAGE_BYTES} a message; upload pictures with PutBlob and "
+                "name them by their digests, in chunks of at most 1 MiB",
+                reason="MESSAGE_TOO_LARGE",
+            )
         try:
             message = deserialize(data)
         except Exception:
@@ -205,7 +220,7 @@ def _message_fields(kind: Descriptor) -> tuple[tuple[str, bool], ...]:
 
 def _checked(request: Any) -> Any:
     if isinstance(request, Malformed):
-        raise InvalidRequest([request.violation])
+        raise InvalidRequest([request.violation], reason=request.reason)
     return request
 
 
@@ -416,9 +431,16 @@ class Server:
             )
 
 
-def connect(address: str) -> grpc.aio.Channel:
-    """A channel to another service of ours, with retries of UNAVAILABLE and the caller's request id."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def connect(address: str, *, is_probe: bool = False) -> grpc.aio.Channel:
+    """A channel to another service of ours, with retries of UNAVAILABLE and never through a proxy.
+
+    Args:
+        address: host:port, or `unix:PATH`.
+        is_probe: asks once, over a connection of its own: one that failed before would wait before it tries again.
+    """
+    probing = {"grpc.enable_retries": 0, "grpc.use_local_subchannel_pool": 1} if is_probe else {}
+    options = {**dict(_CHANNEL_OPTIONS), **probing}
+    return grpc.aio.insecure_channel(address, options=list(options.items()))
 
 
 def outgoing() -> Sequence[tuple[str, str]]:

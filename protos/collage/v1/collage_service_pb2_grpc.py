@@ -29,6 +29,12 @@ class CollageServiceStub:
     """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
     blobs that must be uploaded first, RetryInfo when the service is full.
+
+    A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
+    of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
+    gRPC's own RESOURCE_EXHAUSTED without details: upload pictures with PutBlob and name them by their digests.
+
+    Callers may ping (keepalive) a connection every 10 seconds or more rarely, with calls open or without.
     """
 
     def __init__(self, channel):
@@ -118,6 +124,12 @@ class CollageServiceServicer:
     """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
     blobs that must be uploaded first, RetryInfo when the service is full.
+
+    A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
+    of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
+    gRPC's own RESOURCE_EXHAUSTED without details: upload pictures with PutBlob and name them by their digests.
+
+    Callers may ping (keepalive) a connection every 10 seconds or more rarely, with calls open or without.
     """
 
     def PlanCollage(self, request, context):
@@ -315,6 +327,12 @@ class CollageService:
     """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
     blobs that must be uploaded first, RetryInfo when the service is full.
+
+    A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
+    of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
+    gRPC's own RESOURCE_EXHAUSTED without details: upload pictures with PutBlob and name them by their digests.
+
+    Callers may ping (keepalive) a connection every 10 seconds or more rarely, with calls open or without.
     """
 
     @staticmethod
