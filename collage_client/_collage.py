@@ -98,6 +98,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", picture(self.image))
+        _check_seed(self.seed)
         if self.learn and self.word:
             raise ValueError(
                 f"layer {self.name!r} has both learn and a word; one excludes the other"
@@ -199,6 +200,9 @@ class Sampling:
     preview_every: int | None = None
     adapters: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
     def message(self) -> collage_pb2.Sampling:
         """The message of the contract."""
         return collage_pb2.Sampling(
@@ -242,6 +246,12 @@ def collage_message(collage: AnyCollage) -> collage_pb2.Collage:
 def sampling_message(sampling: AnySampling | None) -> collage_pb2.Sampling | None:
     """The message of either form."""
     return sampling.message() if isinstance(sampling, Sampling) else sampling
+
+
+def _check_seed(seed: int | None) -> None:
+    """Other tools' -1 for "any" is no seed, and the message would only say that it is out of range."""
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; allowed: 0 to 2^64 - 1, or left out for a drawn one")
 
 
 def _structure(part: Structure | collage_pb2.Structure | str) -> collage_pb2.Structure:

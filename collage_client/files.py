@@ -243,7 +243,9 @@ class _Reader:
             json_format.ParseDict({field.name: value}, message)
         except (json_format.ParseError, TypeError, ValueError):
             shown = repr(value) if isinstance(node, yaml.ScalarNode) else "a list or fields"
-            self._wrong(node, where, f"must be {_EXPECTED[field.cpp_type]}, not {shown}")
+            # Other tools' -1 for "any".
+            hint = "; leave it out for a drawn one" if field.name == "seed" else ""
+            self._wrong(node, where, f"must be {_EXPECTED[field.cpp_type]}, not {shown}{hint}")
             return
         if isinstance(message, blob_pb2.Image) and field.name == "path":
             picture = self._file.parent / message.path

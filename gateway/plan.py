@@ -19,6 +19,7 @@ from gateway.jobs import job_id_of
 from gateway.prompt import BoundPrompt, bind
 from gateway.request import Generate, Learn, Redo, Work
 from gateway.stages import Stages
+from gateway.syntax import foreign
 from gateway.words import Words
 from services.common import wire
 from services.common.blobs import BlobRef, BlobStore, put_blob
@@ -78,23 +79,26 @@ class Planner:
         controls = [
             _control(layer, told, words) for layer, told in zip(collage.layers, layers, strict=True)
         ]
-        estimate = await self._stages.estimate(
-            generator_service_pb2.EstimateRequest(
-                sampling=wire.render_sampling(sampling),
-                size=compose.collage.size,
-                prompt=bound.text,
-                negative_prompt=collage.negative_prompt,
-                word_tokens=_word_tokens(collage, words),
-                layers=[control.plan for control in controls],
-                largest_noise=composed.largest_noise,
-            ),
-            field,
+        asked = generator_service_pb2.EstimateRequest(
+            sampling=wire.render_sampling(sampling),
+            size=compose.collage.size,
+            prompt=bound.text,
+            negative_prompt=collage.negative_prompt,
+            word_tokens=_word_tokens(collage, words),
+            layers=[control.plan for control in controls],
+            largest_noise=composed.largest_noise,
         )
-        _check_tokens(estimate, field["collage"])
+        estimate = await self._stages.estimate(asked, field)
+        await self._check_tokens(asked, estimate, collage, bound, field)
         plan = collage_service_pb2.Plan(
             composite=composed.composite,
             layers=layers,
-            warnings=[*composed.warnings, *_not_found(collage, bound), *estimate.warnings],
+            warnings=[
+                *composed.warnings,
+                *_not_found(collage, bound),
+                *_foreign(collage),
+                *estimate.warnings,
+            ],
             prompt=bound.text,
             sampling=wire.render_sampling(sampling),
             prompt_tokens=estimate.prompt_tokens,
@@ -123,6 +127,66 @@ class Planner:
         return job_pb2.Drawing(
             field=str(field), plan=plan, compose=compose, learning=learning, generate=request
         )
+
+    async def _check_tokens(
+        self,
+        asked: generator_service_pb2.EstimateRequest,
+        told: generator_service_pb2.EstimateResponse,
+        collage: Collage,
+        bound: BoundPrompt,
+        field: Field,
+    ) -> None:
+        """Refuses prompts that the text encoders cannot hold.
+
+        Raises:
+            InvalidRequest: naming whose words take how many tokens.
+        """
+        place, limit = field["collage"], told.prompt_tokens_limit
+        violations: list[Violation] = []
+
+        def refuse(where: Field, text: str, tokens: int) -> None:
+            told = f"{text}, {tokens - limit} too many; allowed: {limit} with begin and end marks"
+            violations.append(Violation(field=str(where), description=told))
+
+        learned = f", {asked.word_tokens} of them of learned words" if asked.word_tokens else ""
+        if told.prompt_tokens > limit and bound.appended:
+            own, *each = await asyncio.gather(
+                self._tokens(asked, bound.text[: bound.own_length], field),
+                *(self._tokens(asked, collage.layers[i].text, field) for i in bound.appended),
+            )
+            own += asked.word_tokens
+            refuse(
+                # The prompt itself is to blame only where it would be too long without them.
+                place["prompt"] if own > limit else place["layers"],
+                f"has {len(each)} texts that do not stand in the prompt; appended to its own {own} "
+                f"tokens{learned} they make {told.prompt_tokens}",
+                told.prompt_tokens,
+            )
+            # Of a text alone begin and end marks are no part.
+            violations += [
+                Violation(
+                    field=str(place["layers"][index]["text"]),
+                    description=f"takes {tokens - 2} tokens, appended to the prompt because it does not stand there",
+                )
+                for index, tokens in zip(bound.appended, each, strict=True)
+            ]
+        elif told.prompt_tokens > limit:
+            text = f"takes {told.prompt_tokens} tokens{learned}"
+            refuse(place["prompt"], text, told.prompt_tokens)
+        if told.negative_prompt_tokens > limit:
+            text = f"takes {told.negative_prompt_tokens} tokens"
+            refuse(place["negative_prompt"], text, told.negative_prompt_tokens)
+        if violations:
+            raise InvalidRequest(violations, reason="PROMPT_TOO_LONG")
+
+    async def _tokens(
+        self, asked: generator_service_pb2.EstimateRequest, text: str, field: Field
+    ) -> int:
+        """Tokens of a part of the prompt, begin and end marks included."""
+        part = generator_service_pb2.EstimateRequest(
+            sampling=asked.sampling, size=asked.size, prompt=text
+        )
+        return (await self._stages.estimate(part, field)).prompt_tokens
 
     async def _words_of(self, generate: Generate) -> dict[str, collage_service_pb2.Word]:
         """The stored words that layers name, by word name.
@@ -291,24 +355,6 @@ def _word_tokens(collage: Collage, words: Mapping[str, collage_service_pb2.Word]
     )
 
 
-def _check_tokens(estimate: generator_service_pb2.EstimateResponse, field: Field) -> None:
-    limit = estimate.prompt_tokens_limit
-    violations = [
-        Violation(
-            field=str(field[name]),
-            description=f"takes {tokens} tokens, {tokens - limit} too many; allowed: {limit} with "
-            "begin and end marks",
-        )
-        for name, tokens in (
-            ("prompt", estimate.prompt_tokens),
-            ("negative_prompt", estimate.negative_prompt_tokens),
-        )
-        if tokens > limit
-    ]
-    if violations:
-        raise InvalidRequest(violations, reason="PROMPT_TOO_LONG")
-
-
 def _not_found(collage: Collage, bound: BoundPrompt) -> Iterator[collage_pb2.Warning]:
     """A warning for each layer whose text had to be appended to the prompt."""
     for index in bound.not_found:
@@ -318,3 +364,15 @@ def _not_found(collage: Collage, bound: BoundPrompt) -> Iterator[collage_pb2.War
             message=f"{quote(collage.layers[index].text)} does not stand in the prompt; "
             "it was appended",
         )
+
+
+def _foreign(collage: Collage) -> Iterator[collage_pb2.Warning]:
+    """A warning for each kind of other tools' syntax in a text."""
+    place = Field("collage")
+    texts = {place["prompt"]: collage.prompt, place["negative_prompt"]: collage.negative_prompt}
+    for index, layer in enumerate(collage.layers):
+        if layer.visible:
+            texts[place["layers"][index]["text"]] = layer.text
+    for field, text in texts.items():
+        for message in foreign(text):
+            yield collage_pb2.Warning(reason="PROMPT_SYNTAX", field=str(field), message=message)

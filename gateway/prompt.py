@@ -1,14 +1,16 @@
 """Binding words to layers: which characters of the scene prompt speak of which layer.
 
 Main type: `BoundPrompt`. Two ways, in this order: `{name}` placeholders, then a search for the layer's text as whole
-words, each occurrence used once. What is not found is appended. Two layers of the same text stay two spans. This
-module knows no tokenizer: spans are in characters, and the generator maps them to tokens.
+words, each occurrence used once, compared as the eye sees them (`gateway.folded`). What is not found is appended. Two
+layers of the same text stay two spans. This module knows no tokenizer: spans are in characters, and the generator maps
+them to tokens.
 """
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from gateway.folded import Folded
 from services.common.collage import Layer
 from services.common.errors import InvalidRequest, Violation, quote
 from services.common.field import Field
@@ -21,11 +23,14 @@ class BoundPrompt:
     """The prompt as the text encoder gets it.
 
     `spans[i]` is the half-open character range of layer i's words in `text`, (0, 0) for a hidden layer.
-    `not_found` holds the indices of layers whose text had to be appended.
+    `appended` holds the indices of layers whose text had to be appended, behind the first `own_length` characters;
+    `not_found` the same ones, but none for an empty prompt: it asks for the layers' texts, so that is no news.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    own_length: int
+    appended: tuple[int, ...]
     not_found: tuple[int, ...]
 
 
@@ -42,13 +47,15 @@ def bind(
     text, spans = _fill(prompt, layers, field)
     searched = [index for index, layer in enumerate(layers) if layer.visible and index not in spans]
     # Longest first, so that "birthday cake" is not robbed of its "cake"; equal texts in the layers' order.
-    for index in sorted(searched, key=lambda index: -len(layers[index].text)):
-        if found := _search(text, layers[index].text, spans.values()):
+    folded = {index: Folded(layers[index].text) for index in searched}
+    own = Folded(text)
+    for index in sorted(searched, key=lambda index: -len(folded[index].text)):
+        if found := _search(own, folded[index], spans.values()):
             spans[index] = found
-    not_found = []
+    own_length, appended = len(text), []
     for index in searched:
         if index not in spans:
-            not_found.append(index)
+            appended.append(index)
             text = f"{text}, " if text else ""
             spans[index] = (len(text), len(text) + len(layers[index].text))
             text += layers[index].text
@@ -56,8 +63,9 @@ def bind(
     return BoundPrompt(
         text=text,
         spans=tuple(spans[index] if index in visible else (0, 0) for index in range(len(layers))),
-        # An empty prompt asks for the layers' texts; that they were not found in it is no news.
-        not_found=tuple(not_found) if prompt.strip() else (),
+        own_length=own_length,
+        appended=tuple(appended),
+        not_found=tuple(appended) if prompt.strip() else (),
     )
 
 
@@ -106,9 +114,15 @@ def _fill(
     return "".join([*parts, prompt[end:]]), spans
 
 
-def _search(text: str, words: str, taken: Collection[tuple[int, int]]) -> tuple[int, int] | None:
-    """The first whole-word occurrence of `words`, whatever its case, that overlaps no taken span."""
-    for match in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE):
-        if all(match.end() <= start or match.start() >= end for start, end in taken):
-            return match.span()
-    return None
+def _search(
+    text: Folded, words: Folded, taken: Collection[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """The first place of `words` that overlaps no taken span."""
+    return next(
+        (
+            found
+            for found in text.find(words)
+            if all(found[1] <= start or found[0] >= end for start, end in taken)
+        ),
+        None,
+    )

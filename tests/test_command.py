@@ -451,7 +451,10 @@ async def test_lists_are_printed(collage):
     [
         (["plan", "{}", "--steps", 2000, "--out", "{}/x"], "sampling.steps: must be at most 1000"),
         (["plan", "{}", "--steps", 2**40, "--out", "{}/x"], "--steps: 1099511627776 is out of"),
-        (["plan", "{}", "--seed", -1, "--out", "{}/x"], "--seed: -1 is out of range"),
+        (
+            ["plan", "{}", "--seed", -1, "--out", "{}/x"],
+            "--seed: -1 is out of range; leave it out for a drawn one",
+        ),
         (["plan", "{}/none", "--out", "{}/x"], "none: No such file"),
         (["plan", "{}", "--out", "{}"], "--out: "),
         (["redo", "{}", "--layer", "one", "--out", "{}/x"], "DIR: "),

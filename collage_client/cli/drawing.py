@@ -167,6 +167,8 @@ def _sampling(args: argparse.Namespace) -> collage_pb2.Sampling:
                 setattr(sampling, field, value)
             except ValueError as error:
                 text = f"{value} is out of range"
+                if field == "seed":
+                    text += "; leave it out for a drawn one"
                 raise InvalidInput.in_field(f"--{option}", text, reason="OPTION") from error
     for name, weight in getattr(args, "adapter", []):
         sampling.adapters.add(name=name, weight=weight)

@@ -30,6 +30,8 @@ from services.common.errors import InvalidRequest, MissingBlobs, Violation, quot
 from services.common.field import Field
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
+# Those of Unicode (Cc) but tab, line feed, vertical tab, form feed, carriage return and next line.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
@@ -56,12 +58,15 @@ class Checker:
         return high
 
     def text(self, field: Field | str, value: str, limit: int) -> str:
-        """`value` if it is not too long and holds no control characters."""
+        """`value` if it is not too long and holds no control characters but white space."""
         if len(value) > limit:
             self.refuse(field, f"has {len(value)} characters; allowed: at most {limit}")
             return ""
-        if any(ord(character) < 32 and character not in "\t\n" for character in value):
-            self.refuse(field, f"is {quote(value)}; control characters are not allowed")
+        if _CONTROL.search(value):
+            self.refuse(
+                field,
+                f"is {quote(value)}; control characters other than white space are not allowed",
+            )
             return ""
         return value
 
