@@ -30,7 +30,7 @@ from services.common import wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent
 from services.common.rpc import connect
-from services.generator.card import read_catalog
+from services.generator.folder_card import read_catalog
 from testing import plates, toy
 
 MIB = 2**20

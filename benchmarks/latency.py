@@ -32,8 +32,8 @@ from services.common.plate import Plate
 from services.common.telemetry import start_logging
 from services.compositor.service import Work, make
 from services.diffusion.networks import load as load_model
-from services.generator.card import read_catalog
 from services.generator.conditioning import LayerControl, prepare
+from services.generator.folder_card import read_catalog
 from services.generator.sampler import Run, step
 from services.generator.stages import Stages, TorchStages
 
@@ -95,7 +95,7 @@ async def main() -> int:
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     (card,) = read_catalog("").cards
-    controlnets = {kind: one.folder for kind, one in card.controlnets.items()}
+    controlnets = card.controlnet_folders
     stages = TorchStages(
         load_model(BUNDLED, dtype=card.dtype, device=card.device, controlnets=controlnets)
     )

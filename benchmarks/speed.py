@@ -32,7 +32,7 @@ from benchmarks.overhead import WORDS, controlled, plain, take_turns
 from services.common.models_file import BUNDLED, DTYPES, ModelSource
 from services.common.operator_file import resolve
 from services.diffusion.networks import LoadedModel, load
-from services.generator.card import GeneratorCard
+from services.generator.folder_card import FolderCard
 from services.generator.stages import TorchStages
 from testing import fullsize
 
@@ -48,7 +48,7 @@ def read(name: str, *, device: str, dtype: str, scratch: Path) -> LoadedModel:
         source: Path | str = fullsize.MAKERS[name](scratch / name)
     else:
         source = BUNDLED if name == "mini" else resolve(name, Path())
-    card = GeneratorCard.read(ModelSource(name=name, source=source, device=device, dtype=dtype))
+    card = FolderCard.read(ModelSource(name=name, source=source, device=device, dtype=dtype))
     return load(card.folder, dtype=card.dtype, device=card.device)
 
 

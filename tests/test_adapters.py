@@ -17,8 +17,8 @@ from services.diffusion.networks import load
 from services.diffusion.text import Text
 from services.generator import adapters as adapters_module
 from services.generator.call import Given, Rows
-from services.generator.card import read_catalog
 from services.generator.engine import Engine
+from services.generator.folder_card import read_catalog
 from services.generator.job import ImageMade
 from services.generator.scheduler import Scheduler
 from services.generator.stages import TorchStages
@@ -86,7 +86,7 @@ def test_equals_diffusers_with_two_text_encoders(tmp_path):
     }
     (card,) = catalog(tmp_path, folder, files).cards
     case = Case(folder)
-    case.stages = fresh(folder, {name: one.file for name, one in card.adapters.items()})
+    case.stages = fresh(folder, card.adapter_files)
     case.adapters = (CHALK, INK)
     for name, file in files.items():
         case.pipeline.load_lora_weights(file, adapter_name=name)

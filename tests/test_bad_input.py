@@ -23,7 +23,6 @@ from PIL import Image
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from services.generator.card import GeneratorCard
 from testing.system import (
     LIMIT_S,
     claimed_png,
@@ -723,8 +722,8 @@ async def test_a_request_id_is_not_taken_for_another_request(system):
 
 @pytest.mark.parametrize("way", BEGINNINGS)
 async def test_what_does_not_fit_the_machine_is_refused_before_it_runs(system, way, monkeypatch):
-    # As if every value took so many bytes.
-    monkeypatch.setattr(GeneratorCard, "_value_bytes", lambda *_: 2**30)
+    # As if a U-Net took so much.
+    monkeypatch.setattr("services.generator.card.UNET_COPIES", 2**40)
     call, root = begin(system.stub, way, collage(), {"images": 16})
     refusal = await refused(call)
     assert (refusal.code, refusal.reason) == (INVALID, "TOO_MUCH_MEMORY")

@@ -10,9 +10,8 @@ import torch
 
 from services.common.errors import DeviceLost, Internal
 from services.diffusion import device, networks
-from services.generator.__main__ import load_stages
-from services.generator.card import read_catalog
 from services.generator.engine import Engine
+from services.generator.folder_card import load_stages, read_catalog
 from services.generator.job import ImageMade, PreviewMade, QueuedAt, StepDone
 from services.generator.scheduler import Scheduler
 from testing import plates, toy

@@ -25,8 +25,8 @@ from services.common.telemetry import start_logging
 from services.diffusion import device
 from services.diffusion.networks import load
 from services.diffusion.text import Text
-from services.generator.card import read_catalog
 from services.generator.engine import Engine
+from services.generator.folder_card import read_catalog
 from services.generator.job import ImageMade, PreviewMade, QueuedAt, StepDone
 from services.generator.noise import Hold
 from services.generator.scheduler import Scheduler

@@ -15,9 +15,8 @@ from PIL import Image
 
 from services.common.settings import InvalidSetting
 from services.diffusion.memory import give_back
-from services.generator.__main__ import load_stages
-from services.generator.card import read_catalog
 from services.generator.engine import Engine
+from services.generator.folder_card import load_stages, read_catalog
 from services.generator.job import ImageMade
 from services.generator.scheduler import Scheduler
 from services.inversion import engine as inversion

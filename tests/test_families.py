@@ -21,8 +21,8 @@ from services.common.weights import ModelError
 from services.diffusion import networks
 from services.diffusion.facts import read_facts
 from services.diffusion.word import Word
-from services.generator.card import GeneratorCard
 from services.generator.conditioning import LayerControl, prepare
+from services.generator.folder_card import FolderCard
 from services.generator.stages import TorchStages
 from testing import toy
 from testing.parity import STRUCTURES, Case
@@ -171,7 +171,7 @@ def test_an_autoencoder_that_overflows_in_half_stays_single(copy, upcast):
 
 
 def test_sdxl_is_named_and_sized_by_its_folder(folder):
-    card = GeneratorCard.read(ModelSource(name="xl", source=folder))
+    card = FolderCard.read(ModelSource(name="xl", source=folder))
     assert card.family == "sdxl"
     assert (card.facts.size_multiple, card.min_side, card.max_side) == (32, 32, 256)
     assert card.tokens_limit == toy.WINDOW

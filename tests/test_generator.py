@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 from dataclasses import replace
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -29,13 +30,14 @@ from services.common.errors import (
     MissingBlobs,
     from_rpc,
 )
+from services.common.models_file import ModelSource
 from services.common.pictures import decode_opaque, encode_png
 from services.common.rpc import connect
 from services.common.telemetry import start_logging
 from services.diffusion.catalog import Catalog
-from services.generator.__main__ import Settings, build, load_stages
-from services.generator.card import read_catalog
+from services.generator.__main__ import Settings, build
 from services.generator.engine import Engine
+from services.generator.folder_card import FolderCard, load_stages, read_catalog
 from services.generator.scheduler import Scheduler
 from services.generator.service import GeneratorServicer
 from testing import plates, toy
@@ -215,7 +217,8 @@ async def test_estimates_count_tokens_and_refuse_nothing_too_long(served):
     assert (estimates[0].prompt_tokens, estimates[0].negative_prompt_tokens) == (125, 2)
     assert estimates[0].prompt_tokens_limit == toy.WINDOW
     # Measured by the warm-up before the first request.
-    assert estimates[1].seconds == pytest.approx(4 * estimates[0].seconds, rel=0.01)
+    assert 0 < estimates[0].seconds < estimates[1].seconds
+    assert all(0 < each.seconds_low <= each.seconds <= each.seconds_high for each in estimates)
     assert 0 < estimates[0].memory_bytes < estimates[1].memory_bytes
 
 
@@ -406,22 +409,29 @@ async def test_pictures_that_other_arithmetic_drew_are_not_answered(folder, tmp_
 
 
 async def test_a_device_of_another_kind_is_other_arithmetic(folder, monkeypatch):
-    (card,) = read_catalog(f"mini={folder}").cards
-    engine = Engine(Catalog({"mini": card}), load=load_stages, scheduler=Scheduler(), threads=1)
-    kinds = {engine.arithmetic(replace(card, dtype=torch.bfloat16)), engine.arithmetic(card)}
+    source = ModelSource(name="mini", source=folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(total_memory=2**34))
+    cards = [
+        FolderCard.read(replace(source, device="cpu", dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    ]
     for name in ("NVIDIA H100", "NVIDIA A100"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        kinds.add(engine.arithmetic(replace(card, device=torch.device("cuda", 0))))
+        cards.append(FolderCard.read(replace(source, device="cuda")))
+    assert [card.device_bytes for card in cards[2:]] == [2**34] * 2
+    engine, joint = (
+        Engine(Catalog({"mini": card}), load=load_stages, scheduler=scheduler, threads=1)
+        for card, scheduler in ((cards[0], Scheduler()), (cards[0], Scheduler(max_rows=8)))
+    )
+    kinds = {engine.arithmetic(card) for card in cards}
     # Where jobs share calls, a picture's last bits are those of the company it had.
-    joint = Scheduler(max_rows=8)
-    shared = Engine(Catalog({"mini": card}), load=load_stages, scheduler=joint, threads=1)
-    kinds.add(shared.arithmetic(card))
+    kinds.add(joint.arithmetic(cards[0]))
     assert len(kinds) == 5
 
 
-async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(
-    folder, tmp_path, monkeypatch
-):
+async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(folder, tmp_path):
     (card,) = read_catalog(f"mini={folder}").cards
     # Stable Diffusion XL on a card of 24 GiB, whose weights take seven.
     facts = replace(card.facts, latent_factor=8, upcasts_vae=True)
@@ -429,12 +439,13 @@ async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(
         card,
         facts=facts,
         device=torch.device("cuda", 0),
-        dtype=torch.float16,
+        device_bytes=24 * 2**30,
         unet_channels=320,
         vae_channels=128,
+        unet_value_bytes=2,
+        vae_value_bytes=4,
         weights_bytes=7 * 2**30,
     )
-    monkeypatch.setattr("services.generator.engine.device_bytes", lambda _: 24 * 2**30)
     size = Extent(width=1024, height=1024)
     found = {}
     for max_rows in (1, 8):

@@ -12,7 +12,7 @@ from services.common.hub import locate, locate_adapter
 from services.common.models_file import Defaults, Limits, read_sources
 from services.common.settings import InvalidSetting
 from services.common.weights import CONTROLNET_FILES, NotAModel, digest, weights
-from services.generator.card import read_catalog
+from services.generator.folder_card import read_catalog
 from testing import toy
 
 

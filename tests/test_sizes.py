@@ -30,7 +30,7 @@ from local.layout import check_health
 from local.processes import Process, free_port
 from services.common.models_file import ModelSource
 from services.common.weights import weights
-from services.generator.card import GeneratorCard
+from services.generator.folder_card import FolderCard
 from testing.fullsize import NUMBERS
 from testing.system import cutout
 
@@ -133,7 +133,7 @@ async def test_a_model_of_real_size_draws_within_24_gib(folder, tmp_path, capsys
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (SIDE, SIDE))
         # Random weights draw noise; what overflowed anywhere would be one colour.
         assert np.asarray(picture).std() > 1
-    card = GeneratorCard.read(ModelSource(name=name, source=folder, device="cpu"))
+    card = FolderCard.read(ModelSource(name=name, source=folder, device="cpu"))
     native = card.facts.native
     working_gib = (
         card.memory_bytes(

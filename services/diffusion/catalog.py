@@ -21,21 +21,19 @@ from services.diffusion.facts import ModelFacts
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelCard:
-    """One served model. `digest` is over the folder's files.
+    """One served model, as whoever runs it describes it. `digest` is over all that its answers depend on.
 
-    dtype, device: of its networks once they are loaded. weights_bytes: memory of all that is loaded of it.
+    device: where its networks are once they are loaded. weights_bytes: memory that they take there.
     """
 
     name: str
-    folder: Path
     digest: str
     facts: ModelFacts
-    dtype: torch.dtype
     device: torch.device
     weights_bytes: int
 
 
-Card = TypeVar("Card", bound=ModelCard)
+Card = TypeVar("Card", bound=ModelCard, covariant=True)
 
 
 class Catalog(Generic[Card]):
@@ -66,7 +64,6 @@ class Catalog(Generic[Card]):
                 "model found",
                 model=card.name,
                 digest=card.digest,
-                dtype=str(card.dtype).removeprefix("torch."),
                 device=str(card.device),
                 weights_mib=round(card.weights_bytes / 2**20, 1),
             )

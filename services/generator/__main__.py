@@ -9,12 +9,10 @@ from collage.v1 import generator_service_pb2_grpc
 from services.common.rpc import Server
 from services.common.settings import open_blobs, read
 from services.common.telemetry import serve_metrics, start_logging
-from services.diffusion.networks import load
-from services.generator.card import GeneratorCard, read_catalog
 from services.generator.engine import Engine
+from services.generator.folder_card import load_stages, read_catalog
 from services.generator.scheduler import DEFAULT_MAX_ROWS, DEFAULT_MAX_WAITING, Scheduler
 from services.generator.service import GeneratorServicer
-from services.generator.stages import Stages, TorchStages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +40,6 @@ class Settings:
     # Prometheus port, 0 for none.
     metrics_port: int = 0
     log_level: str = "INFO"
-
-
-def load_stages(card: GeneratorCard) -> Stages:
-    """The model on its device."""
-    return TorchStages(
-        load(
-            card.folder,
-            dtype=card.dtype,
-            device=card.device,
-            controlnets={kind: one.folder for kind, one in card.controlnets.items()},
-            adapters={name: adapter.file for name, adapter in card.adapters.items()},
-        )
-    )
 
 
 async def build(settings: Settings) -> Server:

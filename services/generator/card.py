@@ -1,30 +1,23 @@
 """What the generator knows of a served model before it is loaded: its limits, its defaults, what is beside it.
 
-Main type: `GeneratorCard`. Facts come from the folder; the limits and defaults that no folder holds are constants here.
-This module knows no job and loads no weights.
+Main type: `GeneratorCard`. Whoever runs a model says what it is; the limits and defaults that no model holds are
+constants here. This module knows no job, no folder and no device.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from diffusers.configuration_utils import FrozenDict
+from typing import TypeVar
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import InvalidRequest
-from services.common.hub import locate, locate_adapter
 from services.common.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
-from services.common.models_file import Defaults, Limits, ModelSource
-from services.common.weights import CONTROLNET_FILES, ModelError, digest, digest_file, weights
-from services.diffusion import device
-from services.diffusion.catalog import Catalog, ModelCard, weights_bytes
-from services.diffusion.facts import read_facts
-from services.generator.adapters import AdapterFile
-from services.generator.controlnet import check_controlnet
+from services.common.models_file import Defaults, Limits
+from services.common.weights import ModelError
+from services.diffusion.catalog import ModelCard
 from services.generator.sampler import decoded_together
 from services.generator.schedule import SAMPLERS, most_steps, native_sampler
+
+Card = TypeVar("Card", bound="GeneratorCard")
 
 # A U-Net repeats its subject on canvases far larger than it was trained at, and self-attention grows with the square.
 MAX_SIDE_PER_NATIVE = 4
@@ -54,84 +47,34 @@ RESIDUAL_COPIES = 6
 EMBEDDED_VALUES = 52
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlNetCard:
-    """One ControlNet. `digest` is over the folder's files."""
-
-    folder: Path
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterCard:
-    """One adapter of a model: its safetensors file, and the digest of that."""
-
-    file: Path
-    digest: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GeneratorCard(ModelCard):
-    """A model that is drawn with. Channels are those of the widest activations.
+    """A model that is drawn with, whoever runs it.
 
-    controlnets, adapters: by kind, and by name; they have digests of their own, so that a result without one does not
-    depend on any. Their weights count in `weights_bytes`, though they are loaded when they are needed. limits, preset:
-    what the operator says of requests.
+    arithmetic: how and on what kind of device its networks compute, which decides a picture's last bits. device_bytes:
+    the device's memory. unet_channels, vae_channels: of the widest activations; unet_value_bytes, vae_value_bytes: of a
+    value in them. controlnets, adapters: their digests by kind, and by name; a result without one does not depend on
+    any. Their weights count in `weights_bytes`, though they are loaded when they are needed. limits, preset: what the
+    operator says of requests.
     """
 
+    arithmetic: str
+    device_bytes: int
     unet_channels: int
     vae_channels: int
-    controlnets: Mapping[str, ControlNetCard]
-    adapters: Mapping[str, AdapterCard]
+    unet_value_bytes: int
+    vae_value_bytes: int
+    controlnets: Mapping[str, str]
+    adapters: Mapping[str, str]
     limits: Limits
     preset: Defaults
 
-    @classmethod
-    def read(cls, source: ModelSource) -> "GeneratorCard":
-        """The card of a served model. Hashes the weights: seconds for a large model.
+    def check_settings(self) -> None:
+        """Refuses limits and defaults that contradict the model or one another.
 
         Raises:
-            ModelError: no model, or none of a supported kind, or a ControlNet or adapter that does not fit it.
+            ModelError: naming the setting.
         """
-        folder = locate(source.source)
-        facts = read_facts(folder)
-        on = device.find(source.device)
-        dtype = _dtype(source.dtype, on)
-        controlnets: dict[str, ControlNetCard] = {}
-        numbers = 0
-        for kind, where in sorted(source.controlnets.items()):
-            controlnet = locate(where, CONTROLNET_FILES)
-            check_controlnet(controlnet, folder)
-            numbers += weights(controlnet, CONTROLNET_FILES)
-            controlnets[kind] = ControlNetCard(
-                folder=controlnet, digest=digest(controlnet, CONTROLNET_FILES)
-            )
-        adapters = {
-            name: _read_adapter(name, where, folder)
-            for name, where in sorted(source.adapters.items())
-        }
-        numbers += sum(weights(adapter.file) for adapter in adapters.values())
-        card = cls(
-            name=source.name,
-            folder=folder,
-            digest=digest(folder),
-            facts=facts,
-            unet_channels=_first_block_channels(folder / "unet"),
-            vae_channels=_first_block_channels(folder / "vae"),
-            controlnets=controlnets,
-            dtype=dtype,
-            device=on,
-            adapters=adapters,
-            weights_bytes=numbers * dtype.itemsize
-            + weights_bytes(folder, dtype=dtype, vae_dtype=facts.vae_dtype(dtype)),
-            limits=source.limits,
-            preset=source.defaults,
-        )
-        card._check_settings()
-        return card
-
-    def _check_settings(self) -> None:
-        """Refuses limits and defaults that contradict the model or one another."""
         if self.preset.sampler not in (None, *SAMPLERS):
             raise ModelError(
                 f"defaults.sampler: is {self.preset.sampler!r}; allowed: {', '.join(SAMPLERS)}"
@@ -259,8 +202,7 @@ class GeneratorCard(ModelCard):
             max(rows * cells * unet_channels * UNET_COPIES, pictures * pixels * vae_channels * VAE_COPIES)
 
         values, and with ControlNets RESIDUAL_COPIES more in the first, or the embedding of their pictures where that is
-        more; and the finished pictures twice (pixels and PNG). On the CPU a value takes 4 bytes, because half precision
-        falls back to single there, elsewhere those of the network's dtype.
+        more; and the finished pictures twice (pixels and PNG).
 
         Args:
             size: of the canvas.
@@ -282,38 +224,6 @@ class GeneratorCard(ModelCard):
         together = min(sampling.images, decoded_together(size.pixels))
         decode = together * size.pixels * self.vae_channels * VAE_COPIES
         return max(
-            unet * self._value_bytes(self.dtype),
-            decode * self._value_bytes(self.facts.vae_dtype(self.dtype)),
+            unet * self.unet_value_bytes,
+            decode * self.vae_value_bytes,
         ) + (2 * 3 * sampling.images * size.pixels)
-
-    def _value_bytes(self, dtype: torch.dtype) -> int:
-        return torch.float32.itemsize if self.device.type == "cpu" else dtype.itemsize
-
-
-def read_catalog(models: str) -> Catalog[GeneratorCard]:
-    """The catalog of a setting, see `Catalog.read`."""
-    return Catalog.read(models, GeneratorCard.read)
-
-
-def _read_adapter(name: str, where: Path | str, folder: Path) -> AdapterCard:
-    """Finds an adapter and looks whether it fits the model in `folder`."""
-    try:
-        file = locate_adapter(where)
-        config = json.loads((folder / "unet" / "config.json").read_text())
-        # diffusers reads it both as a mapping and by attributes.
-        AdapterFile.read(file, FrozenDict(config)).check(folder)
-    except ModelError as error:
-        raise ModelError(f"adapters.{name}: {error}") from error
-    return AdapterCard(file=file, digest=digest_file(file))
-
-
-def _dtype(name: str, on: torch.device) -> torch.dtype:
-    """The dtype of that name; for an empty one half precision on a GPU, single precision on the CPU."""
-    found = getattr(torch, name or ("float16" if on.type == "cuda" else "float32"))
-    assert isinstance(found, torch.dtype), f"{name} is no dtype"
-    return found
-
-
-def _first_block_channels(part: Path) -> int:
-    """Channels at full resolution, from the part's config."""
-    return int(json.loads((part / "config.json").read_text())["block_out_channels"][0])

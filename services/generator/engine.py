@@ -8,20 +8,19 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Generic
 
 import numpy as np
-import torch
 
 from services.common.collage import Extent, Sampling
 from services.common.errors import DeadlinePassed, DeviceLost
 from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.diffusion.catalog import Catalog
-from services.diffusion.memory import device_bytes
-from services.generator.card import GeneratorCard
+from services.generator.card import Card, GeneratorCard
 from services.generator.conditioning import LayerControl
 from services.generator.job import (
     Ended,
@@ -38,9 +37,10 @@ from services.generator.job import (
 )
 from services.generator.pace import Call, Expected
 from services.generator.preview import encode_preview
-from services.generator.runner import Runner, StagesLoader
+from services.generator.runner import Runner
 from services.generator.sampler import decoded_together
 from services.generator.scheduler import Scheduler
+from services.generator.stages import Stages
 
 # Threads that write PNGs while the device goes on: a picture is encoded much faster than it is drawn.
 PNG_THREADS = 2
@@ -50,14 +50,14 @@ WARM_UP_STEPS = 6
 WARM_UP_LIMIT_S = 900.0
 
 
-class Engine:
+class Engine(Generic[Card]):
     """Generates pictures. For the arguments see `Runner`."""
 
     def __init__(
         self,
-        catalog: Catalog[GeneratorCard],
+        catalog: Catalog[Card],
         *,
-        load: StagesLoader,
+        load: Callable[[Card], Stages],
         scheduler: Scheduler,
         threads: int,
         memory_bytes: float = math.inf,
@@ -162,7 +162,7 @@ class Engine:
 
         Where no budget is set for weights, and all models together are large, they are believed to leave half.
         """
-        whole = device_bytes(card.device)
+        whole = card.device_bytes
         beside = [each.weights_bytes for each in self.catalog.cards if each.device == card.device]
         budget = min(self._memory_bytes, whole / 2)
         return (whole - max(card.weights_bytes, min(sum(beside), budget))) / 2
@@ -174,9 +174,8 @@ class Engine:
         generator that draws so, too.
         """
         joint = f", {self._max_rows} rows together" if self._max_rows > 1 else ""
-        if card.device.type == "cuda":
-            return f"{card.dtype} on {torch.cuda.get_device_name(card.device)}{joint}"
-        return f"{card.dtype} on {torch.backends.cpu.get_cpu_capability()} with {self._threads} threads{joint}"
+        threads = f" with {self._threads} threads" if card.device.type == "cpu" else ""
+        return f"{card.arithmetic}{threads}{joint}"
 
     async def drain(self) -> None:
         """Admits nothing more and returns when what was admitted is finished."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ from services.common.telemetry import log
 from services.diffusion import device
 from services.diffusion.catalog import Catalog
 from services.diffusion.shelf import Shelf
-from services.generator.card import GeneratorCard
+from services.generator.card import Card
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
 from services.generator.noise import released_at
@@ -66,9 +67,6 @@ BATCH_ROWS = Histogram(
     "collage_generator_batch_rows", "U-Net rows of one call", buckets=(1, 2, 4, 8, 16, 32, 64)
 )
 JOBS = Counter("collage_generator_jobs_total", "Jobs that ended", ["outcome"])
-
-# Loads a model and answers its stages.
-StagesLoader = Callable[[GeneratorCard], Stages]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -108,14 +106,14 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Loading:
+class _Loading(Generic[Card]):
     """A model on its way into memory."""
 
-    card: GeneratorCard
+    card: Card
     done: "Future[None]" = field(default_factory=Future)
 
 
-class Runner:
+class Runner(Generic[Card]):
     """Works off jobs, several at a time where the scheduler says so; the answers go to each job's mailbox.
 
     Args:
@@ -130,9 +128,9 @@ class Runner:
 
     def __init__(
         self,
-        catalog: Catalog[GeneratorCard],
+        catalog: Catalog[Card],
         *,
-        load: StagesLoader,
+        load: Callable[[Card], Stages],
         scheduler: Scheduler,
         threads: int,
         memory_bytes: float = math.inf,
@@ -148,9 +146,9 @@ class Runner:
         self._is_draining = False
         self._has_ended = False
         self._lost: BaseException | None = None
-        self._loading: _Loading | None = None
+        self._loading: _Loading[Card] | None = None
         self._to_finish: SimpleQueue[tuple[_Entry, Callable[[_Entry], None]]] = SimpleQueue()
-        self._to_load: SimpleQueue[_Loading] = SimpleQueue()
+        self._to_load: SimpleQueue[_Loading[Card]] = SimpleQueue()
         self.end: Future[None] = Future()
         # Daemons: a process that ends waits neither for a device that is lost nor for a model that nobody wants now.
         # One that loads, and not one a model: each thread's allocator would keep what the last one left it.
@@ -326,7 +324,7 @@ class Runner:
     def _stages_of(self, entry: _Entry) -> Stages:
         return self._shelf.take(self._card(entry))
 
-    def _card(self, entry: _Entry) -> GeneratorCard:
+    def _card(self, entry: _Entry) -> Card:
         return self._catalog.find(entry.job.sampling.model, field="sampling.model")
 
     def _advance(self, batch: Sequence[Part]) -> None:

@@ -67,7 +67,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     limit_bytes: what a request may take beyond the weights; 0 for what the engine finds right.
     """
 
-    def __init__(self, engine: Engine, blobs: BlobStore, *, limit_bytes: float) -> None:
+    def __init__(self, engine: Engine[Any], blobs: BlobStore, *, limit_bytes: float) -> None:
         self._engine = engine
         self._blobs = blobs
         self._limit_bytes = limit_bytes
@@ -384,10 +384,9 @@ def _digest(
     # The card's own digest stands before the message.
     inputs.ClearField("model_digest")
     message = inputs.SerializeToString(deterministic=True)
-    controlnets = [card.controlnets[kind].digest for kind in _kinds(request)]
+    controlnets = [card.controlnets[kind] for kind in _kinds(request)]
     adapters = [
-        f"{card.adapters[adapter.name].digest}*{adapter.weight!r}"
-        for adapter in sampling.active_adapters
+        f"{card.adapters[adapter.name]}*{adapter.weight!r}" for adapter in sampling.active_adapters
     ]
     networks = " ".join([str(VERSION), card.digest, arithmetic, *controlnets, *adapters, ""])
     return hashlib.sha256(networks.encode() + message).hexdigest()

@@ -28,11 +28,11 @@ from services.common.errors import (
 )
 from services.common.telemetry import log
 from services.diffusion import device
-from services.diffusion.catalog import Catalog, ModelCard
+from services.diffusion.catalog import Catalog
 from services.diffusion.shelf import Shelf
 from services.diffusion.word import Word
 from services.inversion.learn import Progress, Recipe, Trainer
-from services.inversion.networks import Networks, load
+from services.inversion.networks import LearningCard, Networks, load
 from services.inversion.subject import Subject
 
 # What a batch is believed to take before the first one has been timed.
@@ -81,7 +81,7 @@ class Engine:
 
     def __init__(
         self,
-        catalog: Catalog[ModelCard],
+        catalog: Catalog[LearningCard],
         *,
         recipe: Recipe,
         threads: int,
@@ -104,7 +104,7 @@ class Engine:
         self._last_s = FIRST_GUESS_S
         # Of all batches, since the start.
         self._units = 0
-        self._shelf: Shelf[ModelCard, Networks] = Shelf(load, memory_bytes=memory_bytes)
+        self._shelf: Shelf[LearningCard, Networks] = Shelf(load, memory_bytes=memory_bytes)
         self._device = ThreadPoolExecutor(
             1, thread_name_prefix="learn", initializer=device.own, initargs=(threads,)
         )
@@ -148,7 +148,7 @@ class Engine:
                 yield
         self._refuse_at_the_end()
 
-    def together(self, card: ModelCard) -> int:
+    def together(self, card: LearningCard) -> int:
         """How many subjects are learned in one batch, at most.
 
         It follows from model, recipe and setting alone, not from the memory that is free: a word's last bits depend on
@@ -159,7 +159,7 @@ class Engine:
 
     async def learn(
         self,
-        card: ModelCard,
+        card: LearningCard,
         subjects: Sequence[Subject],
         *,
         state: bytes | None,
@@ -250,7 +250,7 @@ class Engine:
 
     def _work(
         self,
-        card: ModelCard,
+        card: LearningCard,
         subjects: Sequence[Subject],
         state: bytes | None,
         deadline_s: float,

@@ -9,6 +9,7 @@ pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,7 +147,15 @@ def prompt(facts: ModelFacts, before: str, vectors: int, after: str) -> Tokens |
         return None
 
 
-def load(card: ModelCard) -> Networks:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LearningCard(ModelCard):
+    """A model that words are learned for: its folder, and what its networks are loaded in."""
+
+    folder: Path
+    dtype: torch.dtype
+
+
+def load(card: LearningCard) -> Networks:
     """Loads a model's networks.
 
     Raises:
@@ -157,7 +166,7 @@ def load(card: ModelCard) -> Networks:
     )
 
 
-def read_card(source: ModelSource) -> ModelCard:
+def read_card(source: ModelSource) -> LearningCard:
     """The card of a served model. Hashes the weights: seconds for a large model.
 
     Raises:
@@ -165,7 +174,7 @@ def read_card(source: ModelSource) -> ModelCard:
     """
     folder, on = locate(source.source), device.find(source.device)
     dtype = dtype_on(on)
-    return ModelCard(
+    return LearningCard(
         name=source.name,
         folder=folder,
         digest=digest(folder),
@@ -176,7 +185,7 @@ def read_card(source: ModelSource) -> ModelCard:
     )
 
 
-def read_catalog(models: str) -> Catalog[ModelCard]:
+def read_catalog(models: str) -> Catalog[LearningCard]:
     """The catalog of a setting, see `Catalog.read`."""
     return Catalog.read(models, read_card)
 

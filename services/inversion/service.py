@@ -29,10 +29,10 @@ from services.common.errors import (
 )
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode
 from services.common.telemetry import log
-from services.diffusion.catalog import ModelCard
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.inversion.engine import Engine, Learned
 from services.inversion.learn import Progress, Trainer, seeds_in
+from services.inversion.networks import LearningCard
 from services.inversion.subject import InvalidSubject, Subject
 
 # Part of every word's digest: raise it when the same inputs give another word.
@@ -140,7 +140,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         return inversion_service_pb2.AdoptWordResponse(word=word)
 
     def _parse(
-        self, request: inversion_service_pb2.LearnWordsRequest, card: ModelCard
+        self, request: inversion_service_pb2.LearnWordsRequest, card: LearningCard
     ) -> list[Wanted]:
         """The subjects of a request.
 
@@ -190,7 +190,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     async def _learn(
         self,
         job: str,
-        card: ModelCard,
+        card: LearningCard,
         every: Sequence[Wanted],
         left: Sequence[Wanted],
         deadline_s: float,
@@ -250,7 +250,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
 
     async def _keep(
         self,
-        card: ModelCard,
+        card: LearningCard,
         batch: Sequence[str],
         wanted: Mapping[str, Sequence[Wanted]],
         event: Learned,
@@ -290,7 +290,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             word=word,
         )
 
-    async def _subject(self, card: ModelCard, one: Wanted) -> Subject:
+    async def _subject(self, card: LearningCard, one: Wanted) -> Subject:
         """The picture and words of a layer.
 
         Raises:
@@ -346,7 +346,7 @@ def _check_visible(subject: Subject, field: str) -> None:
     raise InvalidRequest.of(field, f"{told}, for a word to learn from", reason="TOO_LITTLE_VISIBLE")
 
 
-def _card(card: ModelCard, text: str, vectors: int) -> collage_service_pb2.Word:
+def _card(card: LearningCard, text: str, vectors: int) -> collage_service_pb2.Word:
     word = collage_service_pb2.Word(text=text, model_digest=card.digest, vector_count=vectors)
     word.create_time.FromNanoseconds(time.time_ns())
     return word

@@ -1,0 +1,149 @@
+"""Models in folders, run by torch in this process: their cards, and their stages.
+
+Main type: `FolderCard`; `read_catalog` makes those of a setting and `load_stages` puts one's networks on its device.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from services.common.hub import locate, locate_adapter
+from services.common.models_file import ModelSource
+from services.common.weights import CONTROLNET_FILES, ModelError, digest, digest_file, weights
+from services.diffusion import device
+from services.diffusion.catalog import Catalog, weights_bytes
+from services.diffusion.facts import read_facts
+from services.diffusion.memory import device_bytes
+from services.diffusion.networks import load
+from services.generator.adapters import AdapterFile
+from services.generator.card import GeneratorCard
+from services.generator.controlnet import check_controlnet
+from services.generator.stages import Stages, TorchStages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FolderCard(GeneratorCard):
+    """A model in a folder. controlnet_folders, adapter_files: of `controlnets` and `adapters`."""
+
+    folder: Path
+    dtype: torch.dtype
+    controlnet_folders: Mapping[str, Path]
+    adapter_files: Mapping[str, Path]
+
+    @classmethod
+    def read(cls, source: ModelSource) -> "FolderCard":
+        """The card of a served model. Hashes the weights: seconds for a large model.
+
+        Raises:
+            ModelError: no model, or none of a supported kind, or a ControlNet or adapter that does not fit it.
+        """
+        folder = locate(source.source)
+        facts = read_facts(folder)
+        on = device.find(source.device)
+        dtype = _dtype(source.dtype, on)
+        vae_dtype = facts.vae_dtype(dtype)
+        controlnets = {
+            kind: _find_controlnet(where, folder)
+            for kind, where in sorted(source.controlnets.items())
+        }
+        adapters = {
+            name: _find_adapter(name, where, folder)
+            for name, where in sorted(source.adapters.items())
+        }
+        beside = sum(weights(each, CONTROLNET_FILES) for each in controlnets.values())
+        beside += sum(map(weights, adapters.values()))
+        card = cls(
+            name=source.name,
+            folder=folder,
+            digest=digest(folder),
+            facts=facts,
+            arithmetic=_arithmetic(dtype, on),
+            device_bytes=device_bytes(on),
+            unet_channels=_first_block_channels(folder / "unet"),
+            vae_channels=_first_block_channels(folder / "vae"),
+            unet_value_bytes=_value_bytes(dtype, on),
+            vae_value_bytes=_value_bytes(vae_dtype, on),
+            controlnets={
+                kind: digest(each, CONTROLNET_FILES) for kind, each in controlnets.items()
+            },
+            controlnet_folders=controlnets,
+            dtype=dtype,
+            device=on,
+            adapters={name: digest_file(file) for name, file in adapters.items()},
+            adapter_files=adapters,
+            weights_bytes=beside * dtype.itemsize
+            + weights_bytes(folder, dtype=dtype, vae_dtype=vae_dtype),
+            limits=source.limits,
+            preset=source.defaults,
+        )
+        card.check_settings()
+        return card
+
+
+def read_catalog(models: str) -> Catalog[FolderCard]:
+    """The catalog of a setting, see `Catalog.read`."""
+    return Catalog.read(models, FolderCard.read)
+
+
+def load_stages(card: FolderCard) -> Stages:
+    """The model on its device.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return TorchStages(
+        load(
+            card.folder,
+            dtype=card.dtype,
+            device=card.device,
+            controlnets=card.controlnet_folders,
+            adapters=card.adapter_files,
+        )
+    )
+
+
+def _find_controlnet(where: Path | str, folder: Path) -> Path:
+    """Finds a ControlNet and looks whether it fits the model in `folder`."""
+    controlnet = locate(where, CONTROLNET_FILES)
+    check_controlnet(controlnet, folder)
+    return controlnet
+
+
+def _find_adapter(name: str, where: Path | str, folder: Path) -> Path:
+    """Finds an adapter's file and looks whether it fits the model in `folder`."""
+    try:
+        file = locate_adapter(where)
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        # diffusers reads it both as a mapping and by attributes.
+        AdapterFile.read(file, FrozenDict(config)).check(folder)
+    except ModelError as error:
+        raise ModelError(f"adapters.{name}: {error}") from error
+    return file
+
+
+def _arithmetic(dtype: torch.dtype, on: torch.device) -> str:
+    if on.type == "cuda":
+        return f"{dtype} on {torch.cuda.get_device_name(on)}"
+    # Sums split over another number of threads round differently, see `device.own`.
+    return f"{dtype} on {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _value_bytes(dtype: torch.dtype, on: torch.device) -> int:
+    """Of a value in memory estimates: on the CPU half precision falls back to single."""
+    return torch.float32.itemsize if on.type == "cpu" else dtype.itemsize
+
+
+def _dtype(name: str, on: torch.device) -> torch.dtype:
+    """The dtype of that name; for an empty one half precision on a GPU, single precision on the CPU."""
+    found = getattr(torch, name or ("float16" if on.type == "cuda" else "float32"))
+    assert isinstance(found, torch.dtype), f"{name} is no dtype"
+    return found
+
+
+def _first_block_channels(part: Path) -> int:
+    """Channels at full resolution, from the part's config."""
+    return int(json.loads((part / "config.json").read_text())["block_out_channels"][0])
