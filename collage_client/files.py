@@ -1,13 +1,16 @@
 """Collage files: `collage.yaml`, the JSON form of the `Collage` message with picture paths relative to the file.
 
 `load` reads one and names every mistake by field and line, `attach` puts the pictures' bytes in, `save` writes
-a self-contained copy. One schema: what the message does not know, a file may not say.
+a self-contained copy. One schema: what the message does not know, a file may not say. A file may come from a stranger:
+it names pictures in its own folder, and no content of it costs more than a message.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from collage.v1 import blob_pb2, collage_pb2
+from collage_client import _disk
 from collage_client._errors import FieldViolation, InvalidInput
 
 FILE_NAME = "collage.yaml"
@@ -34,20 +38,25 @@ _EXPECTED = {
 }
 
 
-def load(path: Path) -> collage_pb2.Collage:
+def load(
+    path: str | os.PathLike[str], *, allow: Sequence[str | os.PathLike[str]] = ()
+) -> collage_pb2.Collage:
     """Reads a collage file, or the `collage.yaml` of a folder.
 
-    Picture paths in the answer start from the current folder and exist. Raises `InvalidInput` with every
-    unknown field, wrong type and missing picture, each with its field path, file and line.
+    Picture paths in the answer start from the current folder; they are PNG, JPEG or WebP files of at most 64 MiB.
+    Raises `InvalidInput` with every unknown field, wrong type and wrong picture, each with its field path, file and
+    line.
+
+    Args:
+        path: the file or folder.
+        allow: folders besides the file's own from which it may name pictures; links are followed before it is asked.
     """
-    file = path / FILE_NAME if path.is_dir() else path
+    file = _file(Path(path))
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InvalidInput.in_field(str(file), reason or "unreadable", reason="FILE") from error
-    reader = _Reader(file, yaml.SafeLoader(text))
-    return reader.collage()
+        text = _disk.text(file)
+    except _disk.Unreadable as error:
+        raise InvalidInput.in_field(_disk.shown(str(file)), str(error), reason="FILE") from error
+    return _Reader(file, [file.parent, *map(Path, allow)]).collage(text)
 
 
 def attach(collage: collage_pb2.Collage) -> collage_pb2.Collage:
@@ -57,10 +66,9 @@ def attach(collage: collage_pb2.Collage) -> collage_pb2.Collage:
     for field, picture in pictures(copy):
         if picture.WhichOneof("source") == "path":
             try:
-                picture.data = Path(picture.path).read_bytes()
-            except OSError as error:
-                text = f"{picture.path}: {error.strerror}"
-                raise InvalidInput.in_field(f"{field}.path", text, reason="FILE") from error
+                picture.data = _disk.picture(Path(picture.path))
+            except _disk.Unreadable as error:
+                raise InvalidInput.in_field(f"{field}.path", str(error), reason="FILE") from error
     return copy
 
 
@@ -130,10 +138,10 @@ def place(path: Path, field: str) -> str:
     about = re.fullmatch(r"(?:\w+\.)?collage\b(.*)", field)
     if not about:
         return ""
-    file = path / FILE_NAME if path.is_dir() else path
+    file = _file(path)
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+        node, _ = _disk.document(_disk.text(file))
+    except (_disk.Unreadable, yaml.YAMLError):
         return ""
     line = 1
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", about[1]):
@@ -162,25 +170,27 @@ def file_stem(name: str) -> str:
 class _Reader:
     """Turns one YAML document into a Collage, gathering mistakes on the way."""
 
-    def __init__(self, file: Path, loader: yaml.SafeLoader) -> None:
+    def __init__(self, file: Path, within: Sequence[Path]) -> None:
         self._file = file
-        self._loader = loader
+        self._within = within
+        self._loader: yaml.SafeLoader
         self._violations: list[FieldViolation] = []
 
-    def collage(self) -> collage_pb2.Collage:
+    def collage(self, text: str) -> collage_pb2.Collage:
         collage = collage_pb2.Collage()
         try:
-            node = self._loader.get_single_node()
-            if node is None:
-                raise InvalidInput.in_field("collage", f"{self._file} is empty", reason="FILE")
-            self._message(node, collage, "collage")
+            node, self._loader = _disk.document(text)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             parts = [part for part in (error.context, error.problem) if part]
-            text = f"{', '.join(parts)} ({self._file}, line {line})"
-            raise InvalidInput.in_field("", text, reason="FILE") from error
+            told = f"{_disk.shown(', '.join(parts))} ({self._file}, line {line})"
+            raise InvalidInput.in_field("", told, reason="FILE") from error
         except yaml.YAMLError as error:
-            raise InvalidInput.in_field("", f"{self._file}: {error}", reason="FILE") from error
+            told = f"{self._file}: {_disk.shown(str(error))}"
+            raise InvalidInput.in_field("", told, reason="FILE") from error
+        if node is None:
+            raise InvalidInput.in_field("collage", f"{self._file} is empty", reason="FILE")
+        self._message(node, collage, "collage")
         if self._violations:
             raise InvalidInput(
                 f"{self._file} is no collage file",
@@ -203,7 +213,8 @@ class _Reader:
         known |= {field.name: field for field in fields}
         seen: set[str] = set()
         for key_node, value_node in node.value:
-            key = str(self._loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+            is_name = isinstance(key_node, yaml.ScalarNode)
+            key = _disk.shown(key_node.value) if is_name else "(a list or fields)"
             found = known.get(key)
             if found is None:
                 near = difflib.get_close_matches(key, known, n=1)
@@ -235,14 +246,27 @@ class _Reader:
                 self._message(item, getattr(message, field.name).add(), f"{where}[{index}]")
 
     def _scalar(self, node: yaml.Node, message: Message, field: Any, where: str) -> None:
-        value: Any = self._loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        value: Any = node.value
         is_bool = field.cpp_type == FieldDescriptor.CPPTYPE_BOOL
         try:
+            if not isinstance(node, yaml.ScalarNode):
+                raise ValueError("a list or fields where a value belongs")
+            value = self._loader.construct_object(node)  # type: ignore[no-untyped-call]
             if isinstance(value, bool) and not is_bool:
                 raise ValueError("a truth value where none belongs")
             json_format.ParseDict({field.name: value}, message)
-        except (json_format.ParseError, TypeError, ValueError):
-            shown = repr(value) if isinstance(node, yaml.ScalarNode) else "a list or fields"
+        # What YAML takes for a date, or a number, may be none: the 99th of a month, a number of 5000 digits.
+        except (
+            *(json_format.ParseError, yaml.YAMLError),
+            *(TypeError, ValueError, OverflowError),
+        ) as error:
+            shown = "a list or fields"
+            if isinstance(node, yaml.ScalarNode):
+                # Python writes no number of so many digits.
+                is_huge = isinstance(value, int) and value.bit_length() > 4096
+                shown = _disk.shown(node.value if is_huge else repr(value))
+            if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+                shown += f": {_disk.shown(error.problem)}"
             # Other tools' -1 for "any".
             hint = "; leave it out for a drawn one" if field.name == "seed" else ""
             self._wrong(node, where, f"must be {_EXPECTED[field.cpp_type]}, not {shown}{hint}")
@@ -250,8 +274,16 @@ class _Reader:
         if isinstance(message, blob_pb2.Image) and field.name == "path":
             picture = self._file.parent / message.path
             message.path = str(picture)
-            if not picture.is_file():
-                self._wrong(node, where, f"no such picture: {picture}")
+            if problem := _disk.problem_of_picture(picture, self._within):
+                self._wrong(node, where, problem)
+
+
+def _file(path: Path) -> Path:
+    try:
+        return path / FILE_NAME if path.is_dir() else path
+    # A name that is too long.
+    except OSError:
+        return path
 
 
 def _camel(name: str) -> str:

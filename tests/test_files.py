@@ -109,7 +109,7 @@ colour: red
         ("size: [1, 2", "line 1"),
         ("a: 1\n---\nb: 2\n", "single document"),
         ("just words", "must hold fields"),
-        ("prompt: &a [*a]", "unconstructable"),
+        ("prompt: &a [*a]", "must be text"),
         ("layers: {name: a}", "must be a list"),
         ("prompt: !!python/object:os.system x", "could not determine a constructor"),
     ],

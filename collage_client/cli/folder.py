@@ -83,7 +83,7 @@ class Folder:
         try:
             names = json.loads(mark.read_text(encoding="utf-8"))["files"]
             return [name for name in names if _OURS.fullmatch(name)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
             raise _refused(f"{mark} cannot be read ({error}); name another folder") from error
 
     def _present(self) -> Iterator[str]:

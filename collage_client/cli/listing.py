@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from collage.v1 import collage_service_pb2 as pb
+from collage_client import InvalidInput, _disk
+from collage_client._calls import MAX_BLOB_BYTES
 from collage_client.cli import report, results
 from collage_client.cli.folder import Folder
 from collage_client.cli.output import tree
@@ -37,7 +39,10 @@ async def export_word(args: argparse.Namespace) -> None:
 
 async def import_word(args: argparse.Namespace) -> None:
     """Takes in a word learned elsewhere."""
-    data = args.file.read_bytes()
+    try:
+        data = _disk.read(args.file, MAX_BLOB_BYTES)
+    except _disk.Unreadable as error:
+        raise InvalidInput.in_field("FILE", f"{args.file}: {error}", reason="FILE") from error
     async with connected(args) as client:
         word = await client.import_word(args.text, data, model=served_model(args))
     args.output.tell(report.word(word), tree(word))

@@ -56,6 +56,14 @@ def port(text: str) -> int:
 def add_path(parser: argparse.ArgumentParser) -> None:
     """The collage."""
     parser.add_argument("path", metavar="PATH", type=Path, help="a collage.yaml, or its folder")
+    parser.add_argument(
+        "--allow",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="let the collage name pictures of this folder too, beside its own; may be repeated",
+    )
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:

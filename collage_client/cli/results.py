@@ -16,7 +16,7 @@ from google.protobuf import json_format
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import AsyncCollageClient, JobResult, files
+from collage_client import AsyncCollageClient, JobResult, _disk, files
 from collage_client._client import Work
 from collage_client._errors import InvalidInput
 from collage_client.cli.folder import Folder
@@ -25,6 +25,8 @@ from collage_client.cli.output import tree
 RESULT_NAME = "result.json"
 PLAN_NAME = "plan.json"
 SWEEP_NAME = "sweep.json"
+# It holds a request's texts and every layer's dials.
+_MAX_RESULT_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,16 +128,21 @@ def write_sweep(
 def read(folder: Path, index: int) -> Earlier:
     """Reads back a results folder with picture `index` as parent. Raises `InvalidInput` if it is none."""
     try:
-        told = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+        told = json.loads(_disk.text(folder / RESULT_NAME, _MAX_RESULT_BYTES))
         sampling = json_format.ParseDict(told["sampling"], collage_pb2.Sampling())
-    except (OSError, ValueError, KeyError, TypeError, json_format.ParseError) as error:
+    except (
+        *(_disk.Unreadable, RecursionError),
+        *(ValueError, KeyError, TypeError, json_format.ParseError),
+    ) as error:
         text = f"{folder} is no results folder: {RESULT_NAME} cannot be read ({error})"
         raise InvalidInput.in_field("DIR", text, reason="FILE") from error
     picture = folder / f"image-{index}.png"
-    if not picture.is_file():
-        raise InvalidInput.in_field("--image", f"there is no {picture}", reason="FILE")
+    try:
+        parent = _disk.picture(picture, [folder])
+    except _disk.Unreadable as error:
+        raise InvalidInput.in_field("--image", str(error), reason="FILE") from error
     collage = files.attach(files.load(folder))
-    return Earlier(collage=collage, sampling=sampling, parent=picture.read_bytes())
+    return Earlier(collage=collage, sampling=sampling, parent=parent)
 
 
 def _write_collage(folder: Folder, collage: collage_pb2.Collage) -> Path:
