@@ -6,8 +6,8 @@ A whole img2img, picture in and pictures out, by diffusers' stock pipeline witho
 as many layers as told that use every dial; 1 and 4 pictures a call, on canvases of 512 and 1024 pixels. Both share the
 weights in memory, dtype, steps, guidance and attention (torch's scaled dot product; nothing is compiled), and take
 turns. Models: `sd15` and `sdxl` are folders of the published shapes with random weights, made on the spot (2 and 7 GB
-of disk); `mini` is the bundled model, on 128 and 256 pixels; or any folder or hub id. Device and dtype left out are
-what the generator would take.
+of disk); `mini` is the bundled model, on 128 and 256 pixels; or any folder, or
+hub:OWNER/NAME@REVISION. Device and dtype left out are what the generator would take.
 
 Printed: seconds a picture, medians over the rounds; the median over rounds of ours by theirs in the same round; and on
 a GPU the peak memory of each, the shared weights included. (Stock SDXL has an autoencoder of its own beside ours,
@@ -106,7 +106,9 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="mini", help="mini, sd15, sdxl, a folder or a hub id")
+    parser.add_argument(
+        "--model", default="mini", help="mini, sd15, sdxl, a folder or hub:OWNER/NAME@REVISION"
+    )
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="", choices=DTYPES)
     parser.add_argument("--layers", type=int, default=8, choices=(4, 8, 16, 32))

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -127,6 +128,9 @@ class Calls:
         options: tuple[tuple[str, int | str], ...] = _CHANNEL_OPTIONS
         if _LOOPBACK.fullmatch(address):
             options = (*options, _DIRECT)
+        # gRPC reads a URI, in which a path's # or ? would end the path.
+        if address.startswith("unix:"):
+            address = f"unix:{quote(address.removeprefix('unix:'))}"
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=options)
         else:

@@ -115,8 +115,8 @@ async def start(
         data: folder for blobs and jobs; made when absent, found again when present.
         address: the gateway's host:port.
         sockets: a folder on whose unix sockets all listen instead, so that its permissions say who may call.
-        model: folder or hub id of the one model to serve, named after its last part; or a models.yaml; empty for the
-            bundled model.
+        model: folder of the one model to serve, or hub:OWNER/NAME@REVISION, named after its last part; or a
+            models.yaml; empty for the bundled model.
         threads: CPU threads of one operation of a network, 0 for one a core.
         word_steps: training steps of a learned word at most, 0 for the default.
         is_fresh: whether jobs that an earlier server left are cancelled rather than taken up, because the commands that

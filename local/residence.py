@@ -214,7 +214,7 @@ def sockets() -> Path:
 
 
 def model_key(model: str) -> str:
-    """What --model says, the same from every folder: a path is absolute, a hub id or "" stays."""
+    """What --model says, the same from every folder: a path is absolute, hub:... or "" stays."""
     return str(Path(model).resolve()) if model and Path(model).exists() else model
 
 

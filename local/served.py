@@ -2,23 +2,27 @@
 
 from pathlib import Path
 
-from services.common.models_file import MODELS_FILE_SUFFIXES, read_detectors, read_sources
+from services.common.models_file import is_models_file, read_detectors, read_sources
+from services.common.operator_file import HUB
 
 
 def models_setting(model: str) -> str:
-    """The setting for one model (folder or hub id, named after its last part) or a models.yaml; "" stays empty."""
-    if not model or Path(model).suffix in MODELS_FILE_SUFFIXES:
+    """The setting for one model (a folder, or what `hub:` names) or a models.yaml; "" stays empty.
+
+    It says the same in any working folder, and of a folder's name nothing is a separator.
+    """
+    if not model or model.startswith(HUB):
         return model
-    return f"{Path(model).name}={model}"
+    return str(Path(model).absolute())
 
 
 def model_files(model: str) -> list[Path]:
-    """The files and folders that models are read from, with models.yaml. What a hub id names does not change."""
+    """The files and folders that models are read from, with models.yaml. What a hub has does not change."""
     models = models_setting(model)
-    found = [Path(model)] if models == model and model else []
+    found = [Path(model)] if is_models_file(models) else []
     for source in read_sources(models):
         parts = (source.source, *source.controlnets.values(), *source.adapters.values())
-        found += [Path(part) for part in parts if isinstance(part, Path) or Path(part).exists()]
+        found += [part for part in parts if isinstance(part, Path)]
     found += [detector.file for detector in read_detectors(models)]
     inside = [each for path in found if path.is_dir() for each in path.rglob("*")]
     return [path.absolute() for path in (*found, *inside)]

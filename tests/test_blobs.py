@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import time
+import traceback
 import urllib.error
 import urllib.request
 import uuid
@@ -19,6 +20,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.jobs.database import Database
 from local.processes import free_port
 from services.common.blobs import (
     MAX_KEY_LENGTH,
@@ -33,6 +35,7 @@ from services.common.blobs import (
     put_blob,
 )
 from services.common.s3 import S3BlobStore
+from services.common.settings import InvalidSetting, open_blobs
 from testing.servers import ACCESS_KEY, SECRET_KEY, Server, seaweed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -434,3 +437,40 @@ async def test_s3_that_does_not_answer_is_said_within_the_budget() -> None:
         )
     assert failed.value.retryable
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("name", ["C# work", "what? now", "50% off", "a:b", "s3://x", " spaces "])
+async def test_a_path_is_a_path_and_no_address(tmp_path: Path, name: str) -> None:
+    store = await open_blobs(f"folder:{tmp_path / name / 'blobs'}")
+    await store.put("a/b", b"x", media_type="a/b")
+    await store.close()
+    assert os.listdir(tmp_path) == [Path(name).parts[0]]
+    assert list((tmp_path / name / "blobs").rglob("b*"))
+    jobs = await Database.open(tmp_path / name / "jobs.sqlite")
+    await jobs.close()
+    assert (tmp_path / name / "jobs.sqlite").is_file()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://KEY:SE/CRET@host:9000/bucket",
+        "s3://KEY:SE#CRET@host:9000/bucket",
+        "s3://KEY:SE?CRET@host:9000/bucket",
+        "s3://KEY:SECRET@host:port/bucket",
+        "s3://KEY:SECRET@host:99999/bucket",
+        "s3://KEY:SECRET@[host/bucket",
+        "s3://KEY:SECRET@host:9000",
+        "s4://KEY:SECRET@host:9000/bucket",
+        "KEY:SECRET@host",
+        "folder:",
+        "",
+    ],
+)
+async def test_a_wrong_address_never_prints_its_secret(address: str) -> None:
+    with pytest.raises(InvalidSetting, match="COLLAGE_BLOBS is neither") as caught:
+        await open_blobs(address)
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "CRET" not in printed.replace("KEY:SECRET@HOST:PORT/BUCKET", "").replace(
+        "KEY and SECRET", ""
+    )

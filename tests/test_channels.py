@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import re
 import socket
 from pathlib import Path
@@ -191,3 +192,17 @@ def test_the_contract_says_the_limits():
     assert rpc.MAX_MESSAGE_BYTES == 4 * 2**20
     assert options["grpc.max_receive_message_length"] == 8 * 2**20
     assert options["grpc.http2.min_ping_interval_without_data_ms"] == 10_000
+
+
+@pytest.mark.parametrize("name", ["C# work", "what? now", "50%41", "ü"])
+async def test_a_socket_lies_where_its_path_says(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("s") / name
+    folder.mkdir()
+    server = rpc.Server("test", f"unix:{folder / 'socket'}")
+    collage_service_pb2_grpc.add_CollageServiceServicer_to_server(Gateway(), server.grpc)
+    await server.start()
+    assert os.listdir(folder) == ["socket"]
+    await check_health(server.address)
+    async with AsyncCollageClient(server.address) as client:
+        assert await client.jobs() == []
+    await server.stop(drain_s=0)

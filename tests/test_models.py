@@ -78,8 +78,8 @@ def test_digest_is_of_contents(folder, copy):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(NotAModel, match=r"model_index\.json"):
         load(tmp_path)
-    for name in (tmp_path / "none", "none", "a/b/c", "not a name/at all"):
-        with pytest.raises(NotAModel, match="no such folder"):
+    for name in (tmp_path / "none", "none", "a/b", "hub:a/b/c", "hub:a", "hub:"):
+        with pytest.raises(NotAModel, match=r"no such folder.*hub:OWNER/NAME@REVISION"):
             locate(name)
 
 

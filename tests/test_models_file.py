@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from local.served import model_files, models_setting
 from services.common.errors import InvalidRequest
 from services.common.hub import locate, locate_adapter
-from services.common.models_file import Defaults, Limits, read_sources
+from services.common.models_file import Defaults, Limits, read_detectors, read_sources
 from services.common.settings import InvalidSetting
 from services.common.weights import CONTROLNET_FILES, NotAModel, digest, weights
 from services.generator.folder_card import read_catalog
@@ -34,42 +36,46 @@ models:
     source: sd15
     dtype: float16
     device: cuda:1
-    controlnets: {canny: control/canny, pose: owner/pose@v2}
+    controlnets: {canny: control/canny, pose: "hub:owner/pose@v2"}
     adapters: {ink: ink.safetensors}
     limits: {max_side: 1024, max_images: 4, max_steps: 60}
     defaults: {sampler: ddim, steps: 20, guidance_scale: 5}
-  - {name: "2.1", source: owner/name@main}
+  - {name: "2.1", source: "hub:owner/name@main"}
 """,
     )
-    # Folders are found from where the file is, whatever the process' own folder; others are hub ids.
+    # Folders are found from where the file is, whatever the process' own folder
     assert one.source == tmp_path / "sd15"
     assert one.controlnets == {
         "depth": tmp_path / "sd15/controlnet-depth",
         "canny": tmp_path / "control/canny",
-        "pose": "owner/pose@v2",
+        "pose": "hub:owner/pose@v2",
     }
     assert one.adapters == {"ink": tmp_path / "ink.safetensors"}
     assert (one.dtype, one.device) == ("float16", "cuda:1")
     assert one.limits == Limits(max_side=1024, max_images=4, max_steps=60)
     assert one.defaults == Defaults(sampler="ddim", steps=20, guidance_scale=5.0)
-    assert (other.name, other.source, other.dtype) == ("2.1", "owner/name@main", "")
+    assert (other.name, other.source, other.dtype) == ("2.1", "hub:owner/name@main", "")
     assert other.limits == Limits() and other.defaults == Defaults()
 
 
-def test_a_source_means_what_it_means_where_it_is_written(tmp_path, monkeypatch):
-    here = tmp_path / "here"
-    (here / "owner/name").mkdir(parents=True)
-    (here / "owner/ink").mkdir()
-    (here / "owner/ink/ink.safetensors").touch()
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """What a hub was asked for; it has nothing."""
+    names = []
 
-    def fetch(name, **_):
-        asked.append(name)
+    def fetch(name, *, revision, **_):
+        names.append((name, revision))
         raise ValueError("not here")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return names
+
+
+def test_a_source_means_what_it_means_where_it_is_written(tmp_path, monkeypatch, asked):
+    here = tmp_path / "here"
+    (here / "owner/name").mkdir(parents=True)
     monkeypatch.chdir(here)
-    # A path of the working folder is no folder for a file that lies elsewhere: there it is a hub id, and stays one.
+    # A path of the working folder is none for a file that lies elsewhere.
     (far,) = read(tmp_path, "models: [{name: a, source: owner/name, adapters: {ink: owner/ink}}]")
     (near,) = read_sources("a=owner/name")
     monkeypatch.chdir(tmp_path)
@@ -77,11 +83,117 @@ def test_a_source_means_what_it_means_where_it_is_written(tmp_path, monkeypatch)
     assert locate(near.source).samefile(here / "owner/name")
     monkeypatch.chdir(here)
     for source in (far.source, gone.source):
-        with pytest.raises(NotAModel, match="no such folder, and the hub says: not here"):
+        with pytest.raises(NotAModel, match="no such folder; a model on a hub is told as hub:"):
             locate(source)
-    with pytest.raises(NotAModel, match="no such folder, and the hub says: not here"):
+    with pytest.raises(NotAModel, match="no such folder"):
         locate_adapter(far.adapters["ink"])
-    assert asked == ["owner/name", "owner/name", "owner/ink"]
+    # What only looks like a hub's id is fetched from nowhere.
+    assert asked == []
+
+
+def test_a_hub_is_asked_in_so_many_words(tmp_path, monkeypatch, asked):
+    # Whatever lies in the working folder.
+    (tmp_path / "hub:owner").mkdir()
+    (tmp_path / "hub:owner/name").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = 'models: [{name: a, source: "hub:o/n@v2", adapters: {ink: "hub:o/ink"}}]'
+    (told,) = read(tmp_path, text)
+    (alone,) = read_sources(models_setting("hub:owner/name@main"))
+    (named,) = read_sources("b=hub:owner/name")
+    assert (alone.name, named.name) == ("name", "b")
+    for find in (
+        lambda: locate(told.source),
+        lambda: locate_adapter(told.adapters["ink"]),
+        lambda: locate(alone.source),
+        lambda: locate(named.source),
+    ):
+        with pytest.raises(NotAModel, match="the hub says: not here"):
+            find()
+    assert asked == [("o/n", "v2"), ("o/ink", None), ("owner/name", "main"), ("owner/name", None)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("epic, v5", "epic-v5"),
+        ("a=b", "a-b"),
+        ("a=b,c=d", "a-b-c-d"),
+        ("v1.yaml", "v1.yaml"),
+        ("x#y?z%20", "x-y-z-20"),
+        ("  spaces ", "spaces"),
+        ("мо дель", "model"),
+        ("hub:x", "hub-x"),
+        ("-", "model"),
+        ("x" * 200, "x" * 64),
+    ],
+)
+def test_a_folder_of_any_name_is_served(tmp_path, monkeypatch, folder, name):
+    (tmp_path / folder / "controlnet-canny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for model in (str(tmp_path / folder), f"./{folder}"):
+        setting = models_setting(model)
+        (source,) = read_sources(setting)
+        assert source.name == name
+        assert source.source == tmp_path / folder
+        assert source.controlnets == {"canny": tmp_path / folder / "controlnet-canny"}
+        assert read_detectors(setting) == ()
+        assert tmp_path / folder / "controlnet-canny" in model_files(model)
+    # And from within.
+    monkeypatch.chdir(tmp_path / folder)
+    (source,) = read_sources(models_setting("."))
+    assert (source.name, locate(source.source).resolve()) == (name, tmp_path / folder)
+
+
+def test_a_models_file_may_lie_in_a_folder_of_any_name(tmp_path):
+    file = tmp_path / "a=b, c" / "models.yaml"
+    file.parent.mkdir()
+    file.write_text("models: [{name: a, source: x}]")
+    (source,) = read_sources(models_setting(str(file)))
+    assert source.source == file.parent / "x"
+    assert file in model_files(str(file))
+
+
+def test_a_list_of_models_is_read_as_before(tmp_path):
+    one, two = read_sources(f"one={tmp_path}, two=hub:owner/name")
+    assert (one.name, one.source) == ("one", tmp_path)
+    assert (two.name, two.source) == ("two", "hub:owner/name")
+    for wrong in ("one=a,one=b", "one=", "=a", "one=a,two"):
+        with pytest.raises(InvalidSetting, match="must be NAME=FOLDER"):
+            read_sources(wrong)
+
+
+LAUGHS = "".join(
+    f"{chr(n)}: &{chr(n)} [{','.join([f'*{chr(n - 1)}'] * 10)}]\n" for n in range(98, 120)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a: &a [x,x,x,x,x,x,x,x,x,x]\n{LAUGHS}models: *w",
+        f"a: &a [x,x,x,x,x,x,x,x,x,x]\n{LAUGHS}? *w\n: 1",
+        f"a: &a {{x: 1}}\n{LAUGHS}".replace("[", "{? [").replace("]", "]\n: 1}"),
+        "a: &a {x: 1}\nmodels: [" + "*a, " * 100_000 + "]",
+        "models: &a [*a, *a]",
+        "models: &a {name: *a, source: *a}",
+        "models: " + "[" * 100_000,
+        "models: " + "{a: " * 5000,
+        "models: [{name: " + "9" * 5000 + "}]",
+        "models: [" + "x, " * 100_000 + "]",
+        "\x00",
+        " " * 50_000_000,
+        "models: 2001-99-99",
+        'models: [{name: a, source: "a\\0b"}]',
+        "models: [{name: a, source: ~nobody-of-that-name/x}]",
+        "models: [{name: a, source: " + "x" * 500_000 + ", dtype: " + "y" * 400_000 + "}]",
+    ],
+)
+def test_a_hostile_file_is_refused_soon(tmp_path, text):
+    start = time.process_time()
+    with pytest.raises(InvalidSetting) as caught:
+        read(tmp_path, text)
+    assert len(str(caught.value)) < 2000
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="M",
         default="",
-        help="a served model's name; without --server also a model folder, hub id or models.yaml to serve",
+        help="a served model's name; without --server also what to serve: a model folder, hub:OWNER/NAME@REVISION "
+        "or a models.yaml",
     )
 
 
@@ -138,7 +139,7 @@ def add_served(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="M",
         default="",
-        help="model folder, hub id, or models.yaml (default: the bundled model)",
+        help="model folder, hub:OWNER/NAME@REVISION, or models.yaml (default: the bundled model)",
     )
     parser.add_argument(
         "--threads",

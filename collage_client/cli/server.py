@@ -157,9 +157,10 @@ def _residence(args: argparse.Namespace) -> Any:
 
 
 def _model(args: argparse.Namespace) -> str:
-    """The folder, models.yaml or hub id that --model names for a server here to load; "" where it is a served name."""
+    """The folder, models.yaml or hub:... that --model names for a server here to load; "" where it is a served name."""
     model: str = getattr(args, "model", "")
-    return model if not args.server and ("/" in model or (model and Path(model).exists())) else ""
+    is_source = "/" in model or model.startswith("hub:") or (model and Path(model).exists())
+    return model if not args.server and is_source else ""
 
 
 def _own(

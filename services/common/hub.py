@@ -6,15 +6,16 @@ The hub's client is imported with the first source that needs it: who serves fol
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.common.operator_file import HUB
 from services.common.weights import ADAPTER_FILES, MODEL_FILES, SECOND_COPIES, NotAModel
 
 
 def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model, fetched from the hub where the source is a hub id.
+    """The folder of a model, fetched from the hub where the source says so.
 
     Args:
-        source: a folder, or as a text a hub id `owner/name` or `owner/name@revision` (a branch, a tag or a commit). A
-            text is no folder, whatever lies in the working one.
+        source: a folder, or as a text `hub:owner/name` or `hub:owner/name@revision` (a branch, a tag or a commit).
+            Without `hub:` nothing is fetched: a mistyped folder may have the form of a stranger's repository.
         files: patterns of what is fetched.
 
     Raises:
@@ -22,18 +23,20 @@ def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
     """
     if isinstance(source, Path):
         if not source.is_dir():
-            raise NotAModel(f"{source}: no such folder")
+            raise NotAModel(
+                f"{source}: no such folder; a model on a hub is told as {HUB}OWNER/NAME@REVISION"
+            )
         return source
-    name, _, revision = source.partition("@")
+    name, _, revision = source.removeprefix(HUB).partition("@")
     parts = name.split("/")
-    if len(parts) != 2 or not all(parts):
-        raise NotAModel(f"{source}: no such folder, and not of the form owner/name")
+    if not source.startswith(HUB) or len(parts) != 2 or not all(parts):
+        raise NotAModel(f"{source}: no such folder, and not of the form {HUB}OWNER/NAME@REVISION")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise NotAModel(
-            f"{source}: no such folder, and models are fetched from a hub only where huggingface_hub is installed"
+            f"{source}: models are fetched from a hub only where huggingface_hub is installed"
         ) from error
     try:
         return Path(
@@ -45,14 +48,14 @@ def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
             )
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise NotAModel(f"{source}: no such folder, and the hub says: {error}") from error
+        raise NotAModel(f"{source}: the hub says: {error}") from error
 
 
 def locate_adapter(source: Path | str) -> Path:
     """The safetensors file of an adapter.
 
     Args:
-        source: the file; or a folder or a hub id, as `locate` takes it, that holds one such file.
+        source: the file; or a folder or a hub's, as `locate` takes it, that holds one such file.
 
     Raises:
         NotAModel: no such file or folder, or not one file in it.

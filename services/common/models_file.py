@@ -5,12 +5,13 @@ it, and the compositor draws control pictures for its ControlNets, so all read t
 the operator's file and none of a model.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
-from services.common.operator_file import Place, read_file, resolve
+from services.common.operator_file import HUB, Place, read_file, resolve
 from services.common.settings import InvalidSetting
 
 # The bundled model, beside the packages in the repository.
@@ -58,8 +59,8 @@ class Defaults:
 class ModelSource:
     """One served model, as the operator names it.
 
-    source: a folder in diffusers format, or a hub id, a text, see `locate`. controlnets: by control kind ("canny"),
-    folders or hub ids of ControlNets for it. adapters: by name, safetensors files, or folders or hub ids that hold one.
+    source: a folder in diffusers format, or a text that names a hub's, see `locate`. controlnets: by control kind
+    ("canny"), the same of ControlNets for it. adapters: by name, safetensors files, or the same that hold one.
     dtype: one of `DTYPES`, device: "cpu", "cuda" or "cuda:1"; either empty for the generator's choice.
     """
 
@@ -100,7 +101,7 @@ def read_detectors(models: str) -> tuple[DetectorSource, ...]:
     Raises:
         InvalidSetting: naming the file, the place in it, the value and what is allowed there.
     """
-    if not _is_models_file(models):
+    if not is_models_file(models):
         return ()
     top = read_file(Path(models))
     top.keys(*_TOP_KEYS)
@@ -142,31 +143,56 @@ def _read_rgb(place: Place, low: float, high: float) -> Rgb:
     return values[0], values[1], values[2]
 
 
-def _is_models_file(models: str) -> bool:
-    return models.endswith(MODELS_FILE_SUFFIXES) and "=" not in models
+def is_models_file(models: str) -> bool:
+    """Whether a setting is the path of a models.yaml, there or not."""
+    path = Path(models)
+    return path.suffix in MODELS_FILE_SUFFIXES and (
+        path.is_file() or ("=" not in models and not path.is_dir())
+    )
+
+
+def _is_one(models: str) -> bool:
+    """Whether a setting is one source, rather than a list of names and sources."""
+    return models.startswith(HUB) or Path(models).is_dir() or not ("=" in models or "," in models)
+
+
+def name_of(source: Path | str) -> str:
+    """A model's name, made from the last part of its source: what no name may hold becomes `-`."""
+    last = source.name if isinstance(source, Path) else source.partition("@")[0].rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", last).strip("-.")[:64] or "model"
 
 
 def read_sources(models: str) -> tuple[ModelSource, ...]:
     """The models of a setting, the default first.
 
     Args:
-        models: `NAME=FOLDER` or `NAME=OWNER/NAME`, separated by commas, or the path of a `.yaml` file, see
-            `read_models_file`; empty for the bundled model. Relative folders are relative to the working one. A
-            folder's subfolders `controlnet-KIND` are its ControlNets.
+        models: a folder or `hub:OWNER/NAME@REVISION`, named as in `name_of`; or `NAME=` such a one, separated by
+            commas; or the path of a `.yaml` file, see `read_models_file`; empty for the bundled model. Relative folders
+            are relative to the working one. A folder's subfolders `controlnet-KIND` are its ControlNets.
 
     Raises:
         InvalidSetting: naming the entry that does not parse or stands twice.
     """
-    if _is_models_file(models):
+    if is_models_file(models):
         return read_models_file(Path(models))
+    if models and _is_one(models):
+        source = resolve(models, Path())
+        resolved = source.resolve() if isinstance(source, Path) else source
+        return (_found_beside(name_of(resolved), source),)
     sources: dict[str, ModelSource] = {}
     for entry in (models or f"mini={BUNDLED}").split(","):
         name, _, text = (part.strip() for part in entry.partition("="))
         if not name or not text or name in sources:
-            raise InvalidSetting(f"models: {entry!r} must be NAME=FOLDER, each name once")
-        source = resolve(text, Path())
-        sources[name] = ModelSource(name=name, source=source, controlnets=_controlnets_in(source))
+            raise InvalidSetting(
+                f"models: {entry!r} must be NAME=FOLDER or NAME={HUB}OWNER/NAME@REVISION, each name once; "
+                "folders with , or = in their names go into a models.yaml"
+            )
+        sources[name] = _found_beside(name, resolve(text, Path()))
     return tuple(sources.values())
+
+
+def _found_beside(name: str, source: Path | str) -> ModelSource:
+    return ModelSource(name=name, source=source, controlnets=_controlnets_in(source))
 
 
 def read_models_file(file: Path) -> tuple[ModelSource, ...]:

@@ -14,6 +14,13 @@ from services.common.settings import InvalidSetting
 
 _NAME = r"[A-Za-z0-9_.-]{1,64}"
 _NAME_RULE = "1 to 64 of A-Z a-z 0-9 _ . -, in quotes if it looks like a number"
+# How a source is told that is no path: OWNER/NAME, or OWNER/NAME@REVISION, behind it.
+HUB = "hub:"
+# A file of a hundred models takes a tenth of each.
+_MAX_BYTES = 2**20
+_MAX_VALUES = 20_000
+_MAX_DEPTH = 32
+_MAX_SHOWN = 200
 
 Value = TypeVar("Value")
 
@@ -25,10 +32,12 @@ def read_file(file: Path) -> "Place":
         InvalidSetting: no such file, no YAML, or a key that stands twice.
     """
     try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise InvalidSetting(f"{file}: has more than {_MAX_BYTES} bytes")
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
         # Of a key that stands twice the content holds only the last.
-        _refuse_doubles(yaml.compose(text, Loader=yaml.SafeLoader), file.name)
+        _refuse_doubles(yaml.compose(text, Loader=_Bounded), file.name)
+        content = yaml.load(text, Loader=_Bounded)
     except OSError as error:
         raise InvalidSetting(f"{file}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -36,13 +45,61 @@ def read_file(file: Path) -> "Place":
     return Place(file, "", content)
 
 
+class _Bounded(yaml.SafeLoader):
+    """Composes so many values, so deep, and no more. Of an alias each use counts all that it stands for."""
+
+    _depth = 0
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self._depth >= _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels", problem_mark=mark)
+        self._depth += 1
+        try:
+            node = super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [each for pair in node.value for each in pair]
+        # Within itself a value has no size yet: it has no end.
+        size = 1 + sum(self._sizes.get(id(part), _MAX_VALUES) for part in parts)
+        if size > _MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_VALUES} values", problem_mark=mark)
+        self._sizes[id(node)] = size
+        return node
+
+
+def cut(text: str) -> str:
+    """A text as it may stand in a message."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
 def resolve(source: str, folder: Path) -> Path | str:
-    """What an operator means by a source: the folder or file of that name, seen from `folder`; else a hub id, the text.
+    """What an operator means by a source: a folder or file, seen from `folder`; or a hub's, the text as it stands.
 
     Asked once, where the text is read: seen from another folder, the same text may mean something else.
+
+    Raises:
+        InvalidSetting: no path can be so.
     """
-    local = (folder / Path(source).expanduser()).absolute()
-    return local if local.exists() else source
+    if source.startswith(HUB):
+        return source
+    try:
+        if "\0" in source:
+            raise ValueError("it holds a NUL")
+        path = (folder / Path(source).expanduser()).absolute()
+        path.exists()
+    # Longer than a name may be, with what none may hold, or of a user who is not there.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidSetting(f"{cut(source)}: is no path: {cut(str(error))}") from None
+    return path
 
 
 class Place:
@@ -55,7 +112,7 @@ class Place:
 
     def wrong(self, problem: str) -> InvalidSetting:
         """The error that names this place and its value."""
-        shown = "is missing" if self._value is None else f"is {self._value!r}"
+        shown = "is missing" if self._value is None else f"is {cut(repr(self._value))}"
         return self._error(f"{shown}; {problem}")
 
     def _error(self, text: str) -> InvalidSetting:
@@ -75,7 +132,7 @@ class Place:
             raise self.wrong(f"required: a mapping with the keys {', '.join(known)}")
         for key in self._value:
             if key not in known:
-                raise self._error(f"has the key {key!r}; allowed: {', '.join(known)}")
+                raise self._error(f"has the key {cut(repr(key))}; allowed: {', '.join(known)}")
 
     def items(self) -> "list[Place]":
         """The places of a list that holds something."""
@@ -132,9 +189,9 @@ class Place:
         return self._file.parent / Path(self._value).expanduser()
 
     def source(self) -> Path | str:
-        """A folder or file, relative to the YAML file; or a hub id, where there is no such one. See `resolve`."""
+        """A folder or file, relative to the YAML file; or what `hub:` names. See `resolve`."""
         if not isinstance(self._value, str) or not self._value.strip():
-            raise self.wrong("required: a folder, or a hub id OWNER/NAME or OWNER/NAME@REVISION")
+            raise self.wrong(f"required: a folder, or {HUB}OWNER/NAME@REVISION")
         return resolve(self._value, self._file.parent)
 
     def sources(self) -> dict[str, Path | str]:
@@ -149,7 +206,7 @@ class Place:
             raise self.wrong("required: a mapping of names")
         for name in self._value:
             if not isinstance(name, str) or not re.fullmatch(_NAME, name, re.ASCII):
-                raise self._error(f"has the name {name!r}; allowed: {_NAME_RULE}")
+                raise self._error(f"has the name {cut(repr(name))}; allowed: {_NAME_RULE}")
         return {name: self.get(name) for name in self._value}
 
 
@@ -163,6 +220,8 @@ def _refuse_doubles(node: yaml.Node | None, file: str) -> None:
         for key, child in node.value:
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise InvalidSetting(f"{file}: line {line}: the key {key.value!r} stands twice")
+                raise InvalidSetting(
+                    f"{file}: line {line}: the key {cut(repr(key.value))} stands twice"
+                )
             seen.add(key.value)
             _refuse_doubles(child, file)

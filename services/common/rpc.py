@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.descriptor import Descriptor
@@ -330,7 +331,7 @@ class Server:
         self._closers: list[Callable[[], Awaitable[None]]] = []
         host, _, _ = address.rpartition(":")
         try:
-            port = self.grpc.add_insecure_port(address)
+            port = self.grpc.add_insecure_port(_target(address))
         except RuntimeError as error:
             raise OSError(f"{name}: cannot listen on {address}: {error}") from error
         self.address = address if address.startswith("unix:") else f"{host}:{port}"
@@ -440,7 +441,13 @@ def connect(address: str, *, is_probe: bool = False) -> grpc.aio.Channel:
     """
     probing = {"grpc.enable_retries": 0, "grpc.use_local_subchannel_pool": 1} if is_probe else {}
     options = {**dict(_CHANNEL_OPTIONS), **probing}
-    return grpc.aio.insecure_channel(address, options=list(options.items()))
+    return grpc.aio.insecure_channel(_target(address), options=list(options.items()))
+
+
+def _target(address: str) -> str:
+    """An address as gRPC reads it: as a URI, in which a path's # or ? would end the path."""
+    kind, _, path = address.partition(":")
+    return f"unix:{quote(path)}" if kind == "unix" else address
 
 
 def outgoing() -> Sequence[tuple[str, str]]:

@@ -64,9 +64,20 @@ async def open_blobs(address: str) -> BlobStore:
     Raises:
         InvalidSetting: for any other form.
     """
-    parts = urlsplit(address)
-    if parts.scheme == "folder" and parts.path:
-        return FolderBlobStore(Path(parts.path))
+    # A path is a path: # and ? are characters of it.
+    scheme, _, path = address.partition(":")
+    if scheme == "folder" and path:
+        return FolderBlobStore(Path(path))
+    wrong = InvalidSetting(
+        "COLLAGE_BLOBS is neither folder:PATH nor s3://KEY:SECRET@HOST:PORT/BUCKET; in KEY and SECRET "
+        "what separates is written in percents, / as %2F"
+    )
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError:
+        # What is wrong with it may be in the secret: it is not told, nor where it was raised.
+        raise wrong from None
     bucket = parts.path.strip("/")
     if parts.scheme in ("s3", "s3s") and parts.hostname and parts.username and bucket:
         protocol, standard_port = ("https", 443) if parts.scheme == "s3s" else ("http", 80)
@@ -74,11 +85,9 @@ async def open_blobs(address: str) -> BlobStore:
         from services.common.s3 import S3BlobStore
 
         return await S3BlobStore.open(
-            f"{protocol}://{parts.hostname}:{parts.port or standard_port}",
+            f"{protocol}://{parts.hostname}:{port or standard_port}",
             access_key=unquote(parts.username),
             secret_key=unquote(parts.password or ""),
             bucket=bucket,
         )
-    raise InvalidSetting(
-        "COLLAGE_BLOBS is neither folder:PATH nor s3://KEY:SECRET@HOST:PORT/BUCKET"
-    )
+    raise wrong
