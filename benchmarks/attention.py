@@ -99,8 +99,7 @@ def composed(folder: Path, latent_factor: int) -> tuple[Composition, str, str, l
         LayerControl(
             text_start=start,
             text_end=end,
-            attract=part.dials.attract,
-            repel=part.dials.repel,
+            dials=part.dials,
         )
         for part, (start, end) in zip(composition.layers, bound.spans, strict=True)
     ]
@@ -116,9 +115,9 @@ def measure(
     """Layer, area, and the shares without control, with the example's dials, and with full dials."""
     composition, prompt, negative_prompt, own = composed(folder, stages.facts.latent_factor)
     settings = (
-        [replace(layer, attract=0.0, repel=0.0) for layer in own],
+        [replace(layer, dials=replace(layer.dials, attract=0.0, repel=0.0)) for layer in own],
         own,
-        [replace(layer, attract=1.0, repel=1.0) for layer in own],
+        [replace(layer, dials=replace(layer.dials, attract=1.0, repel=1.0)) for layer in own],
     )
     sampling = Sampling(
         model="", sampler="euler", steps=steps, guidance_scale=5.0, images=1, seed=0

@@ -58,8 +58,7 @@ def in_process(stages: Stages, message: collage_pb2.Collage, sampling: Sampling)
             LayerControl(
                 text_start=start,
                 text_end=end,
-                attract=layer.dials.attract,
-                repel=layer.dials.repel,
+                dials=layer.dials,
                 seed=layer.layer.seed,
                 structures=layer.layer.structure,
             )

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def count(sampler: str) -> list[dict[str, Any]]:
 
     from benchmarks.overhead import mini
     from benchmarks.structure import KIND, add_controlnet
-    from services.common.collage import Sampling, Structure
+    from services.common.collage import Dials, Sampling, Structure
     from services.common.plate import Plate
     from services.generator.conditioning import LayerControl, prepare
     from services.generator.sampler import Run, step
@@ -118,6 +119,12 @@ def count(sampler: str) -> list[dict[str, Any]]:
             model="", sampler=sampler, steps=STEPS, guidance_scale=5.0, images=1, seed=0
         )
 
+        def dials_of(dial: float) -> dict[str, Any]:
+            """As this tree has them; one before it may have them as fields of the control itself."""
+            pair = {"attract": dial, "repel": dial}
+            is_own = "dials" in {each.name for each in fields(LayerControl)}
+            return {"dials": Dials(noise=1.0, **pair)} if is_own else pair
+
         def drawn(layers: int, dial: float, structures: tuple[Structure, ...]) -> Counter:
             tile = np.broadcast_to(np.arange(columns) * layers // columns, (rows, columns))
             plate = Plate(
@@ -131,8 +138,7 @@ def count(sampler: str) -> list[dict[str, Any]]:
                 LayerControl(
                     text_start=index * (len(WORD) + 1),
                     text_end=index * (len(WORD) + 1) + len(WORD),
-                    attract=dial,
-                    repel=dial,
+                    **dials_of(dial),
                     seed=index,
                     structures=structures,
                 )

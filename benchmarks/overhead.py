@@ -32,7 +32,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from services.common.collage import Sampling, Structure
+from services.common.collage import Dials, Sampling, Structure
 from services.common.models_file import BUNDLED
 from services.common.plate import Plate
 from services.diffusion.networks import LoadedModel, load
@@ -154,8 +154,9 @@ def controlled(
             LayerControl(
                 text_start=len(prompt),
                 text_end=len(prompt) + len(word),
-                attract=float(levels[layer]),
-                repel=float(levels[-1 - layer]),
+                dials=Dials(
+                    noise=1.0, attract=float(levels[layer]), repel=float(levels[-1 - layer])
+                ),
                 seed=layer,
                 structures=tuple(
                     Structure(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from services.common.collage import Adapter, Sampling, Structure
+from services.common.collage import Adapter, Dials, Sampling, Structure
 from services.common.plate import Plate
 from services.diffusion.networks import load
 from services.generator.conditioning import LayerControl, prepare
@@ -92,7 +92,14 @@ class Case:
         structures: tuple[Structure, ...] = (),
     ) -> tuple[Tensor, NDArray[np.uint8]]:
         """Latents and pictures, by the code that the service runs; one layer over everything has the structures."""
-        layers = [LayerControl(text_start=0, text_end=0, attract=0, repel=0, structures=structures)]
+        layers = [
+            LayerControl(
+                text_start=0,
+                text_end=0,
+                dials=Dials(noise=1.0, attract=0, repel=0),
+                structures=structures,
+            )
+        ]
         plate = Plate(
             composite_HWC=self.composite,
             visible_Lhw=np.ones((1, *self.grid), np.float32),

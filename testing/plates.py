@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from services.common.collage import Sampling
+from services.common.collage import Dials, Sampling
 from services.common.plate import Plate
 from services.generator.conditioning import LayerControl
 from services.generator.job import Job
@@ -33,7 +33,9 @@ def plate(*, side=32, factor=4, strengths=(0.9, 0.4), release=255):
 def controls(*, attract=0.5, repel=0.8):
     """One control for each of the plate's layers."""
     return tuple(
-        LayerControl(text_start=start, text_end=end, attract=attract, repel=repel)
+        LayerControl(
+            text_start=start, text_end=end, dials=Dials(noise=1.0, attract=attract, repel=repel)
+        )
         for start, end in SPANS
     )
 

@@ -8,6 +8,7 @@ import torch
 from services.diffusion.networks import load
 from services.diffusion.text import TextStates
 from services.generator.attention import (
+    STEERING,
     Control,
     ControlledAttention,
     ControlSlot,
@@ -42,7 +43,12 @@ def visible(height=8, width=8, layers=3):
 
 
 def steering(positions=POSITIONS, dials=DIALS, masks=None, window=TOKENS):
-    return Steering.of(positions, dials, visible() if masks is None else masks, window=window)
+    return Steering.of(
+        positions,
+        [dict(zip(STEERING, pair, strict=True)) for pair in dials],
+        visible() if masks is None else masks,
+        window=window,
+    )
 
 
 def control(*jobs, **options):
@@ -104,7 +110,7 @@ def test_rows_of_two_jobs_get_what_each_would_get_alone():
     one = steering(masks=visible(4, 4))
     # More layers than one's, so that one's are padded.
     other = steering([(2, 6)] + [()] * 9, [(1.0, 1.0)] * 10, visible(4, 4, layers=10))
-    assert len(other.attract_L) > len(one.attract_L) == LAYERS_MULTIPLE
+    assert len(other.speaks_LT) > len(one.speaks_LT) == LAYERS_MULTIPLE
     together = biased(control((one, 1, 0.5), (other, 3, 1.2)), query, key)
     assert not together[0].any()
     alone = biased(control((one, 1, 0.5)), query[1:2], key[1:2])

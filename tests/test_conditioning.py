@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save
 
+from services.common.collage import Dials
 from services.common.errors import InvalidRequest
 from services.diffusion.networks import load
 from services.diffusion.text import Text
@@ -38,7 +39,9 @@ def word(count=1, *, seed=0):
 
 def control(span, learned=None):
     start, end = span
-    return LayerControl(text_start=start, text_end=end, attract=0.5, repel=0.5, word=learned)
+    return LayerControl(
+        text_start=start, text_end=end, dials=Dials(noise=1.0, attract=0.5, repel=0.5), word=learned
+    )
 
 
 def conditioned(stages, *layers, prompt=PROMPT, negative_prompt=""):

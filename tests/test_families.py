@@ -15,6 +15,7 @@ from safetensors.torch import save
 from collage.v1 import collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from local import embedded
+from services.common.collage import Dials
 from services.common.models_file import ModelSource
 from services.common.rpc import connect
 from services.common.weights import ModelError
@@ -59,7 +60,9 @@ def stages(folder):
 
 
 def conditioned(stages, *, negative_prompt="a box", word=None):
-    layer = LayerControl(text_start=2, text_end=7, attract=0.5, repel=0.5, word=word)
+    layer = LayerControl(
+        text_start=2, text_end=7, dials=Dials(noise=1.0, attract=0.5, repel=0.5), word=word
+    )
     return prepare(
         stages,
         prompt=PROMPT,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.common.collage import Sampling
+from services.common.collage import Dials, Sampling
 from services.common.errors import InvalidRequest
 from services.common.plate import Plate
 from services.diffusion.networks import load
@@ -59,8 +59,8 @@ def plate(strength=1.0, *, release=255, seed=0, layers=2):
 
 
 LAYERS = (
-    LayerControl(text_start=0, text_end=5, attract=0.8, repel=0.9),
-    LayerControl(text_start=10, text_end=14, attract=0.3, repel=0.6),
+    LayerControl(text_start=0, text_end=5, dials=Dials(noise=1.0, attract=0.8, repel=0.9)),
+    LayerControl(text_start=10, text_end=14, dials=Dials(noise=1.0, attract=0.3, repel=0.6)),
 )
 
 
@@ -220,7 +220,7 @@ def test_runs_of_every_kind_share_a_step(stages, calls):
 
 def test_control_steers_and_zero_dials_do_not(stages):
     free = finish(stages, begin(stages, plate(layers=0)))
-    zero = [replace(layer, attract=0.0, repel=0.0) for layer in LAYERS]
+    zero = [replace(layer, dials=Dials(noise=1.0, attract=0.0, repel=0.0)) for layer in LAYERS]
     assert np.array_equal(finish(stages, begin(stages, plate(), layers=zero)), free)
     assert not np.array_equal(finish(stages, begin(stages, plate())), free)
 

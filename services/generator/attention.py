@@ -9,7 +9,8 @@ scores S of every cross-attention, for every token j of a layer with visible mas
 with M_j = max(0, max of S over heads and positions). Departures from the released code: sigma is the true one of the
 step, M_j is never negative (a negative one would swap attract and repel), tokens are found by characters.
 Suffixes: B rows of a call, R its controlled rows, which come last; J jobs, H heads, Q queries (cells at one
-resolution), T text positions, U positions that belong to a layer of any job, d head width, L layers, h, w latent cells.
+resolution), T text positions, U positions that belong to a layer of any job, d head width, D dials, L layers,
+h, w latent cells.
 """
 
 import math
@@ -22,6 +23,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from services.generator.call import Steering
+
+# A layer's dials that steer attention, in the order that `Control` takes them; the others act through the plate.
+STEERING = ("attract", "repel")
 
 
 def gain(sigma: float) -> float:
@@ -61,18 +65,15 @@ class Control:
         With a `tokens_multiple` that many times some number of text positions are looked at, so that a U-Net that was
         compiled or recorded for a shape serves jobs of other words.
         """
-        layers = max(len(each.attract_L) for each, _ in steerings)
+        layers = max(len(each.speaks_LT) for each, _ in steerings)
         padded = [each.padded(layers) for each, _ in steerings]
         speaks_JLT = torch.stack([each.speaks_LT for each in padded])
         # For a single job one row stands for all.
         self._counts = [rows for _, rows in steerings] if len(steerings) > 1 else [1]
         self.rows = sum(rows for _, rows in steerings)
         self._visible_JLhw = torch.stack([each.visible_Lhw for each in padded]).to(device)
-        self._dials_2JL1 = torch.stack(
-            [
-                torch.stack([each.attract_L for each in padded]),
-                torch.stack([each.repel_L for each in padded]),
-            ]
+        self._dials_DJL1 = torch.stack(
+            [torch.stack([each.dials[dial] for each in padded]) for dial in STEERING]
         )[..., None].to(device)
         self._speaks_JTL = speaks_JLT.transpose(1, 2).to(device)
         tokens = speaks_JLT.any(dim=0).any(dim=0).nonzero()[:, 0].tolist()
@@ -101,7 +102,7 @@ class Control:
         if queries not in self._weights:
             grid = grid_of(queries, *self._visible_JLhw.shape[2:])
             v_JLQ = F.adaptive_avg_pool2d(self._visible_JLhw, grid).flatten(2)
-            attract_JL1, repel_JL1 = self._dials_2JL1
+            attract_JL1, repel_JL1 = self._dials_DJL1
             weight_JLQ = attract_JL1 * v_JLQ - repel_JL1 * (1 - v_JLQ)
             weight_JQT = (self._speaks_JTL @ weight_JLQ).transpose(1, 2)
             parts = [

@@ -8,7 +8,7 @@ Suffixes: N pictures of a job, T text positions, C latent channels, L layers, h,
 3 = R, G, B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,52 +25,54 @@ LAYERS_MULTIPLE = 8
 class Steering:
     """How a job's layers steer cross-attention, see `services.generator.attention`; the last ones may do nothing.
 
-    visible_Lhw: masks in [0, 1]. speaks_LT: 1 where a text position speaks of a layer, else 0. attract_L, repel_L: the
-    dials in [0, 1].
+    visible_Lhw: masks in [0, 1]. speaks_LT: 1 where a text position speaks of a layer, else 0. dials: by name, L each,
+    in [0, 1].
     """
 
     visible_Lhw: torch.Tensor
     speaks_LT: torch.Tensor
-    attract_L: torch.Tensor
-    repel_L: torch.Tensor
+    dials: Mapping[str, torch.Tensor]
 
     @classmethod
     def of(
         cls,
         positions: Sequence[Sequence[int]],
-        dials: Sequence[tuple[float, float]],
+        dials: Sequence[Mapping[str, float]],
         visible_Lhw: torch.Tensor,
         *,
         window: int,
     ) -> "Steering | None":
-        """Of layers with these text positions and (attract, repel); None where nothing is asked.
+        """Of layers with these text positions and dials; None where nothing is asked.
 
         Args:
             positions: of each layer in a text of `window` positions; a position that layers share hears all of them.
-            dials: of each layer.
+            dials: of each layer, the same names for all.
             visible_Lhw: each layer's mask, in [0, 1].
             window: T.
         """
         speaks_LT = torch.zeros(len(positions), window)
         for layer, own in enumerate(positions):
-            if any(dials[layer]):
+            if any(dials[layer].values()):
                 speaks_LT[layer, list(own)] = 1
         if not bool(speaks_LT.any()):
             return None
-        attract_L, repel_L = torch.tensor(dials, dtype=torch.float32).unbind(1)
         steering = cls(
-            visible_Lhw=visible_Lhw, speaks_LT=speaks_LT, attract_L=attract_L, repel_L=repel_L
+            visible_Lhw=visible_Lhw,
+            speaks_LT=speaks_LT,
+            dials={
+                name: torch.tensor([each[name] for each in dials], dtype=torch.float32)
+                for name in dials[0]
+            },
         )
         return steering.padded(-(-len(positions) // LAYERS_MULTIPLE) * LAYERS_MULTIPLE)
 
     def padded(self, layers: int) -> "Steering":
         """The same with so many layers; those that come to it do nothing."""
-        more = layers - len(self.attract_L)
+        more = layers - len(self.speaks_LT)
         return Steering(
             visible_Lhw=F.pad(self.visible_Lhw, (0, 0, 0, 0, 0, more)),
             speaks_LT=F.pad(self.speaks_LT, (0, 0, 0, more)),
-            attract_L=F.pad(self.attract_L, (0, more)),
-            repel_L=F.pad(self.repel_L, (0, more)),
+            dials={name: F.pad(dial_L, (0, more)) for name, dial_L in self.dials.items()},
         )
 
 

@@ -11,23 +11,24 @@ in the prompt's place for them (noun phrases alone: Feng et al. 2022, Structured
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import torch
 
-from services.common.collage import DIALS, Adapter, Structure
+from services.common.collage import Adapter, Dials, Structure
 from services.common.errors import InvalidRequest
 from services.diffusion.text import Text, TextStates
 from services.diffusion.tokens import TextTooLong, Tokens
 from services.diffusion.word import Word
+from services.generator.attention import STEERING
 from services.generator.call import Steering
 from services.generator.stages import Stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerControl:
-    """How one layer steers: its words, half-open in characters of the prompt, its dials in [0, 1], its own seed.
+    """How one layer steers: its words, half-open in characters of the prompt, its dials, its own seed.
 
     structures: its ControlNets, each kind once; their control pictures are the plate's. word: the learned word that
     stands before its words.
@@ -35,15 +36,10 @@ class LayerControl:
 
     text_start: int
     text_end: int
-    attract: float
-    repel: float
+    dials: Dials
     seed: int | None = None
     structures: tuple[Structure, ...] = ()
     word: Word | None = None
-
-
-# The layer's dials that steer attention; the others act through the plate.
-STEERING = tuple(dial for dial in DIALS if dial in {each.name for each in fields(LayerControl)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +60,7 @@ class Conditioning:
         """How the layers, seen where these masks say, steer the prompt's rows; None where none does."""
         return Steering.of(
             self.positions,
-            [(layer.attract, layer.repel) for layer in self.layers],
+            [{dial: getattr(layer.dials, dial) for dial in STEERING} for layer in self.layers],
             visible_Lhw,
             window=self.prompt.hidden_BTD.shape[1],
         )

@@ -15,7 +15,7 @@ from typing import Generic
 
 import numpy as np
 
-from services.common.collage import Extent, Sampling
+from services.common.collage import Dials, Extent, Sampling
 from services.common.errors import DeadlinePassed, DeviceLost
 from services.common.pictures import encode_png
 from services.common.plate import Plate
@@ -233,7 +233,9 @@ def _warm_up_job(card: GeneratorCard, *, deadline_s: float) -> Job:
         ),
         prompt="warm-up",
         negative_prompt="",
-        layers=(LayerControl(text_start=0, text_end=7, attract=0.5, repel=0.5),),
+        layers=(
+            LayerControl(text_start=0, text_end=7, dials=Dials(noise=1.0, attract=0.5, repel=0.5)),
+        ),
         sampling=Sampling(
             model=card.name,
             sampler=card.defaults().sampler,

@@ -33,7 +33,7 @@ from services.common.blobs import (
     blob_key,
     put_blob,
 )
-from services.common.collage import DIALS, Extent, Sampling
+from services.common.collage import DIALS, Dials, Extent, Sampling
 from services.common.errors import InvalidRequest, ModelChanged, quote
 from services.common.field import Field
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode_opaque
@@ -41,7 +41,7 @@ from services.common.plate import Plate
 from services.common.telemetry import log
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.generator.card import GeneratorCard
-from services.generator.conditioning import STEERING, LayerControl
+from services.generator.conditioning import LayerControl
 from services.generator.engine import Engine
 from services.generator.estimate import coarse_dials, idle_structure, read_structure, unread
 from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
@@ -413,7 +413,7 @@ def _controls(
             seed=layer.seed if layer.HasField("seed") else None,
             structures=tuple(map(read_structure, layer.plan.structure)),
             word=word,
-            **{dial: getattr(layer.plan, dial) for dial in STEERING},
+            dials=Dials(**{dial: getattr(layer.plan, dial) for dial in DIALS}),
         )
         for layer, word in zip(request.layers, words, strict=True)
     )
