@@ -33,7 +33,7 @@ class Settings:
     generator: str = "127.0.0.1:50054"
     # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
     blobs: str = "folder:data/blobs"
-    # `sqlite:PATH` or `nats://HOST:PORT`.
+    # `sqlite:PATH`, `nats://USER:PASSWORD@HOST:PORT`, or `tls://` for nothing but TLS.
     jobs: str = "sqlite:data/jobs.sqlite"
     # Jobs this gateway works on at a time; more only helps while the generators are not busy.
     slots: int = 4
@@ -59,11 +59,14 @@ async def open_jobs(settings: Settings) -> Jobs:
         from gateway.jobs.sqlite import SqliteJobs
 
         return await SqliteJobs.open(Path(rest), policy)
-    if scheme == "nats":
+    if scheme in ("nats", "tls"):
         from gateway.jobs.nats import NatsJobs
 
         return await NatsJobs.open(settings.jobs, policy)
-    raise InvalidSetting(f"{settings.jobs!r} is neither sqlite:PATH nor nats://HOST:PORT")
+    # It may hold a password.
+    raise InvalidSetting(
+        "COLLAGE_JOBS is neither sqlite:PATH nor nats://HOST:PORT nor tls://HOST:PORT"
+    )
 
 
 async def build(settings: Settings) -> Server:
@@ -109,7 +112,7 @@ async def main() -> None:
     """Serves until SIGTERM."""
     settings = read(Settings)
     start_logging(f"gateway@{socket.gethostname()}", level=settings.log_level)
-    serve_metrics(settings.metrics_port)
+    serve_metrics(settings.metrics_port, settings.address)
     await (await build(settings)).run()
 
 

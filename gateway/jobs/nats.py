@@ -38,11 +38,11 @@ from gateway.jobs import (
     job_id_of,
 )
 from gateway.jobs.nats_claims import REQUEST_HEADER, Claims, Held, job_id_of_subject, record_of
+from gateway.jobs.nats_connection import connect
 from gateway.jobs.nats_log import Entry, Logged, NatsLog
 from gateway.jobs.nats_news import NatsNews
 from gateway.jobs.nats_stream import REQUEST_S, TRANSIENT, JetStream
 from gateway.jobs.tails import Read, Seen, Tail
-from services.common.telemetry import log
 
 _JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 # Requests under way at once when many jobs are looked at.
@@ -85,39 +85,15 @@ class NatsJobs:
 
         `name` (letters, digits, `-`) separates queues on one server. `replicas` is how many servers
         keep each new stream. `retry_s` bounds how long an operation waits for a server that is
-        away.
+        away. Raises as `gateway.jobs.nats_connection.connect`.
         """
+        opened: list[NatsJobs] = []
 
-        async def on_error(error: Exception) -> None:
-            # The client tells of every failed try to connect again.
-            log.debug("nats error", error=repr(error))
-
-        async def on_disconnect() -> None:
-            if not client.is_closed:
-                log.warning("nats connection lost")
-
-        async def on_reconnect() -> None:
-            log.warning("nats connected again")
+        def on_reconnect() -> None:
             for jobs in opened:
                 jobs._news.restart()
 
-        opened: list[NatsJobs] = []
-        try:
-            client = await asyncio.wait_for(
-                nats.connect(
-                    url,
-                    error_cb=on_error,
-                    disconnected_cb=on_disconnect,
-                    reconnected_cb=on_reconnect,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.2,
-                    connect_timeout=2,
-                    ping_interval=10,
-                ),
-                retry_s,
-            )
-        except (OSError, nats.errors.Error) as error:
-            raise JobsUnavailable(f"nats: no connection ({type(error).__name__})") from error
+        client = await connect(url, retry_s=retry_s, on_reconnect=on_reconnect)
         jobs = cls(client, policy, name=name, retry_s=retry_s)
         try:
             for stream, subjects in (

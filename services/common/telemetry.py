@@ -40,10 +40,17 @@ def start_logging(service: str, *, level: str = "INFO") -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 
 
-def serve_metrics(port: int) -> None:
-    """Answers Prometheus scrapes on loopback and pod addresses; port 0 means none."""
+def serve_metrics(port: int, address: str) -> None:
+    """Answers Prometheus scrapes; port 0 means none.
+
+    Args:
+        port: to listen on.
+        address: where the service listens, host:port, and so who may ask: on loopback this machine, on a pod's own
+            address whoever reaches the pod. Beside a unix socket it is loopback.
+    """
+    host = address.rpartition(":")[0].strip("[]")
     if port:
-        start_http_server(port)
+        start_http_server(port, "127.0.0.1" if address.startswith("unix:") else host)
 
 
 log = structlog.get_logger()

@@ -74,7 +74,7 @@ async def main() -> None:
     """Serves until SIGTERM."""
     settings = read(Settings)
     start_logging("inversion", level=settings.log_level)
-    serve_metrics(settings.metrics_port)
+    serve_metrics(settings.metrics_port, settings.address)
     await (await build(settings)).run()
 
 
