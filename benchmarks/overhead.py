@@ -7,8 +7,8 @@ the same by our path with 8 and with 32 layers that use every dial (a noise leve
 same weights in memory, the same steps, guidance and threads; the three take turns, in a different order each round.
 `mini` is the bundled model on its own canvas; `sd15` is a U-Net of Stable Diffusion 1.5's shape with random weights at
 64 x 64 latents between a toy's autoencoder and text encoder. The ratio is the median over rounds of ours by theirs in
-the same round. Exit code 1 when it is above the bar: for `mini` 1.03 with 8 layers and 1.06 with 32, for `sd15` 1.02 and
-1.04. Nothing else may run meanwhile.
+the same round. Exit code 1 when it is above the bar: 1.03 with 8 layers and 1.06 with 32 for `mini`, 1.02 and 1.04 for
+`sd15`. Nothing else may run meanwhile.
 """
 
 import argparse

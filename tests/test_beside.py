@@ -362,3 +362,55 @@ async def test_a_place_is_told_until_the_work_begins(catalog):
         for stream in waiting:
             assert await stream.pixels()
             assert stream.of(QueuedAt)[-1].place == 0
+
+
+# What would be a black picture
+
+
+def spoiled(spoil):
+    """Loads stages with a network spoiled."""
+
+    def load(card):
+        stages = load_stages(card)
+        spoil(stages._model)
+        return stages
+
+    return load
+
+
+def not_numbers(part):
+    for parameter in part.parameters():
+        parameter.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda model: not_numbers(model.unet), "U-Net gave"),
+        (lambda model: not_numbers(model.vae.encoder), "autoencoder gave"),
+        (lambda model: not_numbers(model.vae.decoder), "autoencoder decodes"),
+    ],
+)
+async def test_what_would_be_a_black_picture_fails_and_names_the_network(catalog, spoil, told):
+    async with running(catalog, spoiled(spoil)) as engine:
+        with pytest.raises(Internal, match=told) as caught:
+            await asyncio.wait_for(Stream(engine, **on(0)).task, WAIT_S)
+        assert caught.value.reason == "NOT_FINITE"
+
+
+def test_an_autoencoder_that_overflows_decodes_again_in_single_precision(catalog):
+    stages = load_stages(catalog.cards[0])
+    z_BChw = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = stages.decode_image(z_BChw)
+    vae = stages._model.vae
+    convolution = vae.decoder.conv_in
+    # Values beyond what half precision holds, on their way through.
+    for scaled, factor in ((convolution, 1e6), (vae.post_quant_conv, 1.0)):
+        scaled.weight.data.mul_(factor)
+        scaled.bias.data.mul_(factor)
+    wide = stages.decode_image(z_BChw)
+    vae.to(torch.float16)
+    half = stages.decode_image(z_BChw)
+    assert vae.dtype == torch.float16
+    assert not torch.equal(wide, expected)
+    assert (half.int() - wide.int()).abs().max() <= 2

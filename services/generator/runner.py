@@ -290,6 +290,12 @@ class Runner(Generic[Card]):
             return
         with self._changed:
             ticket = self._scheduler.first_of(loading.card.name)
+        if device.is_out_of_memory(failure):
+            device.recover(loading.card.device, failure, who=WHO)
+            failure = Internal(
+                f"model {loading.card.name} does not fit the generator's memory",
+                reason="OUT_OF_MEMORY",
+            )
         if ticket is not None and (entry := self._entries.get(ticket.id)) is not None:
             self._fail(entry, failure)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 its usual name
 from numpy.typing import NDArray
 
 from services.common.collage import Sampling
+from services.common.errors import Internal
 from services.common.plate import Plate
 from services.generator.attention import gain
 from services.generator.call import Given, Rows
@@ -283,12 +284,22 @@ class Run:
         """The pictures, uint8 sRGB [H, W, 3] each; so many are decoded at a time as `DECODED_PIXELS` allow.
 
         Where the plate's release is 0 they hold the composite's own bytes, at 255 the decoded ones, a blend between.
+
+        Raises:
+            Internal: the networks gave values that are not finite, reason NOT_FINITE.
         """
         assert self.is_done, f"{self.steps_total - self.steps_done} steps are left"
         kept_HWC, release_HW = self._plate.composite_HWC, self._plate.release_HW
         if self.steps_total == 0:
             yield from (kept_HWC.copy() for _ in range(self._images))
             return
+        if not bool(self._x_NChw.isfinite().all()):
+            part = "U-Net" if bool(self._hold.z0_1Chw.isfinite().all()) else "autoencoder"
+            raise Internal(
+                f"the model's {part} gave values that are not finite: its weights are damaged, or overflow in its "
+                "dtype, which the operator can widen",
+                reason="NOT_FINITE",
+            )
         for x_NChw in torch.split(self._x_NChw, decoded_together(release_HW.size)):
             for drawn_HWC in stages.decode_image(x_NChw).numpy():
                 yield paste(kept_HWC, drawn_HWC, release_HW)

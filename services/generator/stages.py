@@ -6,6 +6,7 @@ given and on nothing before it, a row's result on its neighbours in a batch by f
 Suffixes: B rows, W width of the guidance scale's embedding, C latent channels, h, w latent cells, H, W pixels.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,8 +15,11 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 its usual name
+from diffusers import AutoencoderKL
 
 from services.common.collage import Adapter
+from services.common.errors import Internal
+from services.common.telemetry import log
 from services.diffusion.facts import ModelFacts
 from services.diffusion.folder import UnsupportedModel
 from services.diffusion.networks import LoadedModel
@@ -56,7 +60,11 @@ class Stages(Protocol):
         """
 
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
-        """Latents to pictures [B, H, W, 3], uint8 sRGB, rounded as diffusers' VaeImageProcessor rounds."""
+        """Latents to pictures [B, H, W, 3], uint8 sRGB, rounded as diffusers' VaeImageProcessor rounds.
+
+        Raises:
+            Internal: they would hold values that are not finite, see reason NOT_FINITE; never a black picture instead.
+        """
 
 
 class TorchStages:
@@ -215,12 +223,27 @@ class TorchStages:
     def decode_image(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """See `Stages`."""
         vae = self._model.vae
-        x_BCHW = vae.decode((z_BChw / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[
-            0
-        ]
+        x_BCHW = _decoded(vae, z_BChw)
+        if vae.dtype != torch.float32 and not bool(x_BCHW.isfinite().all()):
+            log.warning("the autoencoder overflowed in half precision and decodes again in single")
+            # A copy: what is decoded after this is as it would have been.
+            x_BCHW = _decoded(copy.deepcopy(vae).float(), z_BChw)
+        if not bool(x_BCHW.isfinite().all()):
+            raise Internal(
+                "the model's autoencoder decodes to values that are not finite, in single precision too: "
+                "its weights are damaged",
+                reason="NOT_FINITE",
+            )
         unit_BHWC = (x_BCHW * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1)
         rgb_BHWC: torch.Tensor = (unit_BHWC * 255).round().to(torch.uint8)
         return rgb_BHWC.contiguous().cpu()
+
+
+def _decoded(vae: AutoencoderKL, z_BChw: torch.Tensor) -> torch.Tensor:
+    x_BCHW: torch.Tensor = vae.decode(
+        (z_BChw / vae.config.scaling_factor).to(vae.dtype), return_dict=False
+    )[0]
+    return x_BCHW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
