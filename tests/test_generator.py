@@ -53,10 +53,14 @@ def folder(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def serving(folder, data, *, threads=1):
+async def serving(folder, data, *, threads=1, max_rows=1):
     """A serving generator: its server, a stub, and its blobs."""
     settings = Settings(
-        address="127.0.0.1:0", blobs=f"folder:{data}", models=f"mini={folder}", threads=threads
+        address="127.0.0.1:0",
+        blobs=f"folder:{data}",
+        models=f"mini={folder}",
+        threads=threads,
+        max_rows=max_rows,
     )
     server = await build(settings)
     await asyncio.wait_for(server.start(), WAIT_S)
@@ -429,6 +433,22 @@ async def test_a_device_of_another_kind_is_other_arithmetic(folder, monkeypatch)
     # Where jobs share calls, a picture's last bits are those of the company it had.
     kinds.add(joint.arithmetic(cards[0]))
     assert len(kinds) == 5
+
+
+async def test_where_rows_are_shared_pictures_come_in_order_and_are_kept_apart(folder, tmp_path):
+    async with serving(folder, tmp_path) as (_, stub, blobs):
+        alone = images(await answers(stub, await request_for(blobs, images=5, seed=3)))
+    async with serving(folder, tmp_path, max_rows=4) as (_, stub, blobs):
+        request, before = await request_for(blobs, images=5, seed=3), unet_calls()
+        answered = await answers(stub, request)
+        assert unet_calls() > before, "what was drawn alone is not taken for it"
+        drawn = images(answered)
+        assert [image.index for image in drawn] == [*range(5)]
+        steps = [answer.step.step for answer in answered if answer.HasField("step")]
+        assert steps == sorted(set(steps))
+        again = images(await answers(stub, request))
+    assert [image.seed for image in drawn] == [image.seed for image in alone]
+    assert again == drawn
 
 
 async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(folder, tmp_path):

@@ -227,7 +227,7 @@ class TorchStages:
         if vae.dtype != torch.float32 and not bool(x_BCHW.isfinite().all()):
             log.warning("the autoencoder overflowed in half precision and decodes again in single")
             # A copy: what is decoded after this is as it would have been.
-            x_BCHW = _decoded(copy.deepcopy(vae).float(), z_BChw)
+            x_BCHW = _decoded(torch.nn.Module.float(copy.deepcopy(vae)), z_BChw)
         if not bool(x_BCHW.isfinite().all()):
             raise Internal(
                 "the model's autoencoder decodes to values that are not finite, in single precision too: "
