@@ -221,7 +221,7 @@ class GeneratorCard(ModelCard):
         if has_structure:
             residuals = block * RESIDUAL_COPIES
             unet = max(unet + residuals, rows * size.pixels * EMBEDDED_VALUES + 2 * residuals)
-        together = min(sampling.images, decoded_together(size.pixels))
+        together = decoded_together(sampling.images, pixels=size.pixels)
         decode = together * size.pixels * self.vae_channels * VAE_COPIES
         return max(
             unet * self.unet_value_bytes,

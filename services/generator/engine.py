@@ -51,7 +51,7 @@ WARM_UP_LIMIT_S = 900.0
 
 
 class Engine(Generic[Card]):
-    """Generates pictures. For the arguments see `Runner`."""
+    """Generates pictures. For the arguments see `Runner`. max_rows: rows of one call that jobs may share."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Engine(Generic[Card]):
     ) -> None:
         self.catalog = catalog
         self._threads = threads
-        self._max_rows = scheduler.max_rows
+        self.max_rows = scheduler.max_rows
         self._memory_bytes = memory_bytes
         self._runner = Runner(
             catalog, load=load, scheduler=scheduler, threads=threads, memory_bytes=memory_bytes
@@ -124,9 +124,11 @@ class Engine(Generic[Card]):
         each = card.rows_a_picture(sampling, has_emphasis=has_emphasis)
         # Pictures of one call, see `Scheduler.together`.
         stepped = sampling.images
-        if self._max_rows > 1:
-            stepped = min(stepped, max(1, self._max_rows // each))
-        decoded = 1 if self._max_rows > 1 else min(sampling.images, decoded_together(size.pixels))
+        if self.max_rows > 1:
+            stepped = min(stepped, max(1, self.max_rows // each))
+        # Of one part of the job, which is finished by itself.
+        part = 1 if self.max_rows > 1 else sampling.images
+        decoded = decoded_together(part, pixels=size.pixels)
         call = Call(
             model=card.name, work="encode", cells=size.pixels // card.facts.latent_factor**2
         )
@@ -137,24 +139,6 @@ class Engine(Generic[Card]):
             self._runner.expected(call)
             + self._runner.expected(step).times(calls)
             + self._runner.expected(decode).times(math.ceil(sampling.images / decoded))
-        )
-
-    def memory_bytes(
-        self,
-        card: GeneratorCard,
-        size: Extent,
-        sampling: Sampling,
-        *,
-        has_structure: bool,
-        has_emphasis: bool,
-    ) -> int:
-        """Peak working memory of a request beyond the weights, see `GeneratorCard.memory_bytes`."""
-        return card.memory_bytes(
-            size,
-            sampling,
-            max_rows=self._max_rows,
-            has_structure=has_structure,
-            has_emphasis=has_emphasis,
         )
 
     def most_bytes(self, card: GeneratorCard) -> float:
@@ -173,7 +157,7 @@ class Engine(Generic[Card]):
         Where jobs share calls, a picture's last bits are those of the company it had: it is found again, but only by a
         generator that draws so, too.
         """
-        joint = f", {self._max_rows} rows together" if self._max_rows > 1 else ""
+        joint = f", {self.max_rows} rows together" if self.max_rows > 1 else ""
         threads = f" with {self._threads} threads" if card.device.type == "cpu" else ""
         return f"{card.arithmetic}{threads}{joint}"
 

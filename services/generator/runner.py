@@ -499,7 +499,7 @@ class Runner(Generic[Card]):
                 entry.mailbox.post(RawImage(index=index, pixels_HWC=pixels_HWC))
         if run.steps_total > 0:
             pictures = entry.job.sampling.images // entry.ticket.parts
-            together = min(pictures, decoded_together(entry.job.plate.release_HW.size))
+            together = decoded_together(pictures, pixels=entry.job.plate.release_HW.size)
             self._record(
                 Call(
                     model=entry.job.sampling.model,

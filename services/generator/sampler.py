@@ -300,7 +300,9 @@ class Run:
                 "dtype, which the operator can widen",
                 reason="NOT_FINITE",
             )
-        for x_NChw in torch.split(self._x_NChw, decoded_together(release_HW.size)):
+        for x_NChw in torch.split(
+            self._x_NChw, decoded_together(self._images, pixels=release_HW.size)
+        ):
             for drawn_HWC in stages.decode_image(x_NChw).numpy():
                 yield paste(kept_HWC, drawn_HWC, release_HW)
 
@@ -335,9 +337,9 @@ def _step(stages: Stages, runs: Sequence[Run]) -> int:
     return len(prediction_BChw)
 
 
-def decoded_together(pixels: int) -> int:
-    """How many pictures of so many pixels are decoded in one call."""
-    return max(1, DECODED_PIXELS // pixels)
+def decoded_together(pictures: int, *, pixels: int) -> int:
+    """How many of so many pictures, of so many pixels each, are decoded in one call."""
+    return min(pictures, max(1, DECODED_PIXELS // pixels))
 
 
 def paste(

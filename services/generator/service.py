@@ -208,10 +208,10 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         Raises:
             InvalidRequest: more than is allowed.
         """
-        needed = self._engine.memory_bytes(
-            card,
+        needed = card.memory_bytes(
             size,
             sampling,
+            max_rows=self._engine.max_rows,
             has_structure=has_structure,
             has_emphasis=has_emphasis,
         )
