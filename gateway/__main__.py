@@ -83,7 +83,7 @@ async def build(settings: Settings) -> Server:
     stages = Stages(compositor=compositing, inversion=inverting, generator=generating)
     planner = Planner(blobs=blobs, words=words, stages=stages)
     worker = Worker(jobs, Pipeline(stages), words, slots=settings.slots)
-    server = Server("gateway", settings.address, drain=worker.drain)
+    server = Server("gateway", settings.address, drain=worker.drain, is_edge=True)
     servicer = CollageServicer(
         store=blobs,
         jobs=jobs,

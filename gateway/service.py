@@ -208,7 +208,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, requests: AsyncIterator[collage_service_pb2.PutBlobRequest], context: Any
     ) -> collage_service_pb2.PutBlobResponse:
         """Header, chunks, digest checked, stored."""
-        blob = await self._blobs.put(requests)
+        blob = await self._blobs.put(requests, peer=context.peer())
         return collage_service_pb2.PutBlobResponse(blob=wire.render_blob(blob))
 
     async def GetBlob(

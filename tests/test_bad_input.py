@@ -730,19 +730,45 @@ async def test_what_does_not_fit_the_machine_is_refused_before_it_runs(system, w
     assert refusal.fields == (f"{root}sampling.images",)
 
 
-async def test_a_silent_upload_does_not_keep_its_place(system, monkeypatch):
-    monkeypatch.setattr("gateway.uploads.UPLOAD_SILENCE_S", 0.3)
+async def test_slow_uploads_keep_nobody_from_uploading_and_end(system, monkeypatch):
+    monkeypatch.setattr("gateway.uploads.LEAST_BYTES_S", 1.0)
 
     async def silent():
         yield HEADER
         await asyncio.sleep(LIMIT_S)
 
-    calls = [system.stub.PutBlob(silent(), timeout=LIMIT_S) for _ in range(6)]
+    async def trickling():
+        yield HEADER
+        while True:
+            await asyncio.sleep(0.1)
+            yield pb.PutBlobRequest(chunk=DATA[:1])
+
+    calls = [
+        system.stub.PutBlob(sender(), timeout=LIMIT_S)
+        for sender in (silent, trickling)
+        for _ in range(8)
+    ]
     put = await system.stub.PutBlob(upload(DATA), timeout=LIMIT_S)
     assert put.blob.sha256 == HEADER.header.sha256
     for call in calls:
         refusal = await refused(call)
-        assert refusal.code == "DEADLINE_EXCEEDED"
+        assert (refusal.code, refusal.reason) == ("DEADLINE_EXCEEDED", "UPLOAD_TOO_SLOW")
+
+
+async def test_an_upload_may_last_as_long_as_enough_comes(system, monkeypatch):
+    monkeypatch.setattr("gateway.uploads.LEAST_BYTES_S", 1.0)
+    monkeypatch.setattr("gateway.uploads.LEAST_BYTES", 1)
+    data = bytes(range(40))
+
+    async def slow():
+        header, *_ = upload(data)
+        yield header
+        for byte in data:
+            await asyncio.sleep(0.06)
+            yield pb.PutBlobRequest(chunk=bytes([byte]))
+
+    put = await system.stub.PutBlob(slow(), timeout=LIMIT_S)
+    assert put.blob.size_bytes == len(data)
 
 
 def faint(alpha: int, *, side: int = 20, box: int = 100) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Main types: `Server` (health with Watch, reflection, error mapping, limits, drain) and `connect` (retries, keepalive,
 request id, deadline). A servicer raises errors from `services.common.errors`; the interceptor here turns them into
-statuses, and bytes that are no message into INVALID_ARGUMENT. This module knows no service.
+statuses, and bytes that are no message into INVALID_ARGUMENT. Every call is received here as a stream, so that it is
+counted before its message is read, and one that is sent slowly is seen. This module knows no service.
 """
 
 import asyncio
@@ -14,7 +15,9 @@ import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -27,6 +30,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 from prometheus_client import Counter, Histogram
 
+from services.common.admission import EDGE, WITHIN, Admission
 from services.common.blobs import BlobMissing, BlobStoreUnavailable
 from services.common.errors import (
     Cancelled,
@@ -35,6 +39,7 @@ from services.common.errors import (
     Internal,
     InvalidRequest,
     NotFound,
+    Overloaded,
     Unavailable,
     Violation,
     from_rpc,
@@ -49,6 +54,8 @@ _READ_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES
 DRAIN_S = 25.0
 # The same after a part that the server cannot work without has failed: only calls that do not need it can still end.
 FAILED_DRAIN_S = 2.0
+# Longest that the one message of a call may take to arrive: the largest one at a quarter of a megabit a second.
+MESSAGE_S = 120.0
 # How long health says NOT_SERVING before new calls are refused, so that balancers hear of it.
 LAME_DUCK_S = 0.2
 REQUEST_ID_KEY = "x-request-id"
@@ -69,6 +76,8 @@ _SERVER_OPTIONS = [
     # A caller may ask so often whether a quiet stream is alive, and a connection without one.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # More than a connection may have under way, so that what is over is refused in words instead of kept waiting.
+    ("grpc.max_concurrent_streams", 2 * EDGE.peer_calls),
     ("grpc.so_reuseport", 0),
 ]
 # Only UNAVAILABLE, and only where a call may be repeated (AIP-194): every call of ours is idempotent but PutBlob's
@@ -126,7 +135,16 @@ class Malformed:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Gives every call a request id, a metric, a log line on failure, and the status its error maps to."""
+    """Gives every call a request id, a metric, a log line on failure, and the status its error maps to.
+
+    Args:
+        is_edge: whether callers are strangers. Theirs is refused what this server does not know, and would drop; parts
+            of one system know more or less of the contract while it is upgraded, and pass over it.
+    """
+
+    def __init__(self, *, is_edge: bool) -> None:
+        self._is_edge = is_edge
+        self._admission = Admission(EDGE if is_edge else WITHIN)
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Wraps the handler of one call."""
@@ -137,8 +155,6 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         metadata = dict(details.invocation_metadata or ())
         given = str(metadata.get(REQUEST_ID_KEY, ""))
         request = given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
-        method = details.method
-        make = _HANDLERS[handler.request_streaming, handler.response_streaming]
         behaviour = next(
             found
             for found in (
@@ -149,29 +165,41 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             )
             if found
         )
-        wrap = _stream if handler.response_streaming else _unary
+        serve = _serve_stream if handler.response_streaming else _serve_unary
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+
+        def begin(context: Any) -> _Call:
+            return _Call(details.method, request, context, self._admission)
+
         return make(
-            wrap(behaviour, method, request),
-            request_deserializer=_forgiving(handler.request_deserializer),
+            serve(behaviour, begin, is_streamed=handler.request_streaming),
+            request_deserializer=_forgiving(handler.request_deserializer, is_edge=self._is_edge),
             response_serializer=handler.response_serializer,
         )
 
 
-_HANDLERS = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A message, or `Malformed`, and the bytes it came in."""
+
+    message: Any
+    size_bytes: int
 
 
-def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A deserializer that answers `Malformed` where gRPC would answer INTERNAL and log a traceback.
+def _forgiving(
+    deserialize: Callable[[bytes], Any], *, is_edge: bool
+) -> Callable[[bytes], _Received]:
+    """A deserializer that gives `Malformed` where gRPC would answer INTERNAL and log a traceback.
 
-    A field of a newer contract is malformed too: the caller asks for something that would be dropped silently.
+    At the edge a field of a newer contract is malformed too: the caller asks for something that would be dropped
+    silently.
     """
 
-    def attempt(data: bytes) -> Any:
+    def read(data: bytes) -> Any:
         if len(data) > MAX_MESSAGE_BYTES:
             return Malformed(
                 "request",
@@ -183,14 +211,14 @@ def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             message = deserialize(data)
         except Exception:
             return Malformed("request", "holds bytes that are not a message of this method")
-        unknown = _unknown_field(message)
+        unknown = _unknown_field(message) if is_edge else None
         if unknown is None:
             return message
         return Malformed(
             unknown, "is a field number that this server does not know; allowed: its contract's"
         )
 
-    return attempt
+    return lambda data: _Received(read(data), len(data))
 
 
 def _unknown_field(message: Message, root: str = "") -> str | None:
@@ -219,53 +247,85 @@ def _message_fields(kind: Descriptor) -> tuple[tuple[str, bool], ...]:
     )
 
 
-def _checked(request: Any) -> Any:
-    if isinstance(request, Malformed):
-        raise InvalidRequest([request.violation], reason=request.reason)
-    return request
+def _serve_unary(behaviour: Any, begin: Callable[[Any], "_Call"], *, is_streamed: bool) -> Any:
+    async def serve(requests: AsyncIterator[_Received], context: Any) -> Any:
+        async with begin(context) as call, call.request(requests, is_streamed) as request:
+            return await behaviour(request, context)
+
+    return serve
 
 
-async def _each_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
-
-
-def _unary(behaviour: Any, method: str, request: str) -> Any:
-    async def call(message: Any, context: Any) -> Any:
-        async with _Call(method, request, context):
-            streamed = hasattr(message, "__aiter__")
-            argument = _each_checked(message) if streamed else _checked(message)
-            return await behaviour(argument, context)
-
-    return call
-
-
-def _stream(behaviour: Any, method: str, request: str) -> Any:
-    async def call(message: Any, context: Any) -> Any:
-        async with _Call(method, request, context):
-            answers = behaviour(_checked(message), context)
+def _serve_stream(behaviour: Any, begin: Callable[[Any], "_Call"], *, is_streamed: bool) -> Any:
+    async def serve(requests: AsyncIterator[_Received], context: Any) -> Any:
+        async with begin(context) as call, call.request(requests, is_streamed) as request:
+            answers = behaviour(request, context)
             try:
                 async for answer in answers:
                     yield answer
             finally:
                 await answers.aclose()
 
-    return call
+    return serve
+
+
+def _checked(received: _Received) -> Any:
+    if isinstance(received.message, Malformed):
+        raise InvalidRequest([received.message.violation], reason=received.message.reason)
+    return received.message
+
+
+async def _each_checked(requests: AsyncIterator[_Received]) -> AsyncIterator[Any]:
+    async for received in requests:
+        yield _checked(received)
+
+
+async def _first(requests: AsyncIterator[_Received]) -> _Received:
+    """The one message of a call."""
+    try:
+        async with asyncio.timeout(MESSAGE_S):
+            return await anext(requests)
+    except StopAsyncIteration:
+        raise InvalidRequest.of("request", "is missing; required: one message") from None
+    except TimeoutError:
+        raise DeadlinePassed(f"the message did not arrive within {MESSAGE_S:g} s") from None
 
 
 class _Call:
-    """The span of one call: sets the request id, and turns what is raised inside into a status."""
+    """The span of one call: admits it, sets the request id, and turns what is raised inside into a status."""
 
-    def __init__(self, method: str, request: str, context: Any) -> None:
+    def __init__(self, method: str, request_id: str, context: Any, admission: Admission) -> None:
         self.method = method
-        self.request = request
+        self.request_id = request_id
         self.context = context
+        self.peer = str(context.peer())
         self.start = time.monotonic()
+        self._admission = admission
 
-    async def __aenter__(self) -> None:
-        request_id.set(self.request)
+    async def __aenter__(self) -> "_Call":
+        request_id.set(self.request_id)
         left_s = self.context.time_remaining()
         _deadline_s.set(math.inf if left_s is None else self.start + left_s)
+        return self
+
+    @asynccontextmanager
+    async def request(
+        self, requests: AsyncIterator[_Received], is_streamed: bool
+    ) -> AsyncIterator[Any]:
+        """What the behaviour is given: the one message, or the messages as they come.
+
+        Raises:
+            Overloaded: too many calls, or too much held by them.
+            InvalidRequest: no message of the method's type.
+            DeadlinePassed: the one message did not arrive in time.
+        """
+        with self._admission.call(self.peer):
+            if is_streamed:
+                yield _each_checked(requests)
+                return
+            async with self._admission.reading(self.peer):
+                received = await _first(requests)
+            with self._admission.message(self.peer, received.size_bytes):
+                yield _checked(received)
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         CALL_SECONDS.labels(self.method).observe(time.monotonic() - self.start)
@@ -278,6 +338,8 @@ class _Call:
         told = told_error(error)
         CALLS.labels(self.method, str(grpc_code(told.code).name)).inc()
         level = log.error if isinstance(told, Internal) else log.info
+        # Whoever floods a server must not flood its log: the metric counts them.
+        level = log.debug if isinstance(told, Overloaded) else level
         level("call failed", method=self.method, reason=told.reason, message=told.message)
         if isinstance(told, Internal):
             log.error("traceback", exc_info=error)
@@ -313,14 +375,22 @@ class Server:
         name: what logs call it.
         address: host:port; port 0 takes a free one, see `address`. Or `unix:PATH`.
         drain: awaited on `stop` after health says NOT_SERVING; finishes what was admitted.
+        is_edge: whether strangers call it, see `Interceptor`.
     """
 
     def __init__(
-        self, name: str, address: str, *, drain: Callable[[], Awaitable[None]] | None = None
+        self,
+        name: str,
+        address: str,
+        *,
+        drain: Callable[[], Awaitable[None]] | None = None,
+        is_edge: bool = False,
     ) -> None:
         self.name = name
         self._drain = drain
-        self.grpc = grpc.aio.server(interceptors=[Interceptor()], options=_SERVER_OPTIONS)
+        self.grpc = grpc.aio.server(
+            interceptors=[Interceptor(is_edge=is_edge)], options=_SERVER_OPTIONS
+        )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._names: list[str] = []
