@@ -1,8 +1,6 @@
 """The gateway process: `python -m gateway`."""
 
-import asyncio
 import socket
-from dataclasses import dataclass
 
 from collage.v1 import collage_service_pb2_grpc as collage_grpc
 from collage.v1 import compositor_service_pb2_grpc as compositor_grpc
@@ -17,33 +15,9 @@ from gateway.stages import Stages
 from gateway.words import Words
 from gateway.worker import Worker, exhausted_event
 from services.common.rpc import Server, connect
-from services.common.settings import InvalidSetting, open_blobs, read
+from services.common.settings import GatewaySettings as Settings
+from services.common.settings import InvalidSetting, open_blobs, read, run
 from services.common.telemetry import serve_metrics, start_logging
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a gateway needs to know; each field is read from `COLLAGE_<NAME>`."""
-
-    # Where to listen.
-    address: str = "127.0.0.1:50051"
-    # The three services.
-    compositor: str = "127.0.0.1:50052"
-    inversion: str = "127.0.0.1:50053"
-    generator: str = "127.0.0.1:50054"
-    # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
-    blobs: str = "folder:data/blobs"
-    # `sqlite:PATH`, `nats://USER:PASSWORD@HOST:PORT`, or `tls://` for nothing but TLS.
-    jobs: str = "sqlite:data/jobs.sqlite"
-    # Jobs this gateway works on at a time; more only helps while the generators are not busy.
-    slots: int = 4
-    # Jobs that may wait before new ones are refused.
-    max_queued: int = 1000
-    # Seconds after which the job of a gateway that fell silent is given to another.
-    lease_s: float = 10.0
-    # Prometheus port, 0 for none.
-    metrics_port: int = 0
-    log_level: str = "INFO"
 
 
 async def open_jobs(settings: Settings) -> Jobs:
@@ -71,7 +45,7 @@ async def open_jobs(settings: Settings) -> Jobs:
 
 async def build(settings: Settings) -> Server:
     """The gateway, wired and not yet started."""
-    blobs = await open_blobs(settings.blobs)
+    blobs = await open_blobs(settings.blobs, public=settings.public_blobs)
     jobs = await open_jobs(settings)
     compositor, inversion, generator = map(
         connect, (settings.compositor, settings.inversion, settings.generator)
@@ -117,4 +91,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)

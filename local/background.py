@@ -17,14 +17,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collage.v1 import collage_service_pb2 as pb
 from collage.v1 import collage_service_pb2_grpc
 from local.residence import Kind, Occupied, Residence, Resident, code, model_key, seen, sockets
-from services.common.settings import InvalidSetting
+from local.variables import settings
+from services.common.settings import CommandSettings, InvalidSetting
 
 if TYPE_CHECKING:
     from local.embedded import Embedded
@@ -38,16 +38,6 @@ CALL_S = 10.0
 _WAIT_S = 0.2
 # Of the log that a failed start shows.
 _LOG_LINES = 12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """A user's choices; each field is read from `COLLAGE_<NAME>`."""
-
-    # Whether a command leaves its server for the next one.
-    reuse: bool = True
-    # Seconds without a command after which such a server ends.
-    idle_s: float = 600.0
 
 
 class StartFailed(Exception):
@@ -127,13 +117,14 @@ async def own(
         kind: "serve" or "call".
         address: of the gateway.
         threads: of one operation.
-        level: of what is logged.
+        level: of what is logged, where `COLLAGE_LOG_LEVEL` says nothing.
         tell: hears what takes time.
 
     Raises:
         Occupied: another server lives there and is in use.
-        InvalidSetting: the model is none.
+        InvalidSetting: the model is none, or a variable is wrong.
     """
+    chosen = settings(CommandSettings)
     residence, inputs = Residence(data), seen(code())
     async with residence.choosing():
         await make_way(residence)
@@ -144,7 +135,7 @@ async def own(
         from local import embedded
         from services.common.telemetry import start_logging
 
-        start_logging(kind, level=level)
+        start_logging(kind, level=chosen.log_level or level)
         async with embedded.living(
             residence, kind=kind, inputs=inputs, address=address, model=model, threads=threads
         ) as server:
@@ -215,6 +206,7 @@ async def _run(
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    chosen = settings(CommandSettings)
     # Before anything is imported: what is changed from now on is another server's.
     inputs = seen(code())
     residence = Residence(data)
@@ -222,7 +214,7 @@ async def _run(
         from local import embedded
         from services.common.telemetry import start_logging
 
-        start_logging("background", level="WARNING")
+        start_logging("background", level=chosen.log_level or "WARNING")
         folder = sockets()
         try:
             async with embedded.living(
@@ -237,8 +229,6 @@ async def _run(
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for task in ends:
                     task.cancel()
-        except InvalidSetting as error:
-            report({"error": str(error), "is_setting": True})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -284,6 +274,8 @@ def main() -> None:
 
     try:
         asyncio.run(_run(args.data, args.model, args.idle_s, report))
+    except InvalidSetting as error:
+        report({"error": str(error), "is_setting": True})
     except OSError as error:
         report({"error": str(error), "is_setting": False})
         raise

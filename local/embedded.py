@@ -19,8 +19,16 @@ from collage.v1.collage_service_pb2 import JobError, JobEvent
 from gateway.jobs import JobState
 from local.residence import Kind, Residence, Resident, model_key, program, seen
 from local.served import model_files, models_setting
+from local.variables import settings
 from services.common.errors import Cancelled
 from services.common.rpc import Server
+from services.common.settings import (
+    CompositorSettings,
+    GatewaySettings,
+    GeneratorSettings,
+    InversionSettings,
+)
+from services.common.telemetry import serve_metrics
 
 # Free ports, on loopback only.
 ANY_PORT = "127.0.0.1:0"
@@ -117,8 +125,8 @@ async def start(
         sockets: a folder on whose unix sockets all listen instead, so that its permissions say who may call.
         model: folder of the one model to serve, or hub:OWNER/NAME@REVISION, named after its last part; or a
             models.yaml; empty for the bundled model.
-        threads: CPU threads of one operation of a network, 0 for one a core.
-        word_steps: training steps of a learned word at most, 0 for the default.
+        threads: CPU threads of one operation of a network, 0 for what `COLLAGE_THREADS` says, or one a core.
+        word_steps: training steps of a learned word at most, 0 for what `COLLAGE_WORD_STEPS` says, or the default.
         is_fresh: whether jobs that an earlier server left are cancelled rather than taken up, because the commands that
             asked for them ended with it. Only for the one server of its data folder.
     """
@@ -127,50 +135,40 @@ async def start(
         return address if sockets is None else f"unix:{sockets / service}"
 
     data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
-    blobs = f"folder:{data / 'blobs'}"
-    models = models_setting(model)
+    common = {"blobs": f"folder:{data / 'blobs'}"}
+    networks = {"models": models_setting(model), **({"threads": threads} if threads else {})}
+    words = {"word_steps": word_steps} if word_steps else {}
     servers: list[Server] = []
     try:
         compositing = await compositor.build(
-            compositor.Settings(
-                address=at("compositor"), blobs=blobs, models=models, threads=threads
-            )
+            settings(CompositorSettings, **common, **networks, address=at("compositor"))
         )
         servers.append(compositing)
         await compositing.start()
         inverting = await inversion.build(
-            inversion.Settings(
-                address=at("inversion"),
-                blobs=blobs,
-                models=models,
-                threads=threads,
-                word_steps=word_steps or inversion.Settings().word_steps,
-            )
+            settings(InversionSettings, **common, **networks, **words, address=at("inversion"))
         )
         servers.append(inverting)
         await inverting.start()
         generating = await generator.build(
-            generator.Settings(
-                address=at("generator"),
-                blobs=blobs,
-                models=models,
-                threads=threads,
-            )
+            settings(GeneratorSettings, **common, **networks, address=at("generator"))
         )
         servers.append(generating)
         await generating.start()
-        settings = gateway.Settings(
+        own = settings(
+            GatewaySettings,
+            **common,
             address=at("gateway", address),
             compositor=compositing.address,
             inversion=inverting.address,
             generator=generating.address,
-            blobs=blobs,
             jobs=f"sqlite:{data / 'jobs.sqlite'}",
         )
         if is_fresh:
-            await _abandon(settings)
-        fronting = await gateway.build(settings)
+            await _abandon(own)
+        fronting = await gateway.build(own)
         servers.append(fronting)
+        serve_metrics(own.metrics_port, own.address)
         await fronting.start()
     except BaseException:
         for server in reversed(servers):
@@ -179,7 +177,7 @@ async def start(
     return Embedded(servers)
 
 
-async def _abandon(settings: gateway.Settings) -> None:
+async def _abandon(settings: GatewaySettings) -> None:
     """Cancels the jobs that an earlier server left; one that was at work ends so when its lease has run out."""
     error = Cancelled("abandoned: the server it was given to has ended", reason="JOB_ABANDONED")
     told = JobError(code=error.code, message=error.message, details=error.details())

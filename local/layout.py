@@ -11,18 +11,28 @@ import os
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from local.processes import Process, free_port, nats_command, probe_nats, seaweed_command
+from local.processes import (
+    Process,
+    free_port,
+    nats_command,
+    probe_nats,
+    seaweed_command,
+    seaweed_keys,
+    write_private,
+)
+from local.variables import settings
 from services.common.rpc import connect
 from services.common.s3 import S3BlobStore
-from services.common.settings import PREFIX
+from services.common.settings import PARTS, GatewaySettings, InvalidSetting, variable
 
 BUCKET = "collage"
+QUEUE_USER = "collage"
 SERVICES = ("compositor", "inversion", "generator")
 # What SeaweedFS' parts say to one another takes so many ports.
 SEAWEED_PORTS = 11
@@ -67,6 +77,7 @@ class _Deed:
 
     access_key: str
     secret_key: str
+    queue_password: str
     ports: Mapping[str, int]
 
     @classmethod
@@ -80,14 +91,10 @@ class _Deed:
         deed = cls(
             access_key=found.get("access_key") or secrets.token_hex(10),
             secret_key=found.get("secret_key") or secrets.token_hex(20),
+            queue_password=found.get("queue_password") or secrets.token_hex(20),
             ports=ports,
         )
-        kept = {"access_key": deed.access_key, "secret_key": deed.secret_key, "ports": ports}
-        draft = file.with_suffix(".draft")
-        draft.unlink(missing_ok=True)
-        draft.touch(mode=0o600)
-        draft.write_text(json.dumps(kept, indent=1))
-        draft.replace(file)
+        write_private(file, json.dumps(asdict(deed), indent=1))
         return deed
 
 
@@ -101,8 +108,11 @@ def lay_out(
         gateways: how many.
         port: of the first gateway, the others following; 0 for free ones.
         models: see `COLLAGE_MODELS`.
-        threads: see `COLLAGE_THREADS`.
+        threads: see `COLLAGE_THREADS`; 0 for what that says.
         inherited: open files that every process keeps.
+
+    Raises:
+        InvalidSetting: a variable of the environment is wrong, or one that is told here.
     """
     fronts = [f"gateway-{number + 1}" for number in range(gateways)]
     internal = [f"seaweedfs-{number}" for number in range(SEAWEED_PORTS)]
@@ -111,35 +121,49 @@ def lay_out(
     if port:
         ports |= {name: port + number for number, name in enumerate(fronts)}
     at = {name: f"127.0.0.1:{each}" for name, each in ports.items()}
-    nats, s3 = f"nats://{at['nats']}", f"http://{at['seaweedfs']}"
+    s3 = f"http://{at['seaweedfs']}"
+    jobs = f"nats://{QUEUE_USER}:{deed.queue_password}@{at['nats']}"
     blobs = f"s3://{deed.access_key}:{deed.secret_key}@{at['seaweedfs']}/{BUCKET}"
-    settings = {"blobs": blobs, "jobs": nats, "models": models, "threads": str(threads)}
-    settings |= {name: at[name] for name in SERVICES}
+    told: dict[str, Any] = {"blobs": blobs, "jobs": jobs, "models": models}
+    told |= {name: at[name] for name in SERVICES} | ({"threads": threads} if threads else {})
+    metrics = _metrics_ports([*SERVICES, *fronts])
 
     def process(name: str, command: Sequence[str], **told: str) -> Process:
         return Process(
             name,
             command,
             log=data / "logs" / f"{name}.log",
-            environment=_environment(told),
+            environment={**os.environ, **told},
             inherited=inherited,
         )
 
-    def ours(name: str, module: str, grace_s: float) -> Part:
+    def part(name: str, module: str, grace_s: float) -> Part:
+        kind = PARTS[module.rpartition(".")[2]]
+        all_told = {**told, "address": at[name], "metrics_port": metrics[name]}
+        own = {each.name: all_told[each.name] for each in fields(kind) if each.name in all_told}
+        # What is wrong stops the start here, in words, and not in the log of a part.
+        settings(kind, **own)
         command = (sys.executable, "-m", module)
         return Part(
             name=name,
             where=at[name],
-            process=process(name, command, **settings, address=at[name]),
+            process=process(
+                name, command, **{variable(key): str(value) for key, value in own.items()}
+            ),
             probe=lambda: check_health(at[name]),
             grace_s=grace_s,
         )
 
+    nats = nats_command(
+        data / "nats",
+        port=ports["nats"],
+        more=f"authorization {{ user: {QUEUE_USER}, password: {deed.queue_password} }}\n",
+    )
     queue = Part(
         name="nats",
-        where=nats,
-        process=process("nats", nats_command(data / "nats", port=ports["nats"])),
-        probe=lambda: probe_nats(nats),
+        where=f"nats://{at['nats']}",
+        process=process("nats", nats),
+        probe=lambda: probe_nats(jobs),
         grace_s=STORAGE_GRACE_S,
     )
     seaweed = seaweed_command(
@@ -152,19 +176,19 @@ def lay_out(
     storage = Part(
         name="seaweedfs",
         where=s3,
-        process=process("seaweedfs", seaweed),
+        process=process("seaweedfs", seaweed, **seaweed_keys(deed.secret_key)),
         probe=lambda: _check_s3(s3, deed),
         grace_s=STORAGE_GRACE_S,
     )
     return Layout(
         stages=(
             (queue, storage),
-            tuple(ours(name, f"services.{name}", SERVICE_GRACE_S) for name in SERVICES),
-            tuple(ours(name, "gateway", GATEWAY_GRACE_S) for name in fronts),
+            tuple(part(name, f"services.{name}", SERVICE_GRACE_S) for name in SERVICES),
+            tuple(part(name, "gateway", GATEWAY_GRACE_S) for name in fronts),
         ),
         addresses=tuple(at[name] for name in fronts),
         blobs=blobs,
-        jobs=nats,
+        jobs=jobs,
     )
 
 
@@ -187,7 +211,12 @@ async def _check_s3(url: str, deed: _Deed) -> None:
         await store.close()
 
 
-def _environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """This process' environment with these settings and no others of ours."""
-    passed = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    return passed | {f"{PREFIX}{name.upper()}": value for name, value in settings.items() if value}
+def _metrics_ports(names: Sequence[str]) -> dict[str, int]:
+    """A port for each of our processes, counted on from the one that the environment names; 0 for none."""
+    first = settings(GatewaySettings).metrics_port
+    if first + len(names) - 1 > 65535:
+        raise InvalidSetting(
+            f"{variable('metrics_port')} is {first}; allowed: at most {65536 - len(names)}, because each of the "
+            f"{len(names)} processes has one of its own"
+        )
+    return {name: first and first + number for number, name in enumerate(names)}

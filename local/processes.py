@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import os
 import random
@@ -78,7 +79,11 @@ class Process:
         """Start and wait until `probe` returns without an error; raises `ProcessFailed`."""
         assert not self.is_running, f"{self.name} runs already"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with os.fdopen(
+            os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab"
+        ) as log:
+            # One of an earlier version was everybody's to read.
+            os.fchmod(log.fileno(), 0o600)
             self._child = subprocess.Popen(  # noqa: ASYNC220 # fork and exec only, no wait
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -158,13 +163,16 @@ def program(name: str) -> str:
     return found
 
 
-def nats_command(data: Path, *, port: int) -> tuple[str, ...]:
-    """A NATS server with JetStream on loopback that flushes every write to disk before it answers."""
-    data.mkdir(parents=True, exist_ok=True)
-    settings = data / "nats.conf"
-    settings.write_text(
+def nats_command(data: Path, *, port: int, more: str = "") -> tuple[str, ...]:
+    """A NATS server with JetStream on loopback that flushes every write to disk before it answers.
+
+    `more`: lines of its configuration.
+    """
+    settings = _folder(data) / "nats.conf"
+    write_private(
+        settings,
         f"listen: 127.0.0.1:{port}\n"
-        f"jetstream {{ store_dir: {json.dumps(str(data))}, sync_interval: always }}\n"
+        f"jetstream {{ store_dir: {json.dumps(str(data))}, sync_interval: always }}\n{more}",
     )
     return (program("nats-server"), "-c", str(settings))
 
@@ -198,17 +206,16 @@ def seaweed_command(
 ) -> tuple[str, ...]:
     """A SeaweedFS server that speaks S3 on loopback.
 
-    `other_ports`: eleven free ports for what its parts say to one another.
+    `other_ports`: eleven free ports for what its parts say to one another. It wants `seaweed_keys` in its environment:
+    without, its filer and volumes hand out by HTTP what S3 asks credentials for.
     """
-    data.mkdir(parents=True, exist_ok=True)
-    identities = data / "s3.json"
-    identities.touch(mode=0o600)
+    identities = _folder(data) / "s3.json"
     identity = {
         "name": "collage",
         "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
-    identities.write_text(json.dumps({"identities": [identity]}))
+    write_private(identities, json.dumps({"identities": [identity]}))
     internal = (
         *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc"),
         *("filer.port", "filer.port.grpc", "s3.port.grpc", "admin.port", "admin.port.grpc"),
@@ -224,3 +231,28 @@ def seaweed_command(
         "-master.electionTimeout=1s",
         *(f"-{name}={each}" for name, each in zip(internal, other_ports, strict=True)),
     )
+
+
+def seaweed_keys(secret: str) -> dict[str, str]:
+    """Variables that have SeaweedFS' filer and volumes answer over HTTP only who signs with keys made from a secret."""
+    names = ("JWT_SIGNING", "JWT_SIGNING_READ", "JWT_FILER_SIGNING", "JWT_FILER_SIGNING_READ")
+    return {
+        f"WEED_{name}_KEY": hmac.digest(secret.encode(), name.encode(), "sha256").hex()
+        for name in names
+    }
+
+
+def _folder(data: Path) -> Path:
+    """A server's folder, for its owner only, whatever modes the server gives its files."""
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    data.chmod(0o700)
+    return data
+
+
+def write_private(file: Path, text: str) -> None:
+    """Writes a file that its owner alone may read, also where there was another."""
+    draft = file.with_name(f"{file.name}.draft")
+    draft.unlink(missing_ok=True)
+    draft.touch(mode=0o600)
+    draft.write_text(text)
+    draft.replace(file)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import collage
+from local.variables import steering
 
 # Seconds between two looks at a lock that another process holds.
 LOOK_S = 0.05
@@ -221,7 +222,7 @@ def model_key(model: str) -> str:
 def program() -> list[str]:
     """Which program a server started now would be."""
     variables = [f"{name}={os.environ.get(name, '')}" for name in _VARIABLES]
-    return [sys.executable, str(Path(__file__).resolve().parent), *variables]
+    return [sys.executable, str(Path(__file__).resolve().parent), *variables, *steering()]
 
 
 def code() -> list[Path]:

@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -50,9 +51,13 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         yield running
 
 
-async def open_s3(server: Server, bucket: str = "collage-test", **limits: float) -> S3BlobStore:
+async def open_s3(server: Server, bucket: str = "collage-test", **limits: Any) -> S3BlobStore:
     return await S3BlobStore.open(
-        server.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY, bucket=bucket, **limits
+        server.url,
+        access_key=ACCESS_KEY,
+        secret_key=SECRET_KEY,
+        bucket=bucket,
+        **{"public_url": server.url.replace("127.0.0.1", "localhost"), **limits},
     )
 
 
@@ -341,6 +346,8 @@ async def test_presigned_addresses_read_and_expire(store: BlobStore, folder: str
     if isinstance(store, FolderBlobStore):
         assert address is None
         return
+    # Where callers reach the server, not where we do.
+    assert address.startswith("http://localhost:")
 
     def fetch() -> bytes:
         with urllib.request.urlopen(address) as response:
@@ -351,6 +358,14 @@ async def test_presigned_addresses_read_and_expire(store: BlobStore, folder: str
     with pytest.raises(urllib.error.HTTPError) as refused:
         await asyncio.to_thread(fetch)
     assert refused.value.code == 403
+
+
+async def test_no_address_is_offered_that_callers_do_not_reach(server: Server, folder: str) -> None:
+    inner = await open_s3(server, public_url="")
+    assert await inner.presign(f"{folder}/a.png", expires_s=1) is None
+    await inner.close()
+    with pytest.raises(InvalidSetting, match="COLLAGE_PUBLIC_BLOBS is of an S3 server"):
+        await open_blobs("folder:data/blobs", public="https://pictures.example")
 
 
 async def test_ready_does_a_round_trip(store: BlobStore) -> None:

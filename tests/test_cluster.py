@@ -1,15 +1,27 @@
-"""The production shape as processes: what survives a crash, what a failed start says, and what a stop leaves behind."""
+"""The production shape as processes: what survives a crash, what a failed start says, and what a stop leaves behind.
 
+And that no proxy stands between its parts, and nobody without credentials before its storage and queue.
+"""
+
+import asyncio
+import contextlib
+import json
 import os
+import socket
 import stat
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import nats
+import nats.errors
 import pytest
 
 from collage.v1 import blob_pb2, collage_pb2
 from collage_client import AsyncCollageClient
 from local.cluster import Cluster
-from local.processes import ProcessFailed
+from local.processes import ProcessFailed, free_port
+from services.common.blobs import blob_key
 from services.common.settings import open_blobs
 from testing import toy
 
@@ -85,6 +97,78 @@ async def test_a_job_survives_the_gateway_and_the_generator_with_the_same_pictur
         await cluster.stop()
     assert len(pids) == 6
     assert not any(map(is_alive, pids))
+
+
+def free_ports(count):
+    """The first of so many free ports in a row."""
+    while True:
+        first = free_port()
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+
+
+def fetched(address):
+    """Status and body of an address, asked without a proxy and without credentials."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address, timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read()
+    except OSError:
+        # It speaks something else than HTTP.
+        return 0, b""
+
+
+async def test_behind_a_dead_proxy_it_works_and_keeps_to_itself(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+        for each in (name, name.upper()):
+            monkeypatch.setenv(each, f"http://127.0.0.1:{free_port()}")
+    for each in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(each, raising=False)
+    metrics = free_ports(4)
+    monkeypatch.setenv("COLLAGE_METRICS_PORT", str(metrics))
+    data = tmp_path / "data"
+    cluster = Cluster(data, models=f"toy={toy.mini(tmp_path / 'model')}", threads=1)
+    await cluster.start()
+    try:
+        async with AsyncCollageClient(cluster.addresses[0]) as client:
+            job = await client.generate(COLLAGE, collage_pb2.Sampling(steps=2, seed=1))
+            events = [event async for event in job]
+            (digest,) = digests(events)
+            picture = await client.fetch(digest)
+        # No address is offered that only the inside knows.
+        assert not any(event.image.download_url for event in events)
+        for number in range(4):
+            status, body = await asyncio.to_thread(
+                fetched, f"http://127.0.0.1:{metrics + number}/metrics"
+            )
+            assert status == 200 and b"collage_rpc_calls_total" in body
+
+        ports = json.loads((data / "cluster.json").read_text())["ports"]
+        key = blob_key(digest)
+        for name, port in ports.items():
+            if name.startswith("seaweedfs"):
+                for path in (f"buckets/collage/{key}", f"collage/{key}", "buckets/collage/"):
+                    address = f"http://127.0.0.1:{port}/{path}"
+                    status, body = await asyncio.to_thread(fetched, address)
+                    assert status != 200 and picture not in body, (name, path)
+        with pytest.raises(nats.errors.Error, match=r"(?i)authorization"):
+            await nats.connect(
+                f"nats://127.0.0.1:{ports['nats']}", allow_reconnect=False, connect_timeout=5
+            )
+        secrets = ("cluster.json", "nats/nats.conf", "seaweedfs/s3.json")
+        for file in (*map(data.joinpath, secrets), *(data / "logs").iterdir()):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+        for folder in ("nats", "seaweedfs"):
+            assert stat.S_IMODE((data / folder).stat().st_mode) == 0o700
+    finally:
+        await cluster.stop()
 
 
 async def forget_results(cluster):

@@ -33,9 +33,9 @@ async def connected(
             yield client
         return
     async with AsyncExitStack() as stack:
-        background, read = _local()
+        background = _local()
         try:
-            settings = read(background.Settings)
+            settings = background.settings(background.CommandSettings)
             if settings.reuse and not args.no_reuse:
                 address = await stack.enter_async_context(
                     background.reach(
@@ -68,7 +68,7 @@ async def serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
-    background, _ = _local()
+    background = _local()
     try:
         async with _own(args, background, kind="serve", address=args.address, level="INFO") as own:
             args.output.tell(
@@ -94,6 +94,7 @@ async def cluster(args: argparse.Namespace) -> int:
         _enter()
         from local import cluster as processes
         from local.served import models_setting
+        from services.common.settings import InvalidSetting
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     running = processes.Cluster(
@@ -104,7 +105,10 @@ async def cluster(args: argparse.Namespace) -> int:
         threads=args.threads,
         tell=args.output.note,
     )
-    return await processes.serve(running, tell=args.output.note)
+    try:
+        return await processes.serve(running, tell=args.output.note)
+    except InvalidSetting as error:
+        raise InvalidInput.in_field("", str(error), reason="SETTING") from error
 
 
 async def status(args: argparse.Namespace) -> None:
@@ -152,7 +156,7 @@ async def stop(args: argparse.Namespace) -> None:
 
 def _residence(args: argparse.Namespace) -> Any:
     """What the data folder says of its server; None where none was ever there, and nothing is made."""
-    background, _ = _local()
+    background = _local()
     return background.Residence(args.data) if background.Residence.exists(args.data) else None
 
 
@@ -179,15 +183,14 @@ def _own(
     return server
 
 
-def _local() -> tuple[Any, Any]:
-    """What starts and finds servers on this machine, and what reads settings."""
+def _local() -> Any:
+    """What starts and finds servers on this machine."""
     try:
         _enter()
         from local import background
-        from services.common.settings import read
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
-    return background, read
+    return background
 
 
 def _enter() -> None:

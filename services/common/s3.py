@@ -60,8 +60,18 @@ _FAILURES = (minio.error.MinioException, urllib3.exceptions.HTTPError, OSError)
 class S3BlobStore:
     """See `BlobStore`. Open with `S3BlobStore.open`."""
 
-    def __init__(self, client: minio.Minio, bucket: str, *, threads: int, retry_s: float) -> None:
+    def __init__(
+        self,
+        client: minio.Minio,
+        bucket: str,
+        *,
+        threads: int,
+        retry_s: float,
+        public: minio.Minio | None = None,
+    ) -> None:
         self._client = client
+        # Signs for the address that callers use; it never connects.
+        self._public = public
         self._bucket = bucket
         self._retry_s = retry_s
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="s3")
@@ -77,27 +87,45 @@ class S3BlobStore:
         region: str = "us-east-1",
         threads: int = 16,
         retry_s: float = 45.0,
+        public_url: str = "",
     ) -> S3BlobStore:
-        """Connect to a server (`url`: http or https, host, port), creating the bucket where absent.
+        """Connect to a server, creating the bucket where absent.
 
-        `retry_s` bounds how long an operation waits for a server that is away.
+        Args:
+            url: http or https, host, port.
+            access_key: of the server.
+            secret_key: of the server.
+            bucket: its name.
+            region: what requests are signed for.
+            threads: requests at a time.
+            retry_s: how long an operation waits for a server that is away.
+            public_url: the same server as callers reach it, of the same form; empty where they do not.
+
+        Raises:
+            ValueError: an address is of another form.
+            BlobStoreUnavailable: the server is away.
         """
-        address = urllib.parse.urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.netloc or address.path.strip("/"):
-            raise ValueError(f"url is {url!r}, must read like 'https://host:port'")
-        client = minio.Minio(
-            address.netloc,
-            access_key=access_key,
-            secret_key=secret_key,
-            secure=address.scheme == "https",
-            region=region,
-            http_client=urllib3.PoolManager(
-                maxsize=2 * threads,
-                retries=False,
-                timeout=urllib3.Timeout(connect=_CONNECT_S, read=_READ_S),
-            ),
-        )
-        store = cls(client, bucket, threads=threads, retry_s=retry_s)
+
+        def client_of(url: str) -> minio.Minio:
+            address = urllib.parse.urlsplit(url)
+            is_right = address.scheme in ("http", "https") and address.hostname
+            if not is_right or "@" in address.netloc or address.path.strip("/") or address.query:
+                raise ValueError(f"url is {url!r}, must read like 'https://host:port'")
+            return minio.Minio(
+                address.netloc,
+                access_key=access_key,
+                secret_key=secret_key,
+                secure=address.scheme == "https",
+                region=region,
+                http_client=urllib3.PoolManager(
+                    maxsize=2 * threads,
+                    retries=False,
+                    timeout=urllib3.Timeout(connect=_CONNECT_S, read=_READ_S),
+                ),
+            )
+
+        public = client_of(public_url) if public_url else None
+        store = cls(client_of(url), bucket, threads=threads, retry_s=retry_s, public=public)
         try:
             await store._request(store._create_bucket)
         except BaseException:
@@ -198,10 +226,12 @@ class S3BlobStore:
         await self._request(lambda: self._client.remove_object(self._bucket, key))
 
     async def presign(self, key: str, *, expires_s: int) -> str | None:
-        """See `BlobStore.presign`. At most seven days."""
+        """See `BlobStore.presign`. At most seven days; None where callers do not reach the server."""
         check_key(key)
+        if self._public is None:
+            return None
         expires = datetime.timedelta(seconds=expires_s)
-        url: str = self._client.presigned_get_object(self._bucket, key, expires=expires)
+        url: str = self._public.presigned_get_object(self._bucket, key, expires=expires)
         return url
 
     async def ready(self) -> None:

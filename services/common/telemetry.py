@@ -47,10 +47,19 @@ def serve_metrics(port: int, address: str) -> None:
         port: to listen on.
         address: where the service listens, host:port, and so who may ask: on loopback this machine, on a pod's own
             address whoever reaches the pod. Beside a unix socket it is loopback.
+
+    Raises:
+        OSError: somebody else listens there.
     """
     host = address.rpartition(":")[0].strip("[]")
+    host = "127.0.0.1" if address.startswith("unix:") else host
     if port:
-        start_http_server(port, "127.0.0.1" if address.startswith("unix:") else host)
+        try:
+            start_http_server(port, host)
+        except OSError as error:
+            raise OSError(
+                f"COLLAGE_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}"
+            ) from error
 
 
 log = structlog.get_logger()

@@ -2,30 +2,14 @@
 
 import asyncio
 import os
-from dataclasses import dataclass
 
 from collage.v1 import compositor_service_pb2_grpc
 from services.common.rpc import Server
-from services.common.settings import open_blobs, read
+from services.common.settings import CompositorSettings as Settings
+from services.common.settings import open_blobs, read, run
 from services.common.telemetry import serve_metrics, start_logging
 from services.compositor.detector import open_detectors
 from services.compositor.service import CompositorServicer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the compositor needs to know; each field is read from `COLLAGE_<NAME>`."""
-
-    address: str = "127.0.0.1:50052"
-    # `folder:PATH` or `s3://KEY:SECRET@HOST:PORT/BUCKET`.
-    blobs: str = "folder:data/blobs"
-    # The path of a models.yaml, whose detectors draw control pictures; any other setting of models names none.
-    models: str = ""
-    # CPU threads of one detector's network, 0 for one a core.
-    threads: int = 0
-    # Prometheus port, 0 for none.
-    metrics_port: int = 0
-    log_level: str = "INFO"
 
 
 async def build(settings: Settings) -> Server:
@@ -52,4 +36,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)
