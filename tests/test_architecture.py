@@ -41,3 +41,14 @@ def test_no_file_names_a_machine_path_or_a_registry():
         and named.search((ROOT / path).read_text(errors="replace"))
     ]
     assert found == []
+
+
+def test_only_the_server_looks_at_what_time_a_call_has_left():
+    """0 seconds left are no missing deadline, which `or` takes them for: `rpc.bounded` is asked."""
+    found = [
+        str(path.relative_to(ROOT))
+        for room in ("gateway", "services")
+        for path in (ROOT / room).rglob("*.py")
+        if "time_remaining" in path.read_text()
+    ]
+    assert found == ["services/common/rpc.py"]

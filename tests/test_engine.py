@@ -206,7 +206,6 @@ async def test_the_deadline_ends_a_running_and_a_waiting_job(catalog, torch_stag
         soon = time.monotonic() + 0.3
         with pytest.raises(DeadlinePassed):
             await collect(engine, plates.job(steps=ENDLESS, deadline_s=soon))
-        assert time.monotonic() - soon < 0.3
         calls = len(stages.rows)
         await collect(engine, plates.job(steps=2))
         assert len(stages.rows) <= calls + 2

@@ -1,6 +1,8 @@
 """Serving and calling: errors, malformed bytes, health, request ids, drain. A real server on loopback."""
 
 import asyncio
+import math
+import time
 
 import grpc
 import pytest
@@ -226,3 +228,12 @@ async def test_a_part_that_fails_while_the_server_starts_leaves_it_not_serving()
     other = rpc.Server("other", "127.0.0.1:0")
     await asyncio.wait_for(Embedded([other, server]).failed(), 5)
     await server.stop(drain_s=0)
+
+
+@pytest.mark.parametrize(("left_s", "expected_s"), [(0.0, 0.0), (-1.0, 0.0), (math.inf, 3600.0)])
+def test_no_time_left_is_no_missing_deadline(left_s, expected_s):
+    token = rpc._deadline_s.set(time.monotonic() + left_s)
+    try:
+        assert rpc.bounded(3600.0) == expected_s
+    finally:
+        rpc._deadline_s.reset(token)

@@ -38,6 +38,7 @@ from services.common.errors import InvalidRequest, ModelChanged, quote
 from services.common.field import Field
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode_opaque
 from services.common.plate import Plate
+from services.common.rpc import bounded
 from services.common.telemetry import log
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.generator.card import GeneratorCard
@@ -77,7 +78,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generator_service_pb2.GenerateResponse]:
         """See generator_service.proto."""
-        deadline_s = time.monotonic() + min(context.time_remaining() or MAX_JOB_S, MAX_JOB_S)
+        deadline_s = time.monotonic() + bounded(MAX_JOB_S)
         card = self._engine.catalog.find(request.sampling.model, field="sampling.model")
         if request.model_digest not in ("", card.digest):
             raise ModelChanged.of(card.name, card.digest, request.model_digest)

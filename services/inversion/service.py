@@ -28,6 +28,7 @@ from services.common.errors import (
     quote,
 )
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode
+from services.common.rpc import bounded
 from services.common.telemetry import log
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.inversion.engine import Engine, Learned
@@ -75,7 +76,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         self, request: inversion_service_pb2.LearnWordsRequest, context: Any
     ) -> AsyncIterator[inversion_service_pb2.LearnWordsResponse]:
         """See inversion_service.proto."""
-        deadline_s = time.monotonic() + min(context.time_remaining() or MAX_CALL_S, MAX_CALL_S)
+        deadline_s = time.monotonic() + bounded(MAX_CALL_S)
         card = self._engine.catalog.find(request.model, field="model")
         if request.model_digest not in ("", card.digest):
             raise ModelChanged.of(card.name, card.digest, request.model_digest)
