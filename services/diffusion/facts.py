@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from services.common.collage import Extent
 from services.common.weights import NotAModel
 from services.diffusion.folder import UnsupportedModel, read_config, read_tokenizer
+from services.diffusion.schedule import read_schedule
 from services.diffusion.tokens import TextTooLong, Tokens
 
 # The parts of a folder and the classes that may fill them, by their names in model_index.json.
@@ -34,7 +35,6 @@ _FOREIGN_PARTS = ("text_encoder_3", "transformer", "image_encoder", "prior")
 # Numbers that SDXL's U-Net reads beside the pooled text: original size, corner of the crop, target size.
 _SIZE_NUMBERS = 6
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,7 +127,7 @@ def read_facts(folder: Path) -> ModelFacts:
     texts = [
         read_config(folder / part / "config.json") for part in parts if part.startswith("text_")
     ]
-    scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_schedule(folder)
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         levels = len(unet["block_out_channels"])
@@ -183,9 +183,4 @@ def read_facts(folder: Path) -> ModelFacts:
             )
     if is_xl and facts.tokenizers[0].get_vocab() != facts.tokenizers[1].get_vocab():
         raise UnsupportedModel(f"{folder.name}: the two tokenizers know different tokens")
-    if facts.prediction_type not in _PREDICTION_TYPES:
-        raise UnsupportedModel(
-            f"{folder.name}: prediction type {facts.prediction_type!r}; "
-            f"known: {', '.join(_PREDICTION_TYPES)}"
-        )
     return facts

@@ -19,6 +19,7 @@ from services.diffusion.catalog import Catalog, weights_bytes
 from services.diffusion.facts import read_facts
 from services.diffusion.memory import device_bytes
 from services.diffusion.networks import load
+from services.generator import schedule
 from services.generator.adapters import AdapterFile
 from services.generator.card import GeneratorCard
 from services.generator.controlnet import check_controlnet
@@ -43,6 +44,7 @@ class FolderCard(GeneratorCard):
         """
         folder = locate(source.source)
         facts = read_facts(folder)
+        schedule.check(facts)
         on = device.find(source.device)
         dtype = _dtype(source.dtype, on)
         vae_dtype = facts.vae_dtype(dtype)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 # other: a mixture of two would have less variance than the sampler expects.
 _OWN_SEED_COVERAGE = 0.5
 # Least alpha-bar, as diffusers' Euler has it for schedules that end in pure noise: keeps sigma finite.
-_MIN_ALPHA_BAR = 2.0**-24
+MIN_ALPHA_BAR = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ class Levels:
         else:
             scales = 1 / ((scheduler.sigmas**2 + 1) ** 0.5)
             sigmas = scheduler.sigmas * scales
-        alpha_bar = scheduler.alphas_cumprod.double().clamp(min=_MIN_ALPHA_BAR).numpy()
+        alpha_bar = scheduler.alphas_cumprod.double().clamp(min=MIN_ALPHA_BAR).numpy()
         true_sigmas = np.interp(
             scheduler.timesteps.double().cpu().numpy(),
             np.arange(len(alpha_bar)),

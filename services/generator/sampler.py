@@ -7,7 +7,6 @@ Suffixes: B rows of a call, N pictures of a job, C latent channels, h, w latent 
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
@@ -24,9 +23,8 @@ from services.common.plate import Plate
 from services.generator.attention import gain
 from services.generator.call import Given, Rows
 from services.generator.conditioning import Conditioning
-from services.generator.noise import Hold, HoldingUniPC, Levels, released_at, starting_noise
-from services.generator.schedule import scheduler
-from services.generator.single import tabulate
+from services.generator.noise import Hold, HoldingUniPC, released_at, starting_noise
+from services.generator.schedule import step_options, timed
 from services.generator.stages import Stages
 from services.generator.structure import StructureControl, StructureStep
 
@@ -68,20 +66,15 @@ class Run:
         self.steps_done = 0
         if self.steps_total == 0:
             return
-        self._scheduler = scheduler(facts, sampling.sampler)
-        # Its numbers stay on the CPU: a schedule on the device would be asked for them in every step.
-        self._scheduler.set_timesteps(sampling.steps, device="cpu")
-        if hasattr(self._scheduler, "set_begin_index"):
-            self._scheduler.set_begin_index(self._first_step)
-        self._levels = Levels.of(self._scheduler)
-        tabulate(self._scheduler)
+        self._scheduler, self._levels = timed(
+            facts, sampling.sampler, sampling.steps, first=self._first_step
+        )
         # One generator a picture: it draws the start, and then what an ancestral sampler adds.
         generators = [
             torch.Generator("cpu").manual_seed(sampling.seed_of(index))
             for index in range(sampling.images)
         ]
-        takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
-        self._step_options = {"generator": generators} if takes_generator else {}
+        self._step_options = step_options(self._scheduler, generators)
         layer_seeds = [layer.seed for layer in conditioning.layers]
         noise_NChw = starting_noise(
             generators, plate.visible_Lhw, layer_seeds, channels=facts.latent_channels
