@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 from collage.v1 import blob_pb2, collage_service_pb2, generator_service_pb2, job_pb2
 from gateway.stages import Emit, Stages, patiently
-from services.common.errors import NotSupported
+from services.common.errors import DataLoss, MissingBlobs, NotSupported
 from services.common.field import Field
+from services.common.telemetry import log
 
 
 class Pipeline:
@@ -53,14 +54,28 @@ class Pipeline:
         field = Field(drawing.field)
         await emit(_stage("compose", attempt))
         await _tell(drawing.plan, emit)
-        # Neither needs the other (design section 4): the plate says where things are, a word how one looks.
-        async with asyncio.TaskGroup() as group:
-            composing = group.create_task(self._compose(drawing, field, done))
-            learning = group.create_task(self._learn(drawing.learning, attempt, emit, done))
-        request = _with(drawing.generate, composing.result(), learning.result())
-        await emit(_stage("generate", attempt))
-        with _timed(done, "generate"):
-            await self._stages.generate(request, field, emit)
+        lost_before: set[str] = set()
+        while True:
+            # Neither needs the other (design section 4): the plate says where things are, a word how one looks.
+            async with asyncio.TaskGroup() as group:
+                composing = group.create_task(self._compose(drawing, field, done))
+                learning = group.create_task(self._learn(drawing.learning, attempt, emit, done))
+            plate, words = composing.result(), learning.result()
+            request = _with(drawing.generate, plate, words)
+            await emit(_stage("generate", attempt))
+            try:
+                with _timed(done, "generate"):
+                    await self._stages.generate(request, field, emit)
+            except (DataLoss, MissingBlobs) as error:
+                # What a stage made is made again, once; what a caller brought cannot be.
+                made = {plate.sha256, *(word.vectors.sha256 for word in words.values())}
+                lost = _lost(error)
+                if not lost or not lost <= made - lost_before:
+                    raise
+                lost_before |= lost
+                log.warning("made again what was lost", message=error.message)
+            else:
+                return
 
     async def _compose(
         self, drawing: job_pb2.Drawing, field: Field, done: collage_service_pb2.Done
@@ -84,6 +99,13 @@ class Pipeline:
         await emit(_stage("learn", attempt))
         with _timed(done, "learn"):
             return await self._stages.learn(learning, emit)
+
+
+def _lost(error: DataLoss | MissingBlobs) -> set[str]:
+    """The digests of what a stage could not read."""
+    if isinstance(error, MissingBlobs):
+        return set(error.missing.values())
+    return {error.metadata["sha256"]} if "sha256" in error.metadata else set()
 
 
 def _with(

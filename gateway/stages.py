@@ -26,6 +26,7 @@ from services.common import limits
 from services.common.blobs import BlobStoreUnavailable
 from services.common.errors import (
     CollageError,
+    DataLoss,
     DeadlinePassed,
     Internal,
     InvalidRequest,
@@ -176,7 +177,7 @@ class Stages:
                     words[layer] = answer.word
         except DeadlinePassed as error:
             raise Unavailable(str(error), reason="LEARNING_GOES_ON") from error
-        except (InvalidRequest, MissingBlobs, NotSupported, Internal) as error:
+        except (InvalidRequest, MissingBlobs, DataLoss, NotSupported, Internal) as error:
             told = _still_served(error, request.model).moved(places)
             if not learning.skips_failed or isinstance(told, ModelChanged):
                 raise told from error

@@ -160,7 +160,7 @@ class Cluster:
 
     def _lay_out(self) -> None:
         """Takes hold of the folder and says what is to run."""
-        self._data.mkdir(parents=True, exist_ok=True)
+        self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = self._open.enter_context((self._data / "lock").open("w"))
         # Every child inherits the file, so the lock also tells of what a killed cluster left running.
         try:

@@ -134,7 +134,7 @@ async def start(
     def at(service: str, address: str = ANY_PORT) -> str:
         return address if sockets is None else f"unix:{sockets / service}"
 
-    data.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)  # noqa: ASYNC240 once, before anything is served
     common = {"blobs": f"folder:{data / 'blobs'}"}
     networks = {"models": models_setting(model), **({"threads": threads} if threads else {})}
     words = {"word_steps": word_steps} if word_steps else {}

@@ -78,7 +78,7 @@ class Residence:
     def __init__(self, data: Path) -> None:
         self.data = data.absolute()
         self.folder = self.data / ".server"
-        self.data.mkdir(parents=True, exist_ok=True)
+        self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         _check_private(self.folder)
         self._description = self.folder / "server.json"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -23,6 +26,7 @@ from hypothesis import strategies as st
 
 from gateway.jobs.database import Database
 from local.processes import free_port
+from services.common import blobs
 from services.common.blobs import (
     MAX_KEY_LENGTH,
     BlobCorrupt,
@@ -301,28 +305,136 @@ async def test_content_addressed_bytes_are_sent_once(store: BlobStore) -> None:
     assert await store.get(ref.key, limit_bytes=16) == data
 
 
-async def test_damaged_content_is_noticed(store: BlobStore) -> None:
-    key = f"blobs/{hashlib.sha256(uuid.uuid4().bytes).hexdigest()}"
-    await store.put(key, b"something else", media_type=PNG)
-    with pytest.raises(BlobCorrupt):
-        await store.get(key, limit_bytes=100)
-    with pytest.raises(BlobCorrupt):
-        await read_all(store, key)
+HARM: dict[str, Callable[[bytes], bytes]] = {
+    "a byte": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    "cut": lambda data: data[:-1],
+    "grown": lambda data: data + b"x",
+    "emptied": lambda data: b"",
+    "overwritten": lambda data: b"not even a head",
+}
+
+
+async def harm(store: BlobStore, key: str, how: Callable[[bytes], bytes]) -> None:
+    """Changes what is stored behind the store's back, and nothing that is noted beside it."""
+    if isinstance(store, FolderBlobStore):
+        path = store._path(key)
+        path.write_bytes(how(path.read_bytes()))
+        return
+    assert isinstance(store, S3BlobStore)
+
+    def change() -> None:
+        with contextlib.closing(store._client.get_object(store._bucket, key)) as response:
+            data = how(response.read())
+            notes = {
+                name: text
+                for name, text in response.headers.items()
+                if "x-amz-meta" in name.lower()
+            }
+        store._client.put_object(store._bucket, key, io.BytesIO(data), len(data), metadata=notes)
+
+    await asyncio.to_thread(change)
+
+
+async def whole(store: BlobStore, key: str) -> bytes:
+    return await store.get(key, limit_bytes=3 << 20)
+
+
+@pytest.mark.parametrize("reading", [whole, read_all])
+@pytest.mark.parametrize("how", HARM.values(), ids=HARM.keys())
+@pytest.mark.parametrize("kind", ["blobs", "plates"])
+async def test_damage_is_told_once_and_then_missing(
+    store: BlobStore,
+    kind: str,
+    how: Callable[[bytes], bytes],
+    reading: Callable[[BlobStore, str], Awaitable[bytes]],
+) -> None:
+    data = uuid.uuid4().bytes + random.Random(1).randbytes(2 << 20)
+    key = f"{kind}/{hashlib.sha256(data).hexdigest()}"
+    for heal in ("put", "create"):
+        await store.put(key, data, media_type=PNG)
+        await harm(store, key, how)
+        with pytest.raises(BlobCorrupt) as told:
+            await reading(store, key)
+        assert told.value.key == key
+        assert await store.stat(key) is None
+        for again in (whole, read_all):
+            with pytest.raises(BlobMissing):
+                await again(store, key)
+        if heal == "put":
+            await store.put(key, data, media_type=PNG)
+        else:
+            assert await store.create(key, data, media_type=PNG)
+            assert not await store.create(key, data, media_type=PNG)
+        assert await reading(store, key) == data
     await store.delete(key)
 
 
-async def test_a_damaged_file_is_noticed_under_any_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", HARM.values(), ids=HARM.keys())
+async def test_what_is_stored_again_heals_damage_that_nobody_met(
+    store: BlobStore, how: Callable[[bytes], bytes]
+) -> None:
+    data = uuid.uuid4().bytes + bytes(1000)
+    ref = await put_blob(store, data, media_type=PNG)
+    await harm(store, ref.key, how)
+    assert await put_blob(store, data, media_type=PNG) == ref
+    assert await whole(store, ref.key) == data
+    await harm(store, ref.key, how)
+    assert await store.create(ref.key, data, media_type=PNG)
+    assert await whole(store, ref.key) == data
+    assert not await store.create(ref.key, data, media_type=PNG)
+
+
+async def test_many_readers_of_damage_remove_nothing_sound(store: BlobStore) -> None:
+    data = uuid.uuid4().bytes + bytes(3 << 19)
+    key = f"blobs/{hashlib.sha256(data).hexdigest()}"
+
+    async def heal() -> None:
+        for _ in range(4):
+            await put_blob(store, data, media_type=PNG)
+
+    for _ in range(3):
+        await store.put(key, data, media_type=PNG)
+        await harm(store, key, HARM["a byte"])
+        answers = await asyncio.gather(
+            *(reading(store, key) for reading in (whole, read_all) for _ in range(4)),
+            heal(),
+            return_exceptions=True,
+        )
+        for answer in answers[:-1]:
+            told = (BlobCorrupt, BlobMissing, BlobStoreUnavailable)
+            assert answer == data or isinstance(answer, told), answer
+        assert answers[-1] is None
+        # Whatever the order was: what was stored last is there.
+        assert await whole(store, key) == data
+
+
+async def test_the_empty_blob_is_no_damage(store: BlobStore) -> None:
+    ref = await put_blob(store, b"", media_type=PNG)
+    assert await store.stat(ref.key) is not None
+    assert (await whole(store, ref.key), await read_all(store, ref.key)) == (b"", b"")
+
+
+@pytest.mark.parametrize("position", range(0, 220, 7))
+async def test_no_byte_of_a_files_head_can_change_unseen(tmp_path: Path, position: int) -> None:
     store = FolderBlobStore(tmp_path)
     await store.put("words/a", b"x" * 100, media_type=PNG)
-    (path,) = (path for path in (tmp_path / "objects").rglob("*") if path.is_file())
-    path.write_bytes(path.read_bytes()[:-1] + b"y")
+    path = store._path("words/a")
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
     with pytest.raises(BlobCorrupt):
-        await store.get("words/a", limit_bytes=100)
+        await whole(store, "words/a")
+    await store.close()
+
+
+async def test_files_of_the_version_before_are_read(tmp_path: Path) -> None:
+    store = FolderBlobStore(tmp_path)
+    head = f'{{"media_type": "image/png", "sha256": "{hashlib.sha256(b"x").hexdigest()}"}}\n'
+    store._path("a").write_bytes(head.encode() + b"x")
+    assert await whole(store, "a") == b"x"
+    store._path("a").write_bytes(head.encode() + b"y")
     with pytest.raises(BlobCorrupt):
-        await read_all(store, "words/a")
-    path.write_bytes(b"not even a head")
-    with pytest.raises(BlobCorrupt):
-        await store.stat("words/a")
+        await whole(store, "a")
     await store.close()
 
 
@@ -384,15 +496,58 @@ async def test_a_folder_that_cannot_be_written_may_be_tried_again(tmp_path: Path
     await store.close()
 
 
-async def test_leftovers_of_dead_writers_are_swept(tmp_path: Path) -> None:
-    await FolderBlobStore(tmp_path).close()
-    old, fresh = tmp_path / "unfinished" / "old", tmp_path / "unfinished" / "fresh"
-    for path in (old, fresh):
+@pytest.mark.parametrize("is_running", [False, True])
+async def test_leftovers_of_dead_writers_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool
+) -> None:
+    store = FolderBlobStore(tmp_path)
+    old, fresh, held = (tmp_path / "unfinished" / name for name in ("old", "fresh", "held"))
+    for path in (old, fresh, held):
         path.write_bytes(b"")
-    os.utime(old, (time.time() - 7200,) * 2)
-    await FolderBlobStore(tmp_path).close()
-    assert not old.exists()
-    assert fresh.exists()
+    for path in (old, held):
+        os.utime(path, (time.time() - 2 * blobs.ABANDONED_S,) * 2)
+    # As a slow writer in another process holds it.
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if is_running:
+            await store.put("a", b"", media_type=PNG)
+            assert old.exists()
+            store._sweep_at = 0
+            await store.put("a", b"", media_type=PNG)
+        else:
+            await FolderBlobStore(tmp_path).close()
+        assert (old.exists(), fresh.exists(), held.exists()) == (False, True, True)
+    await store.close()
+
+
+async def test_a_writer_holds_its_unfinished_file(tmp_path: Path) -> None:
+    store = FolderBlobStore(tmp_path)
+    with store._draft() as (path, file):
+        file.write(b"half")
+        file.flush()
+        os.utime(path, (time.time() - 2 * blobs.ABANDONED_S,) * 2)
+        await FolderBlobStore(tmp_path).close()
+        assert path.exists()
+    assert not path.exists()
+    await store.close()
+
+
+async def test_what_is_stored_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        store = FolderBlobStore(tmp_path / "above" / "blobs")
+        await store.put("a/b", b"x", media_type=PNG)
+        jobs = await Database.open(tmp_path / "above" / "jobs.sqlite")
+        await jobs.change(lambda: jobs.execute("DELETE FROM news"), then=lambda: None)
+        modes = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "above").rglob("*")}
+        await jobs.close()
+        await store.close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "above").stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in modes} >= {"b@", "jobs.sqlite", "jobs.sqlite-wal"}
+    for path, mode in modes.items():
+        assert mode == (0o700 if path.is_dir() else 0o600), path
 
 
 async def test_s3_server_killed_in_mid_traffic_loses_nothing(server: Server) -> None:

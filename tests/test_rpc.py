@@ -17,7 +17,13 @@ from collage.v1 import (
 )
 from local.embedded import Embedded
 from services.common import errors, rpc, telemetry
-from services.common.blobs import BlobMissing, BlobStoreUnavailable
+from services.common.blobs import (
+    BlobCorrupt,
+    BlobMissing,
+    BlobStoreDenied,
+    BlobStoreFull,
+    BlobStoreUnavailable,
+)
 
 SERVICE = "collage.v1.CompositorService"
 
@@ -76,7 +82,11 @@ async def compose(channel, **options):
         (errors.NotSupported("later"), "UNIMPLEMENTED", errors.NotSupported),
         (errors.DeadlinePassed("late"), "DEADLINE_EXCEEDED", errors.DeadlinePassed),
         (BlobMissing("blobs/1"), "NOT_FOUND", errors.NotFound),
-        (BlobStoreUnavailable("away"), "UNAVAILABLE", errors.Unavailable),
+        (BlobStoreUnavailable("secret"), "UNAVAILABLE", errors.Unavailable),
+        (BlobStoreDenied("secret"), "UNAVAILABLE", errors.Unavailable),
+        (BlobStoreFull("secret"), "RESOURCE_EXHAUSTED", errors.Overloaded),
+        (BlobCorrupt("blobs/" + "0" * 64), "DATA_LOSS", errors.DataLoss),
+        (errors.DataLoss.of({"a.b": "0" * 64}), "DATA_LOSS", errors.DataLoss),
         (ZeroDivisionError("secret"), "INTERNAL", errors.Internal),
     ],
 )

@@ -18,7 +18,9 @@ from gateway.jobs.errors import (
     ClaimLost,
     JobMissing,
     JobsError,
+    JobsFull,
     JobsUnavailable,
+    JobsUnusable,
     QueueFull,
     RequestReused,
 )
@@ -35,7 +37,9 @@ __all__ = [
     "JobState",
     "Jobs",
     "JobsError",
+    "JobsFull",
     "JobsUnavailable",
+    "JobsUnusable",
     "QueueFull",
     "QueuePolicy",
     "RequestReused",
@@ -263,7 +267,7 @@ class Jobs(Protocol):
         ...
 
     async def ready(self) -> None:
-        """Do a real round trip to the store; raises `JobsUnavailable` where that fails."""
+        """Do a real round trip that changes the store; raises `JobsUnavailable` where that fails."""
         ...
 
     async def close(self) -> None:

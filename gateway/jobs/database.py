@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gateway.jobs import JobsUnavailable
+from gateway.jobs import JobsFull, JobsUnavailable, JobsUnusable
+from services.common.telemetry import log
 
 _T = TypeVar("_T")
 
 # Seconds a transaction waits for another process's.
 _BUSY_S = 30.0
+# Seconds that a start looks for damage at most, and how many of SQLite's steps pass between two looks at the clock.
+_LOOK_S, _STEPS_PER_LOOK = 2.0, 10_000
+# What the file beside the database takes that its processes share; with less on the disk SQLite opens nothing.
+_LEAST_ROOM_BYTES = 64 * 1024
 _SCHEMA_VERSION = 2
 # A job is held from `held_at` for `held_s`: by its worker while it runs, by nobody while it waits. Both are of the
 # host's monotonic clock, which all its processes share and nobody sets; a time that is still to come is of an earlier
@@ -61,22 +69,30 @@ CREATE INDEX open_jobs ON jobs (number, state, held_at, held_s, id)
     WHERE state IN ('queued', 'running');
 CREATE TABLE news (number INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL);
 """
+_TABLES = {"jobs", "events"}
 
 
 class Database:
     """Open with `Database.open`."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._connection: sqlite3.Connection
+        # Device and inode: a file of the same name is another one.
+        self._place: tuple[int, int]
         self._is_closed = False
 
     @classmethod
     async def open(cls, path: Path) -> Database:
-        """Open the file, creating it and its folder where absent. ValueError for a newer schema."""
-        database = cls()
+        """Open the file, creating it and its folder where absent.
+
+        Raises:
+            JobsUnavailable: it cannot be opened now; `JobsFull`, `JobsUnusable`: and why.
+        """
+        database = cls(path)
         try:
-            database._connection = await database.run(lambda: _connect(path))
+            await database.run(database._connect)
         except BaseException:
             database._executor.shutdown(wait=False)
             raise
@@ -101,8 +117,11 @@ class Database:
             raise JobsUnavailable("jobs database: closed")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, unless_closed)
-        except sqlite3.OperationalError as error:
-            raise JobsUnavailable(f"jobs database: {error}") from error
+        except (sqlite3.DatabaseError, OSError) as error:
+            told = self._failure(error)
+            if told is None:
+                raise
+            raise told from error
 
     async def change(self, work: Callable[[], _T], *, then: Callable[[], None]) -> _T:
         """The same as one transaction; `then` runs in the same thread once it is stored."""
@@ -110,10 +129,16 @@ class Database:
         def transaction() -> _T:
             with _transaction(self._connection):
                 result = work()
+                # What is written to a file without a name is lost with the process.
+                self._check_place()
             then()
             return result
 
         return await self.run(transaction)
+
+    def touch(self) -> None:
+        """A change that changes nothing, from within what `change` is given: it needs room as any other."""
+        self.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     async def close(self) -> None:
         """Waits for the statement under way; those that wait behind it are refused."""
@@ -126,21 +151,116 @@ class Database:
             await asyncio.get_running_loop().run_in_executor(self._executor, close)
             self._executor.shutdown(wait=False)
 
+    def _connect(self) -> None:
+        path = self._path
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            # Its owner's alone; SQLite gives the files beside it the same mode.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            if path.stat().st_size == 0:
+                log.warning("the jobs database is empty: a new queue begins", path=str(path))
+        self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        try:
+            self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
+        state = path.stat()
+        self._place = (state.st_dev, state.st_ino)
 
-def _connect(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    with _transaction(connection):
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > _SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema {version}, this program reads {_SCHEMA_VERSION}")
-        for statement in ";".join((_SCHEMA, _SECOND)[version:]).split(";"):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-    return connection
+    def _prepare(self) -> None:
+        self._connection.row_factory = sqlite3.Row
+        self.execute("PRAGMA journal_mode = WAL")
+        self.execute("PRAGMA synchronous = FULL")
+        self._look_through()
+        with _transaction(self._connection):
+            (version,) = self.execute("PRAGMA user_version").fetchone()
+            if version > _SCHEMA_VERSION:
+                raise JobsUnusable(
+                    f"{self._path} is of a newer version of this program (schema {version}; this one reads "
+                    f"{_SCHEMA_VERSION}): start that version, or move the file away to begin with an empty queue"
+                )
+            tables = {
+                row["name"]
+                for row in self.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
+            }
+            if bool(tables) != (version > 0) or (version and not tables >= _TABLES):
+                raise JobsUnusable(
+                    f"{self._path} is the database of another program: name another file, or move it away"
+                )
+            for statement in ";".join((_SCHEMA, _SECOND)[version:]).split(";"):
+                self.execute(statement)
+            self.touch()
+
+    def _look_through(self) -> None:
+        """Looks for damage, for as long as a start may take; what is not reached is met when it is used."""
+        end = time.monotonic() + _LOOK_S
+        self._connection.set_progress_handler(lambda: time.monotonic() > end, _STEPS_PER_LOOK)
+        try:
+            (found,) = self.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.info("jobs database looked through in part: it is large", path=str(self._path))
+            return
+        finally:
+            self._connection.set_progress_handler(None, 0)
+        if found != "ok":
+            raise sqlite3.DatabaseError(found.splitlines()[-1])
+
+    def _check_place(self) -> None:
+        """Raises `JobsUnusable` where the file is not where it was opened."""
+        with contextlib.suppress(FileNotFoundError):
+            state = self._path.stat()
+            if (state.st_dev, state.st_ino) == self._place:
+                return
+        raise JobsUnusable(
+            f"{self._path} was deleted or replaced while it was served: put it back, or start the server again, "
+            "which begins with the file that is there then, or with an empty queue"
+        )
+
+    def _failure(self, error: sqlite3.DatabaseError | OSError) -> JobsUnavailable | None:
+        """What an error of SQLite or of the file means; None for a bug of ours."""
+        path = self._path
+        if isinstance(error, OSError):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            is_closed = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+            kind, detail = 0, error.strerror
+        else:
+            # Without a code: what was read is no job of ours.
+            kind = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            is_full = kind == sqlite3.SQLITE_FULL or (
+                kind in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and _is_full(path.parent)
+            )
+            is_closed = kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+            detail = str(error)
+        if is_full:
+            return JobsFull(
+                f"no space is left for {path}: free some, or move the data to a larger disk"
+            )
+        if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return JobsUnusable(
+                f"{path} is damaged, or no database ({detail}): move it away, with {path.name}-wal and -shm, "
+                f"to begin with an empty queue; `sqlite3 {path} .recover | sqlite3 NEW` saves what can be read. "
+                "Stored pictures are not touched"
+            )
+        if is_closed:
+            return JobsUnusable(
+                f"{path} is closed to this process ({detail}), which must be able to read and write the file and "
+                "its folder"
+            )
+        if isinstance(error, sqlite3.OperationalError | OSError):
+            return JobsUnavailable(f"jobs database: {detail}")
+        return None
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        state = os.statvfs(folder)
+    except OSError:
+        return False
+    return state.f_bavail * state.f_frsize < _LEAST_ROOM_BYTES
 
 
 @contextlib.contextmanager
@@ -148,7 +268,9 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        # SQLite has done so itself after some errors.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")

@@ -55,3 +55,11 @@ class JobsUnavailable(JobsError):
     """The store behind the queue did not answer within the retry budget."""
 
     retryable: ClassVar[bool] = True
+
+
+class JobsFull(JobsUnavailable):
+    """The store has no room for a change; what it holds can still be read."""
+
+
+class JobsUnusable(JobsUnavailable):
+    """The store is damaged, gone, closed to this process or of another program; the message says what to do."""

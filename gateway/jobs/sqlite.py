@@ -158,7 +158,7 @@ class SqliteJobs:
 
     async def get(self, job_id: str) -> JobRecord:
         """See `Jobs.get`."""
-        return record_of(await self._database.run(lambda: self._table.present(job_id)))
+        return await self._database.run(lambda: record_of(self._table.present(job_id)))
 
     async def list(
         self, *, page_size: int, page_token: str = ""
@@ -168,10 +168,14 @@ class SqliteJobs:
             raise ValueError(f"page_token is {page_token[:40]!r}, must be one that list answered")
         # SQLite holds 64 bits; no number is above half of that.
         below = min(int(page_token), 1 << 62) if page_token else 1 << 62
-        rows = await self._database.run(lambda: self._table.page(below, page_size + 1))
-        page = rows[:page_size]
-        next_token = str(page[-1]["number"]) if len(rows) > page_size else ""
-        return tuple(record_of(row) for row in page), next_token
+
+        def page() -> tuple[tuple[JobRecord, ...], str]:
+            rows = self._table.page(below, page_size + 1)
+            page = rows[:page_size]
+            next_token = str(page[-1]["number"]) if len(rows) > page_size else ""
+            return tuple(map(record_of, page)), next_token
+
+        return await self._database.run(page)
 
     async def counts(self) -> dict[JobState, int]:
         """See `Jobs.counts`."""
@@ -182,8 +186,8 @@ class SqliteJobs:
         return await self._database.run(lambda: self._table.position(job_id))
 
     async def ready(self) -> None:
-        """See `Jobs.ready`: takes the write lock once."""
-        await self._change(lambda: None)
+        """See `Jobs.ready`."""
+        await self._change(self._database.touch)
 
     async def close(self) -> None:
         """See `Jobs.close`."""

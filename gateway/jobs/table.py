@@ -281,18 +281,24 @@ class Table:
 
 
 def record_of(row: sqlite3.Row) -> JobRecord:
-    """A whole row as the record it is."""
-    return JobRecord(
-        id=row["id"],
-        request_id=row["request_id"],
-        state=JobState(row["state"]),
-        attempt=row["attempt"],
-        lost=row["lost"],
-        created_at=row["created_at"],
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        body=bytes(row["body"]),
-        result=bytes(row["result"]),
-        cancel_requested=bool(row["cancel_requested"]),
-        ahead=row["ahead"],
-    )
+    """A whole row as the record it is.
+
+    Raises `sqlite3.DatabaseError` where it is none: damage that SQLite cannot see.
+    """
+    try:
+        return JobRecord(
+            id=row["id"],
+            request_id=row["request_id"],
+            state=JobState(row["state"]),
+            attempt=row["attempt"],
+            lost=row["lost"],
+            created_at=float(row["created_at"]),
+            started_at=row["started_at"],
+            finished_at=row["finished_at"],
+            body=bytes(row["body"]),
+            result=bytes(row["result"]),
+            cancel_requested=bool(row["cancel_requested"]),
+            ahead=row["ahead"],
+        )
+    except (ValueError, TypeError) as error:
+        raise sqlite3.DatabaseError(f"a row is no job: {error}") from error

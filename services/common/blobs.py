@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,11 @@ MAX_KEY_PART_LENGTH = 200
 _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 # What `read` yields at most in one piece.
 CHUNK_BYTES = 1 << 20
+# How often, and how long after its last byte came, a file that no writer holds is swept.
+SWEEP_EVERY_S, ABANDONED_S = 600.0, 600.0
+# Room that a store must have to be ready: as much as a small picture and its records take.
+_LEAST_ROOM_BYTES = 256 * 1024
+_MAX_HEAD_BYTES = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _T = TypeVar("_T")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,100}/[A-Za-z0-9!#$&^_.+-]{1,100}", re.ASCII)
@@ -59,17 +65,28 @@ class BlobTooLarge(BlobStoreError):
 
 
 class BlobCorrupt(BlobStoreError):
-    """The stored bytes do not have the digest they are named after."""
+    """The stored bytes were not those that were stored.
+
+    Said once: a store that can be written holds nothing under this key from then on.
+    """
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"blob {key!r} is damaged: its bytes do not match its digest")
+        super().__init__(f"blob {key!r} was damaged: its bytes do not have its digest")
         self.key = key
 
 
 class BlobStoreUnavailable(BlobStoreError):
-    """The store did not answer within the retry budget."""
+    """The store did not do it, within the retry budget where another try could help."""
 
     retryable: ClassVar[bool] = True
+
+
+class BlobStoreFull(BlobStoreUnavailable):
+    """The store has no space left, or a quota is used up; what it holds can still be read."""
+
+
+class BlobStoreDenied(BlobStoreUnavailable):
+    """The store refuses this process: read-only, or credentials or rights that do not do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +126,8 @@ class BlobStat:
 class BlobStore(Protocol):
     """Named byte strings.
 
-    Every method may raise `BlobStoreUnavailable`, and ValueError for a bad key. A key is parts
+    Every method may raise `BlobStoreUnavailable`, and ValueError for a bad key. What is seen to be
+    damaged counts as missing: a look sees what was cut short, a read every changed byte. A key is parts
     joined by `/`, each of ASCII letters, digits and `._-`, starting with a letter, digit or `_`; at
     most 512 characters, 200 a part. Never use a key as the folder of another: some S3 servers lose
     one of them when they list. What a returned write stored survives a crash of every process.
@@ -120,7 +138,10 @@ class BlobStore(Protocol):
         ...
 
     async def create(self, key: str, data: bytes, *, media_type: str) -> bool:
-        """Store where nothing is; of any number of racing calls exactly one answers True."""
+        """Store where nothing is, or what is there is damaged.
+
+        Of any number of racing calls exactly one answers True.
+        """
         ...
 
     async def replace(self, key: str, data: bytes, *, etag: str, media_type: str) -> str | None:
@@ -169,11 +190,14 @@ def blob_key(sha256: str) -> str:
 
 
 async def put_blob(store: BlobStore, data: bytes, *, media_type: str) -> BlobRef:
-    """Store bytes under their digest; bytes the store has already are not sent again."""
+    """Store bytes under their digest; bytes the store has already, undamaged, are not sent again."""
     ref = BlobRef(
         sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data), media_type=media_type
     )
-    if await store.stat(ref.key) is None:
+    try:
+        # Read, not looked at: damage that nobody has met yet is healed here.
+        await store.get(ref.key, limit_bytes=len(data))
+    except (BlobMissing, BlobCorrupt, BlobTooLarge):
         await store.put(ref.key, data, media_type=media_type)
     return ref
 
@@ -214,20 +238,26 @@ def digest_in_key(key: str) -> str | None:
 class FolderBlobStore:
     """Blobs as files under one folder, shared by any number of processes on one machine.
 
-    A file is one line of JSON (media type, digest) and then the bytes, so that both change in one
-    rename; the digest is the etag and is checked whenever the bytes are read. Names end in `@`,
+    A file is one line of JSON (media type, digest, size) and then the bytes, so that all change in
+    one rename; the digest is the etag and is checked whenever the bytes are read. Names end in `@`,
     which no key holds, so that no file stands in a folder's place. Writers of one key take turns
-    through a file lock; readers take none.
+    through a file lock; readers take none. Files and folders are their owner's alone.
     """
 
     def __init__(self, root: Path, *, threads: int = 8) -> None:
+        """Opens the folder, made where absent. Raises `BlobStoreUnavailable` where that fails."""
+        self._root = root
         self._objects = root / "objects"
         self._unfinished = root / "unfinished"
         self._locks = root / "locks"
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="blobs")
-        for folder in (self._objects, self._unfinished, self._locks):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self._sweep_at = time.monotonic() + SWEEP_EVERY_S
+        try:
+            for folder in (self._objects, self._unfinished, self._locks):
+                _make_folder(folder)
+            self._sweep()
+        except OSError as error:
+            raise self._failure(error) from error
 
     async def put(self, key: str, data: bytes, *, media_type: str) -> None:
         """See `BlobStore.put`."""
@@ -236,7 +266,12 @@ class FolderBlobStore:
     async def create(self, key: str, data: bytes, *, media_type: str) -> bool:
         """See `BlobStore.create`."""
         etag = await self._run(
-            lambda: self._write(key, data, media_type, lambda present: present is None)
+            lambda: self._write(
+                key,
+                data,
+                media_type,
+                lambda present: present is None or not self._is_sound(key),
+            )
         )
         return etag is not None
 
@@ -252,12 +287,15 @@ class FolderBlobStore:
         """See `BlobStore.get`."""
 
         def get() -> bytes:
-            with self._open(key) as (file, stat):
-                if stat.size_bytes > limit_bytes:
-                    raise BlobTooLarge(key, stat.size_bytes, limit_bytes)
-                data = file.read()
-            if hashlib.sha256(data).hexdigest() != (digest_in_key(key) or stat.etag):
-                raise BlobCorrupt(key)
+            try:
+                with self._open(key) as (file, stat):
+                    if stat.size_bytes > limit_bytes:
+                        raise BlobTooLarge(key, stat.size_bytes, limit_bytes)
+                    data = file.read()
+                if hashlib.sha256(data).hexdigest() != stat.etag:
+                    raise BlobCorrupt(key)
+            except BlobCorrupt:
+                raise self._seen_damaged(key) from None
             return data
 
         return await self._run(get)
@@ -265,13 +303,16 @@ class FolderBlobStore:
     async def read(self, key: str) -> AsyncIterator[bytes]:
         """See `BlobStore.read`."""
         with contextlib.ExitStack() as stack:
-            file, stat = await self._run(lambda: stack.enter_context(self._open(key)))
-            digest = hashlib.sha256()
-            while chunk := await self._run(lambda: file.read(CHUNK_BYTES)):
-                digest.update(chunk)
-                yield chunk
-            if digest.hexdigest() != (digest_in_key(key) or stat.etag):
-                raise BlobCorrupt(key)
+            try:
+                file, stat = await self._run(lambda: stack.enter_context(self._open(key)))
+                digest = hashlib.sha256()
+                while chunk := await self._run(lambda: file.read(CHUNK_BYTES)):
+                    digest.update(chunk)
+                    yield chunk
+                if digest.hexdigest() != stat.etag:
+                    raise BlobCorrupt(key)
+            except BlobCorrupt:
+                raise await self._run(lambda: self._seen_damaged(key)) from None
 
     async def stat(self, key: str) -> BlobStat | None:
         """See `BlobStore.stat`."""
@@ -311,9 +352,11 @@ class FolderBlobStore:
         """See `BlobStore.ready`."""
 
         def round_trip() -> None:
-            path = self._unfinished / uuid.uuid4().hex
-            path.write_bytes(b"ready")
-            path.unlink()
+            with self._draft() as (path, file):
+                # Files of a few bytes may find room where pictures do not.
+                file.write(bytes(_LEAST_ROOM_BYTES))
+                file.flush()
+                path.unlink()
 
         await self._run(round_trip)
 
@@ -330,62 +373,96 @@ class FolderBlobStore:
         """Write if `allowed` agrees with what is there; answers the new etag."""
         path = self._path(key)
         etag = hashlib.sha256(data).hexdigest()
-        head = json.dumps({"media_type": check_media_type(media_type), "sha256": etag})
-        unfinished = self._unfinished / uuid.uuid4().hex
-        try:
-            with unfinished.open("xb") as file:
-                file.write(head.encode() + b"\n")
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        head = _Head(media_type=check_media_type(media_type), sha256=etag, size_bytes=len(data))
+        if time.monotonic() > self._sweep_at:
+            self._sweep_at = time.monotonic() + SWEEP_EVERY_S
+            self._sweep()
+        with self._draft() as (draft, file):
+            file.write(head.to_line())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
             with self._locked(key):
                 if not allowed(self._stat(key)):
                     return None
-                self._make_folder(path.parent)
-                unfinished.replace(path)
+                _make_folder(path.parent)
+                draft.replace(path)
                 _sync_folder(path.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)
         return etag
 
-    def _make_folder(self, folder: Path) -> None:
-        if not folder.is_dir():
-            self._make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
-            _sync_folder(folder.parent)
+    @contextlib.contextmanager
+    def _draft(self) -> Iterator[tuple[Path, BinaryIO]]:
+        """A new unfinished file, held by a lock for as long as it is one."""
+        path = self._unfinished / uuid.uuid4().hex
+        try:
+            with open(path, "xb", opener=_private) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield path, file
+        finally:
+            path.unlink(missing_ok=True)
 
     def _stat(self, key: str) -> BlobStat | None:
         try:
             with self._open(key) as (_, stat):
                 return stat
-        except BlobMissing:
+        except (BlobMissing, BlobCorrupt):
             return None
 
     @contextlib.contextmanager
     def _open(self, key: str) -> Iterator[tuple[BinaryIO, BlobStat]]:
-        """The file, placed at the first byte of the blob."""
+        """The file, placed at the first byte of the blob. Raises `BlobMissing`, `BlobCorrupt`."""
         try:
             file = self._path(key).open("rb")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise BlobMissing(key) from None
         with file:
-            try:
-                head = json.loads(file.readline(1000))
-                status = os.fstat(file.fileno())
-                stat = BlobStat(
-                    size_bytes=status.st_size - file.tell(),
-                    etag=head["sha256"],
-                    media_type=head["media_type"],
+            status = os.fstat(file.fileno())
+            head = _Head.of_line(file.readline(_MAX_HEAD_BYTES))
+            size_bytes = status.st_size - file.tell()
+            if (
+                head is None
+                or head.size_bytes not in (None, size_bytes)
+                or digest_in_key(key) not in (None, head.sha256)
+            ):
+                raise BlobCorrupt(key)
+            yield (
+                file,
+                BlobStat(
+                    size_bytes=size_bytes,
+                    etag=head.sha256,
+                    media_type=head.media_type,
                     modified_at=status.st_mtime,
-                )
-            except (ValueError, KeyError, TypeError):
-                raise BlobCorrupt(key) from None
-            yield file, stat
+                ),
+            )
+
+    def _seen_damaged(self, key: str) -> BlobStoreError:
+        """What to say of a blob that was read damaged, which is removed if a second look agrees."""
+        try:
+            with self._locked(key):
+                if self._is_sound(key):
+                    return BlobStoreUnavailable(f"blob {key!r} was read wrongly; read it again")
+                self._path(key).unlink()
+                _sync_folder(self._path(key).parent)
+        except (OSError, BlobMissing, BlobStoreUnavailable):
+            # Somebody else removed it, or nobody can: damaged it was.
+            pass
+        return BlobCorrupt(key)
+
+    def _is_sound(self, key: str) -> bool:
+        try:
+            with self._open(key) as (file, stat):
+                digest = hashlib.sha256()
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                return digest.hexdigest() == stat.etag
+        except BlobCorrupt:
+            return False
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         """One writer at a time per key, in all threads and processes; few files lock all keys."""
-        with (self._locks / f"{zlib.crc32(key.encode()) % 64:02}").open("wb") as file:
+        lock = self._locks / f"{zlib.crc32(key.encode()) % 64:02}"
+        with open(lock, "wb", opener=_private) as file:
             deadline = time.monotonic() + 30.0
             while True:
                 try:
@@ -398,18 +475,79 @@ class FolderBlobStore:
             yield
 
     def _sweep(self) -> None:
-        """Remove what writers that died left behind an hour ago or more."""
+        """Remove what writers that died left behind: old, and held by none."""
         for path in self._unfinished.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - 3600:
-                    path.unlink()
+            # Gone meanwhile, held, or not to be removed by this process.
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - ABANDONED_S:
+                    with path.open("rb") as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink()
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         except OSError as error:
-            # A full or read-only disk may be mended; the caller may try again.
-            raise BlobStoreUnavailable(f"blob folder: {error}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> BlobStoreUnavailable:
+        """What the system said, as what it means: each may be mended, and the call made again."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return BlobStoreFull(
+                f"no space is left for {self._root}: free some, or move the folder to a larger disk"
+            )
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return BlobStoreDenied(
+                f"{self._root} is closed to this process ({error.strerror}): it must be able to read "
+                "and write there"
+            )
+        return BlobStoreUnavailable(f"blob folder: {error}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """The first line of a file. `size_bytes` is None in files of earlier versions, which had no check either."""
+
+    media_type: str
+    sha256: str
+    size_bytes: int | None
+
+    def to_line(self) -> bytes:
+        told = {"media_type": self.media_type, "sha256": self.sha256, "size_bytes": self.size_bytes}
+        return json.dumps({**told, "check": self._check()}).encode() + b"\n"
+
+    @classmethod
+    def of_line(cls, line: bytes) -> _Head | None:
+        """None for a damaged one."""
+        try:
+            told = json.loads(line)
+            head = cls(
+                media_type=check_media_type(told["media_type"]),
+                sha256=told["sha256"],
+                size_bytes=told.get("size_bytes"),
+            )
+            is_whole = bool(line.endswith(b"\n") and _SHA256.fullmatch(head.sha256))
+            if "check" in told or head.size_bytes is not None:
+                is_whole = is_whole and told["check"] == head._check()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return head if is_whole else None
+
+    def _check(self) -> int:
+        return zlib.crc32(f"{self.media_type} {self.sha256} {self.size_bytes}".encode())
+
+
+def _make_folder(folder: Path) -> None:
+    """The folder and those above it, as far as they are made here for their owner alone."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file that is made for its owner alone."""
+    return os.open(path, flags, 0o600)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@
     ├── Unavailable           UNAVAILABLE           a part is down or draining; try again
     ├── DeadlinePassed        DEADLINE_EXCEEDED
     ├── Cancelled             CANCELLED
+    ├── DataLoss              DATA_LOSS             what was stored is damaged, and counts as missing from now on
     └── Internal              INTERNAL              a bug; the log has more under the request id
 
 `DeviceLost` is the Unavailable that a process ends with.
@@ -39,6 +40,8 @@ MAX_VIOLATIONS = 32
 # within the details) and the violations (in base64) stay below that together. In bytes of UTF-8.
 MAX_MESSAGE_BYTES = 400
 MAX_VIOLATIONS_BYTES = 2800
+# When a caller is to come again who found the storage full.
+STORAGE_FULL_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +229,16 @@ class Overloaded(CollageError):
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
 
 
+def storage_full(name: str) -> Overloaded:
+    """The error of a call that needs room in a store that has none."""
+    return Overloaded(
+        f"the disk of the {name} is full; its operator has to free space or raise the quota. Nothing that is stored "
+        "is lost, and it can still be read",
+        reason="STORAGE_FULL",
+        retry_after_s=STORAGE_FULL_RETRY_S,
+    )
+
+
 class Unavailable(CollageError):
     """A part of the system is down, starting or draining."""
 
@@ -253,6 +266,30 @@ class Cancelled(CollageError):
     reason = "CANCELLED"
 
 
+class DataLoss(CollageError):
+    """Something that was stored is damaged: told once, and missing from then on, until it is stored again."""
+
+    code = code_pb2.DATA_LOSS
+    reason = "BLOB_CORRUPT"
+
+    @classmethod
+    def of(cls, damaged: Mapping[str, str]) -> "DataLoss":
+        """Of stored bytes: `damaged` maps the path of each field that refers to some, or "", to their digest."""
+        field, sha256 = next(iter(damaged.items()))
+        where = f"{field}: " if field else ""
+        return cls(
+            f"{where}blob {sha256} was damaged in the store, which counts it as missing from now on: upload it again, "
+            "or have drawn again what was drawn",
+            metadata={"field": field, "sha256": sha256} if field else {"sha256": sha256},
+        )
+
+    def moved(self, places: Places) -> "DataLoss":
+        """See `CollageError.moved`."""
+        if "field" not in self.metadata:
+            return self
+        return DataLoss.of({moved(self.metadata["field"], places): self.metadata["sha256"]})
+
+
 class Internal(CollageError):
     """A bug on our side."""
 
@@ -266,6 +303,7 @@ _KINDS: dict[int, type[CollageError]] = {
         Unavailable,
         DeadlinePassed,
         Cancelled,
+        DataLoss,
         Internal,
     )
 }

@@ -31,10 +31,18 @@ from grpc_status import rpc_status
 from prometheus_client import Counter, Histogram
 
 from services.common.admission import EDGE, WITHIN, Admission
-from services.common.blobs import BlobMissing, BlobStoreUnavailable
+from services.common.blobs import (
+    BlobCorrupt,
+    BlobMissing,
+    BlobStoreDenied,
+    BlobStoreFull,
+    BlobStoreUnavailable,
+    digest_in_key,
+)
 from services.common.errors import (
     Cancelled,
     CollageError,
+    DataLoss,
     DeadlinePassed,
     Internal,
     InvalidRequest,
@@ -43,6 +51,7 @@ from services.common.errors import (
     Unavailable,
     Violation,
     from_rpc,
+    storage_full,
 )
 from services.common.telemetry import log, request_id
 
@@ -357,6 +366,15 @@ def told_error(error: BaseException) -> CollageError:
         return error
     if isinstance(error, BlobMissing):
         return NotFound(str(error), reason="BLOB_NOT_FOUND")
+    if isinstance(error, BlobCorrupt):
+        return DataLoss.of({"": digest_in_key(error.key) or error.key})
+    if isinstance(error, BlobStoreFull):
+        return storage_full("object storage")
+    if isinstance(error, BlobStoreDenied):
+        return Unavailable(
+            "the object storage refuses to be read or written; its operator has to restore the rights",
+            reason="STORAGE_DENIED",
+        )
     if isinstance(error, BlobStoreUnavailable):
         return Unavailable("the object storage does not answer", reason="STORAGE_UNAVAILABLE")
     if isinstance(error, grpc.RpcError):

@@ -2,7 +2,9 @@
 
 The `minio` client is synchronous: its calls run in a bounded pool of threads. Its own retries are
 off; one loop here tries again while the server is away, and a write whose answer was lost
-recognises itself by a mark it left.
+recognises itself by a mark it left. Every object holds the digest of its bytes, which is checked
+whenever they are read. A damaged one under its digest is emptied where it still has the etag it was
+read with, so that no write that heals it meanwhile is lost, and an empty one counts as missing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import minio
 import minio.error
@@ -30,6 +32,9 @@ from services.common.blobs import (
     BlobCorrupt,
     BlobMissing,
     BlobStat,
+    BlobStoreDenied,
+    BlobStoreError,
+    BlobStoreFull,
     BlobStoreUnavailable,
     BlobTooLarge,
     check_key,
@@ -42,6 +47,9 @@ _T = TypeVar("_T")
 
 # Names the write that stored an object.
 _WRITER_HEADER = "x-amz-meta-writer"
+# The SHA-256 of the bytes that were stored; objects of earlier versions have none.
+_DIGEST_HEADER = "x-amz-meta-sha256"
+_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # Seconds before a try is given up: to connect, and between two bytes.
 _CONNECT_S = 2.0
 _READ_S = 30.0
@@ -53,6 +61,16 @@ _MISSING = frozenset({"NoSuchKey", "ResourceNotFound"})
 _TRANSIENT = frozenset(
     {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown"}
 )
+# What they answer when they have no room: MinIO, Ceph, and what the status 507 means.
+_FULL = frozenset(
+    {
+        "InsufficientStorage",
+        "QuotaExceeded",
+        "XMinioAdminBucketQuotaExceeded",
+        "XMinioStorageFull",
+    }
+)
+_FULL_STATUS, _DENIED_STATUSES = 507, (401, 403)
 # What the client raises when a request fails.
 _FAILURES = (minio.error.MinioException, urllib3.exceptions.HTTPError, OSError)
 
@@ -139,45 +157,58 @@ class S3BlobStore:
         check_media_type(media_type)
         await self._request(
             lambda: self._client.put_object(
-                self._bucket, key, io.BytesIO(data), len(data), content_type=media_type
+                self._bucket,
+                key,
+                io.BytesIO(data),
+                len(data),
+                content_type=media_type,
+                metadata={_DIGEST_HEADER: hashlib.sha256(data).hexdigest()},
             )
         )
 
     async def create(self, key: str, data: bytes, *, media_type: str) -> bool:
         """See `BlobStore.create`."""
         etag = await self._write_if(key, data, media_type, {"If-None-Match": "*"})
+        found = await self._head(key) if etag is None else None
+        # What is damaged counts as missing.
+        if found and (_is_void(key, found) or not await self._is_sound(key, found.etag)):
+            etag = await self._write_if(key, data, media_type, _same(found.etag))
         return etag is not None
 
     async def replace(self, key: str, data: bytes, *, etag: str, media_type: str) -> str | None:
         """See `BlobStore.replace`."""
-        return await self._write_if(key, data, media_type, {"If-Match": f'"{etag}"'})
+        return await self._write_if(key, data, media_type, _same(etag))
 
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         """See `BlobStore.get`."""
         check_key(key)
 
-        def get() -> bytes:
+        def get() -> tuple[bytes, Mapping[str, str]]:
             with contextlib.closing(self._client.get_object(self._bucket, key)) as response:
                 size_bytes = int(response.headers["Content-Length"])
                 if size_bytes > limit_bytes:
                     raise BlobTooLarge(key, size_bytes, limit_bytes)
                 data: bytes = response.read()
                 response.release_conn()
-                return data
+                return data, response.headers
 
-        data = await self._request(get, key)
-        expected = digest_in_key(key)
-        if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-            raise BlobCorrupt(key)
+        data, headers = await self._request(get, key)
+        digest, expected = hashlib.sha256(data).hexdigest(), _expected(key, headers)
+        if expected not in (None, digest):
+            if not data and headers.get(_DIGEST_HEADER) == _EMPTY_SHA256:
+                raise BlobMissing(key)
+            raise await self._seen_damaged(key, headers["ETag"].strip('"'))
         return data
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         """See `BlobStore.read`. Each chunk is a request of its own, and can be tried again."""
-        stat = await self.stat(key)
-        if stat is None:
+        stat = await self._head(key)
+        if stat is None or (
+            _is_void(key, stat) and stat.metadata.get(_DIGEST_HEADER) == _EMPTY_SHA256
+        ):
             raise BlobMissing(key)
         # The bytes of one version, even when the key is written meanwhile.
-        same = {"If-Match": f'"{stat.etag}"'}
+        same = _same(stat.etag)
 
         def get(offset: int, length: int) -> bytes:
             response = self._client.get_object(
@@ -189,8 +220,8 @@ class S3BlobStore:
                 return data
 
         digest = hashlib.sha256()
-        for offset in range(0, stat.size_bytes, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, stat.size_bytes - offset)
+        for offset in range(0, stat.size, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, stat.size - offset)
             try:
                 chunk = await self._request(functools.partial(get, offset, length), key)
             except minio.error.S3Error as error:
@@ -199,14 +230,20 @@ class S3BlobStore:
                 raise
             digest.update(chunk)
             yield chunk
-        expected = digest_in_key(key)
-        if expected is not None and digest.hexdigest() != expected:
-            raise BlobCorrupt(key)
+        if _expected(key, stat.metadata) not in (None, digest.hexdigest()):
+            raise await self._seen_damaged(key, stat.etag)
 
     async def stat(self, key: str) -> BlobStat | None:
         """See `BlobStore.stat`."""
         found = await self._head(key)
-        return None if found is None else found[0]
+        if found is None or _is_void(key, found):
+            return None
+        return BlobStat(
+            size_bytes=found.size,
+            etag=found.etag,
+            media_type=found.content_type,
+            modified_at=found.last_modified.timestamp(),
+        )
 
     async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> tuple[str, ...]:
         """See `BlobStore.list`."""
@@ -250,7 +287,7 @@ class S3BlobStore:
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, round_trip)
         except _FAILURES as error:
-            raise BlobStoreUnavailable(f"S3 server: {error}") from error
+            raise _failure(error) or BlobStoreUnavailable(f"S3 server: {error}") from error
 
     async def close(self) -> None:
         """See `BlobStore.close`."""
@@ -273,6 +310,7 @@ class S3BlobStore:
         headers = {
             "Content-Type": check_media_type(media_type),
             _WRITER_HEADER: writer,
+            _DIGEST_HEADER: hashlib.sha256(data).hexdigest(),
             **condition,
         }
         check_key(key)
@@ -286,24 +324,53 @@ class S3BlobStore:
                 raise
             # An earlier try whose answer was lost may be what stands in the way.
             found = await self._head(key)
-            return found[0].etag if found is not None and found[1] == writer else None
+            is_own = found is not None and found.metadata.get(_WRITER_HEADER) == writer
+            return found.etag if is_own else None
         etag: str = stored.etag
         return etag
 
-    async def _head(self, key: str) -> tuple[BlobStat, str | None] | None:
-        """What is stored, and the mark of the write that stored it."""
+    async def _head(self, key: str) -> Any:
+        """The client's account of what is stored, None where nothing is."""
         check_key(key)
         try:
-            found = await self._request(lambda: self._client.stat_object(self._bucket, key), key)
+            return await self._request(lambda: self._client.stat_object(self._bucket, key), key)
         except BlobMissing:
             return None
-        stat = BlobStat(
-            size_bytes=found.size,
-            etag=found.etag,
-            media_type=found.content_type,
-            modified_at=found.last_modified.timestamp(),
-        )
-        return stat, found.metadata.get(_WRITER_HEADER)
+
+    async def _is_sound(self, key: str, etag: str) -> bool:
+        """Has the blob of this etag the digest it must have? Also where another has taken its place."""
+
+        def look() -> bool:
+            response = self._client.get_object(self._bucket, key, request_headers=_same(etag))
+            with contextlib.closing(response):
+                digest = hashlib.sha256()
+                while chunk := response.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                return _expected(key, response.headers) in (None, digest.hexdigest())
+
+        try:
+            return await self._request(look, key)
+        except minio.error.S3Error as error:
+            if error.code == "PreconditionFailed":
+                return True
+            raise
+        except BlobMissing:
+            return True
+
+    async def _seen_damaged(self, key: str, etag: str) -> BlobStoreError:
+        """What to say of a blob that was read damaged, which is emptied if a second look agrees."""
+        try:
+            if await self._is_sound(key, etag):
+                return BlobStoreUnavailable(f"blob {key!r} was read wrongly; read it again")
+            if digest_in_key(key):
+                await self._write_if(key, b"", "application/octet-stream", _same(etag))
+            else:
+                # What is kept under another key is made anew by whoever misses it.
+                await self.delete(key)
+        except (BlobStoreError, *_FAILURES):
+            # Somebody else was faster, or nobody can: damaged it was.
+            pass
+        return BlobCorrupt(key)
 
     async def _request(self, work: Callable[[], _T], key: str = "") -> _T:
         """Do `work` in a thread, again and again while the server is away and the budget lasts."""
@@ -315,12 +382,43 @@ class S3BlobStore:
             except _FAILURES as error:
                 if key and isinstance(error, minio.error.S3Error) and error.code in _MISSING:
                     raise BlobMissing(key) from None
+                if (told := _failure(error)) is not None:
+                    raise told from error
                 if not _is_transient(error):
                     raise
                 if time.monotonic() + pause_s > deadline:
                     raise BlobStoreUnavailable(f"S3 server: {error}") from error
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+
+def _same(etag: str) -> dict[str, str]:
+    return {"If-Match": f'"{etag}"'}
+
+
+def _expected(key: str, headers: Mapping[str, str]) -> str | None:
+    """The digest that the bytes must have; None where nothing says."""
+    return digest_in_key(key) or headers.get(_DIGEST_HEADER)
+
+
+def _is_void(key: str, found: Any) -> bool:
+    """Was this emptied: here, where it was seen to be damaged, or by a stranger?"""
+    return found.size == 0 and digest_in_key(key) not in (None, _EMPTY_SHA256)
+
+
+def _failure(error: Exception) -> BlobStoreUnavailable | None:
+    """What a server that refuses for good means by it; None for anything else."""
+    if not isinstance(error, minio.error.S3Error):
+        return None
+    if error.code in _FULL or error.response.status == _FULL_STATUS:
+        return BlobStoreFull(
+            f"the S3 server has no space left or a quota is used up ({error.code})"
+        )
+    if error.response.status in _DENIED_STATUSES:
+        return BlobStoreDenied(f"the S3 server refuses this process ({error.code})")
+    if error.code == "NoSuchBucket":
+        return BlobStoreUnavailable("the bucket is gone from the S3 server")
+    return None
 
 
 def _is_transient(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2
 from services.common import limits
-from services.common.blobs import BlobMissing, BlobRef, BlobStore, BlobTooLarge
+from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, BlobTooLarge
 from services.common.collage import (
     DEFAULT_BACKGROUND,
     DIALS,
@@ -26,7 +26,7 @@ from services.common.collage import (
     Structure,
     Transform,
 )
-from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
+from services.common.errors import DataLoss, InvalidRequest, MissingBlobs, Violation, quote
 from services.common.field import Field
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
@@ -284,12 +284,15 @@ async def read_blob(store: BlobStore, ref: BlobRef, field: str, *, limit_bytes: 
 
     Raises:
         MissingBlobs: they are not stored.
+        DataLoss: they are damaged.
         InvalidRequest: there are more than `limit_bytes`.
     """
     try:
         return await store.get(ref.key, limit_bytes=limit_bytes)
     except BlobMissing as error:
         raise MissingBlobs({field: ref.sha256}) from error
+    except BlobCorrupt as error:
+        raise DataLoss.of({field: ref.sha256}) from error
     except BlobTooLarge as error:
         raise InvalidRequest.of(
             field, f"has {error.size_bytes} bytes; allowed: at most {limit_bytes}"

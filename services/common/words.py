@@ -14,7 +14,15 @@ from google.protobuf import json_format
 
 from collage.v1 import collage_service_pb2
 from services.common import wire
-from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, put_blob
+from services.common.blobs import (
+    BlobCorrupt,
+    BlobMissing,
+    BlobRef,
+    BlobStore,
+    BlobTooLarge,
+    put_blob,
+)
+from services.common.errors import InvalidRequest
 
 PREFIX = "words/"
 MEDIA_TYPE = "application/vnd.safetensors"
@@ -78,7 +86,15 @@ async def read(blobs: BlobStore, digest: str) -> collage_service_pb2.Word | None
         data = await blobs.get(card_key(digest), limit_bytes=MAX_CARD_BYTES)
         card = json_format.Parse(data, collage_service_pb2.Word())
         vectors = wire.parse_blob(card.vectors, "vectors")
-    except (BlobMissing, BlobCorrupt, json_format.ParseError):
+    # Whatever is no card is written anew.
+    except (
+        BlobMissing,
+        BlobCorrupt,
+        BlobTooLarge,
+        ValueError,
+        json_format.ParseError,
+        InvalidRequest,
+    ):
         return None
     return card if await blobs.stat(vectors.key) else None
 

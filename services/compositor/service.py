@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
 from services.common import limits, wire
-from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, blob_key, put_blob
+from services.common.blobs import (
+    BlobCorrupt,
+    BlobMissing,
+    BlobRef,
+    BlobStore,
+    BlobTooLarge,
+    put_blob,
+)
 from services.common.collage import DIALS, Collage, Extent, Picture, Redo, Structure
 from services.common.errors import (
     Cancelled,
@@ -181,10 +188,14 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         try:
             data = await self._blobs.get(key, limit_bytes=MAX_ANSWER_BYTES)
             answer = compositor_service_pb2.ComposeResponse.FromString(data)
-        except (BlobMissing, BlobCorrupt, DecodeError):
+            told = [answer.plate, answer.composite, *(layer.mask for layer in answer.layers)]
+            refs = [
+                wire.parse_blob(each, "kept", limit_bytes=limits.MAX_PLATE_BYTES) for each in told
+            ]
+        # Whatever is not an answer is made anew.
+        except (BlobMissing, BlobCorrupt, BlobTooLarge, DecodeError, InvalidRequest):
             return None
-        refs = [answer.plate, answer.composite, *(layer.mask for layer in answer.layers)]
-        stats = await asyncio.gather(*(self._blobs.stat(blob_key(ref.sha256)) for ref in refs))
+        stats = await asyncio.gather(*(self._blobs.stat(ref.key) for ref in refs))
         # One from before there was `largest_noise` is made again, and is the same but for that.
         return answer if answer.HasField("largest_noise") and all(stats) else None
 
@@ -193,6 +204,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
 
         Raises:
             MissingBlobs: naming every one that is not stored.
+            DataLoss: naming the first that is damaged.
             InvalidRequest: when one, or all together, are too large.
         """
         refs = {path: ref for path, ref in pictures.items() if isinstance(ref, BlobRef)}
@@ -218,7 +230,11 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
                 "collage",
                 f"has pictures of {sum(sizes.values())} bytes in all; allowed: at most {MAX_COLLAGE_BYTES}",
             )
-        found = {key: await self._blobs.get(key, limit_bytes=MAX_ENCODED_BYTES) for key in keys}
+        paths = {ref.key: path for path, ref in reversed(refs.items())}
+        found = {
+            key: await wire.read_blob(self._blobs, refs[path], path, limit_bytes=MAX_ENCODED_BYTES)
+            for key, path in paths.items()
+        }
         return {
             path: picture if isinstance(picture, bytes) else found[picture.key]
             for path, picture in pictures.items()

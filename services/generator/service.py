@@ -30,7 +30,7 @@ from services.common.blobs import (
     BlobCorrupt,
     BlobMissing,
     BlobStore,
-    blob_key,
+    BlobTooLarge,
     put_blob,
 )
 from services.common.collage import DIALS, Dials, Extent, Sampling
@@ -231,15 +231,20 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         """The pictures made for the same request before, if all of them are still there."""
         try:
             data = json.loads(await self._blobs.get(key, limit_bytes=MAX_RESULT_BYTES))
-        except (BlobMissing, BlobCorrupt, ValueError):
+            images = [
+                json_format.ParseDict(each, collage_service_pb2.GeneratedImage())
+                for each in data["images"]
+            ]
+            refs = [wire.parse_blob(image.blob, "kept") for image in images]
+        # Whatever is no list of pictures is made anew.
+        except (
+            *(BlobMissing, BlobCorrupt, BlobTooLarge),
+            *(ValueError, KeyError, TypeError, RecursionError),
+            *(json_format.ParseError, InvalidRequest),
+        ):
             return None
-        images = [
-            json_format.ParseDict(each, collage_service_pb2.GeneratedImage())
-            for each in data["images"]
-        ]
-        keys = [blob_key(image.blob.sha256) for image in images]
-        stats = await asyncio.gather(*(self._blobs.stat(each) for each in keys))
-        return images if all(stats) else None
+        stats = await asyncio.gather(*(self._blobs.stat(ref.key) for ref in refs))
+        return images if images and all(stats) else None
 
     async def _keep(self, key: str, images: list[collage_service_pb2.GeneratedImage]) -> None:
         data = {"images": [json_format.MessageToDict(image) for image in images]}

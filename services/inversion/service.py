@@ -18,9 +18,10 @@ from prometheus_client import Counter
 
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from services.common import limits, wire, words
-from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore
+from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, BlobTooLarge
 from services.common.errors import (
     CollageError,
+    DataLoss,
     Internal,
     InvalidRequest,
     MissingBlobs,
@@ -210,7 +211,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         for digest, sharing in by_digest.items():
             try:
                 subjects[digest] = await self._subject(card, sharing[0])
-            except (InvalidRequest, MissingBlobs) as error:
+            except (InvalidRequest, MissingBlobs, DataLoss) as error:
                 for one in sharing:
                     yield _failed(one, error)
         state = await self._state(key)
@@ -218,7 +219,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         # others' last bits would change.
         again = {one.digest: one for one in every if state and one.digest not in by_digest}
         for digest, one in again.items():
-            with contextlib.suppress(InvalidRequest, MissingBlobs):
+            with contextlib.suppress(InvalidRequest, MissingBlobs, DataLoss):
                 subjects[digest] = await self._subject(card, one)
         batch = list(dict.fromkeys(one.digest for one in every if one.digest in subjects))
         if state is not None:
@@ -297,6 +298,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         Raises:
             InvalidRequest: nothing can be learned from them.
             MissingBlobs: the picture is not stored.
+            DataLoss: it is damaged.
         """
         async with self._reading:
             data = await wire.read_blob(
@@ -324,7 +326,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     async def _state(self, key: str) -> bytes | None:
         try:
             return await self._blobs.get(key, limit_bytes=MAX_STATE_BYTES)
-        except (BlobMissing, BlobCorrupt):
+        except (BlobMissing, BlobCorrupt, BlobTooLarge):
             return None
 
 
