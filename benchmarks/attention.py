@@ -29,7 +29,8 @@ from services.common.collage import Sampling
 from services.common.models_file import BUNDLED
 from services.common.plate import Plate
 from services.compositor.compose import Composition
-from services.compositor.service import Work, make
+from services.compositor.making import make
+from services.compositor.work import Work
 from services.diffusion.networks import load
 from services.generator.attention import ControlledAttention, grid_of, heads
 from services.generator.conditioning import Conditioning, LayerControl, prepare

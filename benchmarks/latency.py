@@ -30,7 +30,8 @@ from services.common.models_file import BUNDLED
 from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.telemetry import start_logging
-from services.compositor.service import Work, make
+from services.compositor.making import make
+from services.compositor.work import Work
 from services.diffusion.networks import load as load_model
 from services.generator.conditioning import LayerControl, prepare
 from services.generator.folder_card import read_catalog

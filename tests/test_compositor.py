@@ -1,5 +1,7 @@
 import asyncio
+import contextlib
 import hashlib
+import re
 from io import BytesIO
 
 import grpc
@@ -9,6 +11,7 @@ from PIL import Image
 
 from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
 from services.common.blobs import FolderBlobStore, put_blob
+from services.common.confined import Confined
 from services.common.errors import InvalidRequest, MissingBlobs, Overloaded, from_rpc
 from services.common.pictures import encode_png
 from services.common.plate import Plate
@@ -59,8 +62,8 @@ class Compositor:
         return await self.blobs.get(f"blobs/{ref.sha256}", limit_bytes=2**26)
 
 
-@pytest.fixture
-async def compositor(tmp_path):
+@contextlib.asynccontextmanager
+async def running(tmp_path):
     server = await build(Settings(address="127.0.0.1:0", blobs=f"folder:{tmp_path}"))
     await server.start()
     blobs = FolderBlobStore(tmp_path)
@@ -68,6 +71,33 @@ async def compositor(tmp_path):
         yield Compositor(compositor_service_pb2_grpc.CompositorServiceStub(channel), blobs)
     await blobs.close()
     await server.stop(drain_s=0)
+
+
+@pytest.fixture
+async def compositor(tmp_path):
+    async with running(tmp_path) as compositor:
+        yield compositor
+
+
+class Watched(Confined):
+    """The work of a compositor, for tests that look at its processes."""
+
+    latest = None
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        Watched.latest = self
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 a process tells nobody
+            await asyncio.sleep(0.01)
+
+
+def plain(side):
+    """A cut-out that is small as a file."""
+    return np.full((side, side, 4), 255, np.uint8)
 
 
 async def test_a_composition_is_stored_and_reported(compositor):
@@ -237,12 +267,66 @@ async def test_a_wrong_redo_is_refused(compositor, change, field):
     assert [violation.field for violation in error.violations] == [field]
 
 
-async def test_a_full_queue_is_told_with_a_delay(compositor, monkeypatch):
-    request = await compositor.request(rgba(8, 8))
-    monkeypatch.setattr(service, "MAX_WAITING", -service.MAX_RUNNING)
-    error = await compositor.refused(request)
+async def test_a_full_queue_is_told_with_a_delay(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "MAX_RUNNING", 0)
+    monkeypatch.setattr(service, "MAX_WAITING", 0)
+    async with running(tmp_path) as compositor:
+        error = await compositor.refused(await compositor.request(rgba(8, 8)))
     assert isinstance(error, Overloaded)
     assert error.retry_after_s > 0
+
+
+async def test_equal_requests_at_one_time_are_worked_out_once(compositor, monkeypatch):
+    request = await compositor.request(rgba(8, 8))
+    made = []
+    run = Confined.run
+
+    async def counted(self, parts, field):
+        made.append(field)
+        return await run(self, parts, field)
+
+    monkeypatch.setattr(Confined, "run", counted)
+    leaving = compositor.stub.Compose(request, timeout=20)
+    answers = [compositor.compose(request) for _ in range(5)]
+    leaving.cancel()
+    first, *others = await asyncio.gather(*answers)
+    assert all(other == first for other in others)
+    # One more where the call that began was given up before another had come.
+    assert len(made) <= 2
+
+
+async def test_a_call_that_is_given_up_ends_its_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.compositor.__main__.Confined", Watched)
+    async with running(tmp_path) as compositor:
+        # Eight layers of 16 megapixels take seconds.
+        request = await compositor.request(*[plain(4000)] * 8)
+        call = compositor.stub.Compose(request, timeout=60)
+        await until(lambda: Watched.latest._busy)
+        (child,) = Watched.latest._busy
+        call.cancel()
+        await until(lambda: not Watched.latest._busy)
+        assert not child.is_running
+        await compositor.compose(await compositor.request(rgba(8, 8)))
+
+
+async def test_what_takes_too_long_is_refused_at_the_picture_it_was_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.compositor.__main__.LIMIT_S", 0.3)
+    async with running(tmp_path) as compositor:
+        large = await compositor.request(*[plain(4000)] * 8)
+        error = await compositor.refused(large)
+        assert isinstance(error, InvalidRequest)
+        (violation,) = error.violations
+        assert re.fullmatch(r"collage(\.layers\[\d\]\.image)?", violation.field)
+        assert "was being worked on when 0.3 s were over" in violation.description
+
+
+async def test_what_takes_too_much_memory_is_refused_and_the_next_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.compositor.__main__.MEMORY_BYTES", 150 * 2**20)
+    async with running(tmp_path) as compositor:
+        error = await compositor.refused(await compositor.request(plain(4000)))
+        assert isinstance(error, InvalidRequest)
+        assert "takes more memory than there is for one request" in str(error)
+        await compositor.compose(await compositor.request(rgba(8, 8)))
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,21 @@ from collage.v1 import collage_service_pb2 as pb
 from collage.v1 import compositor_service_pb2, compositor_service_pb2_grpc
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent, Transform
-from services.common.errors import Cancelled, InvalidRequest, from_rpc
+from services.common.errors import InvalidRequest, from_rpc
 from services.common.models_file import read_detectors
 from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.rpc import connect
 from services.common.settings import InvalidSetting
 from services.common.wire import render_blob
-from services.compositor import detector, network, service
+from services.compositor import detector, network
 from services.compositor.__main__ import Settings, build
 from services.compositor.detector import Window, open_detectors
 from services.compositor.network import Network
 from services.compositor.placement import place
 from services.compositor.pose import skeleton
 from services.compositor.structure import on_ground
+from services.compositor.work import parse
 from testing import networks
 from testing import system as system_tools
 
@@ -478,7 +479,8 @@ def test_a_plate_is_named_after_the_file_that_draws_for_it_and_its_settings(file
     def digest(request, **entry):
         entry = {"file": str(files / "sobel.onnx"), "form": "edges", **entry}
         models = networks.models_file(tmp_path, {"other": entry})
-        return service.parse(request, open_detectors(models, threads=1)).digest()
+        drawn = open_detectors(models, threads=1).items()
+        return parse(request, {kind: detector.digest for kind, detector in drawn}).digest()
 
     names = {
         digest(request_of("other")),
@@ -496,7 +498,7 @@ def test_a_plate_is_named_after_the_file_that_draws_for_it_and_its_settings(file
     shy = digest(request_of("other"), **pose, confidence=0.5)
     assert shy != digest(request_of("other"), **pose)
     # What it does not draw for does not change, nor does what brings its own picture.
-    plain = service.parse(request_of("canny")).digest()
+    plain = parse(request_of("canny")).digest()
     assert digest(request_of("canny")) == plain
     brought = request_of("other")
     brought.collage.layers[0].structure[0].image.blob.sha256 = "1" * 64
@@ -514,24 +516,6 @@ async def test_a_kind_that_nothing_draws_is_refused_and_those_that_are_drawn_are
     (violation,) = error.violations
     assert violation.field == "collage.layers[0].structure[0].kind"
     assert violation.description.endswith("only of kind canny, softedge, depth, pose")
-
-
-@pytest.mark.asyncio(loop_scope="module")
-async def test_a_call_that_is_given_up_ends_before_the_next_layer(compositor, models):
-    request = await compositor.request(*[(person(), {})] * 3)
-    seen = []
-
-    def is_abandoned():
-        seen.append(1)
-        return len(seen) > 1
-
-    with pytest.raises(Cancelled):
-        service.make(
-            service.parse(request),
-            {f"collage.layers[{index}].image": encode_png(person()) for index in range(3)},
-            is_abandoned,
-        )
-    assert len(seen) == 2
 
 
 # Of files and settings.

@@ -24,6 +24,7 @@ from collage.v1 import (
 from services.common import color, wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent
+from services.common.decoder import Decoder
 from services.common.errors import (
     DeadlinePassed,
     InvalidRequest,
@@ -471,7 +472,7 @@ async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(fold
     for max_rows in (1, 8):
         scheduler = Scheduler(max_rows=max_rows)
         engine = Engine(Catalog({"xl": large}), load=load_stages, scheduler=scheduler, threads=1)
-        servicer = GeneratorServicer(engine, FolderBlobStore(tmp_path), limit_bytes=0)
+        servicer = GeneratorServicer(engine, FolderBlobStore(tmp_path), Decoder(), limit_bytes=0)
         options = {"has_structure": False, "has_emphasis": False}
         for images in (1, 16):
             sampling = replace(large.defaults(), images=images, guidance_scale=5.0)

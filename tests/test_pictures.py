@@ -1,22 +1,23 @@
+import re
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
-from services.common import color, pictures, png
+from services.common import color, jpeg, pictures, png
 from services.common.collage import Extent
+from services.common.decoder import Decoder
 from services.common.pictures import InvalidPicture, decode, decode_opaque, encode_png
-from services.compositor import service as compositor_service
 from services.compositor.placement import stretch
-from services.generator import service as generator_service
 from services.generator.preview import encode_preview
-from services.inversion import service as inversion_service
 
+ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(7)
 RGBA = RNG.integers(0, 256, (5, 7, 4), dtype=np.uint8)
 # Channels by PNG colour type, and the depths each may have.
@@ -260,10 +261,74 @@ def test_a_broken_exif_block_does_no_harm():
         assert decode(data).shape == (4, 6, 4)
 
 
-def test_every_service_uses_the_one_decoder_and_the_one_encoder():
-    assert compositor_service.decode is inversion_service.decode is decode
-    assert compositor_service.decode_opaque is generator_service.decode_opaque is decode_opaque
-    assert compositor_service.encode_png is encode_png
+def repeated(scans):
+    """A progressive JPEG whose last scan stands there so many times: a decoder goes over all pixels for each."""
+    data = encoded(Image.new("RGB", (64, 48), (200, 100, 50)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    own = jpeg.scans(data)
+    return data[:-2] + last * (scans - own) + data[-2:]
+
+
+def test_the_scans_of_a_jpeg_are_counted():
+    photo = Image.fromarray(RNG.integers(0, 256, (64, 48, 3), dtype=np.uint8))
+    assert jpeg.scans(encoded(photo, "JPEG")) == 1
+    assert jpeg.scans(encoded(photo, "JPEG", progressive=True)) == 10
+    assert jpeg.scans(encoded(photo, "JPEG", restart_marker_blocks=1)) == 1
+    # What stands in a segment, such as a preview, is no scan, nor is what follows the picture.
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 200
+    assert jpeg.scans(encoded(photo, "JPEG", exif=exif)) == 1
+    assert jpeg.scans(encoded(photo, "JPEG") + encoded(photo, "JPEG")) == 1
+    assert jpeg.scans(jpeg.SIGNATURE + b"\xff\xe0\0\2" * 1_000_000) == jpeg.MAX_MARKERS
+    assert jpeg.scans(jpeg.SIGNATURE) == 0
+    assert jpeg.scans(jpeg.SIGNATURE + b"\xff\xda") == 1
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(monkeypatch):
+    assert decode(repeated(pictures.MAX_SCANS)).shape == (48, 64, 4)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(InvalidPicture, match="has 4000 scans or more; allowed: at most 100 scans"):
+        decode(repeated(4000))
+
+
+def test_a_png_of_very_many_chunks_is_refused_before_it_is_decoded(monkeypatch):
+    empty = chunk(b"teXt", b"")
+    decode(gray_png(*[empty] * 60_000))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(InvalidPicture, match="has more than 65536 chunks; allowed: at most 65536"):
+        decode(gray_png(*[empty] * 2_000_000))
+
+
+async def test_a_decoder_gives_what_decoding_gives():
+    decoder = Decoder()
+    try:
+        sound = encoded(Image.fromarray(RGBA))
+        assert np.array_equal(await decoder.decode(sound, "x"), RGBA)
+        with pytest.raises(InvalidPicture, match="is a picture with transparent pixels; allowed"):
+            await decoder.decode(sound, "x", is_opaque=True)
+        opaque = encoded(Image.fromarray(RGBA[..., :3].copy()), "WEBP", lossless=True)
+        found_HW3 = await decoder.decode(opaque, "x", is_opaque=True)
+        assert np.array_equal(found_HW3, RGBA[..., :3])
+        with pytest.raises(InvalidPicture, match="is no picture in a known format"):
+            await decoder.decode(b"nothing", "x")
+    finally:
+        await decoder.close()
+
+
+def test_every_service_decodes_where_it_can_be_ended():
+    """Whoever decodes in its own process cannot end it."""
+    within = {
+        "services/common/decoder.py",
+        "services/common/pictures.py",
+        "services/compositor/making.py",
+    }
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in ("services", "gateway")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"import .*\bdecode(_opaque)?\b|Image\.open\(|imdecode", path.read_text())
+    }
+    assert found == within
 
 
 def test_every_png_says_srgb():

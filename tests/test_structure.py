@@ -19,9 +19,9 @@ from services.common.collage import Collage, Extent, Layer, Structure, Transform
 from services.common.errors import InvalidRequest, MissingBlobs, from_rpc
 from services.common.plate import Plate
 from services.common.settings import InvalidSetting
-from services.compositor import service
 from services.compositor.compose import compose
 from services.compositor.structure import ControlPicture, canny
+from services.compositor.work import parse
 from services.diffusion.networks import load
 from services.generator.conditioning import prepare
 from services.generator.controlnet import load_controlnet
@@ -225,7 +225,7 @@ def compose_request(*structures, **changes):
 
 def test_a_plates_digest_knows_kinds_and_pictures_but_neither_scales_nor_windows():
     def digest(*structures):
-        return service.parse(compose_request(*structures)).digest()
+        return parse(compose_request(*structures)).digest()
 
     picture = {"blob": {"sha256": "1" * 64, "size_bytes": 9}}
     plain = digest([])
@@ -240,7 +240,7 @@ def test_a_plates_digest_knows_kinds_and_pictures_but_neither_scales_nor_windows
 
 def test_a_kind_that_nobody_here_can_draw_needs_an_image():
     with pytest.raises(InvalidRequest) as refused:
-        service.parse(compose_request([], [{"kind": "canny"}, {"kind": "depth"}]))
+        parse(compose_request([], [{"kind": "canny"}, {"kind": "depth"}]))
     (violation,) = refused.value.violations
     assert violation.field == "collage.layers[1].structure[1].kind"
     assert "depth" in violation.description and "needs an image" in violation.description

@@ -1,9 +1,9 @@
 """Encoded pictures to pixels and back, for every service alike: `decode`, `decode_opaque`, `encode_png`.
 
 Pixels are uint8 sRGB, upright, alpha straight. What a file claims to be is not trusted: the format is sniffed, and
-every limit is checked on the header, before a pixel is decoded. What stands beside the pixels (texts, EXIF, profiles)
-may be damaged without the picture being so. All bytes of strangers pass through `_decode`. The gateway decodes no
-picture and imports none of this.
+before a pixel is decoded every limit is checked on the header, and the passes over the pixels are counted. What stands
+beside the pixels (texts, EXIF, profiles) may be damaged without the picture being so. All bytes of strangers pass
+through `_decode`, in a process that can be ended (`Confined`). The gateway decodes no picture and imports none of this.
 
 Suffixes: H, W pixels; 4 = R, G, B, A; 3 = R, G, B.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from services.common import png
+from services.common import jpeg, png
 from services.common.color import to_srgb
 from services.common.png import Png
 
@@ -26,6 +26,8 @@ MAX_ENCODED_BYTES = 32 * 1024 * 1024
 # The largest picture that is decoded: 64 MiB as RGBA.
 MAX_PIXELS = 16_000_000
 FORMATS = ("PNG", "WEBP", "JPEG")
+# Scans of a JPEG; writers make about ten. Each costs a pass over all pixels, however little it holds.
+MAX_SCANS = 100
 # zlib's own default, named so that a change of Pillow's cannot change digests.
 PNG_COMPRESS_LEVEL = 6
 # The body of an sRGB chunk: rendering intent "perceptual", the one meant for pictures.
@@ -73,7 +75,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise InvalidPicture(f"has {len(data)} bytes", f"from 1 to {MAX_ENCODED_BYTES} bytes")
     try:
         return _decode(data)
-    except InvalidPicture:
+    except (InvalidPicture, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidPicture("has far too many pixels", f"at most {MAX_PIXELS} pixels") from error
@@ -112,6 +114,10 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 def _decode(data: bytes) -> NDArray[np.uint8]:
     parts = Png.of(data) if data.startswith(png.SIGNATURE) else None
+    if parts and parts.chunks > png.MAX_CHUNKS:
+        raise InvalidPicture(f"has more than {png.MAX_CHUNKS} chunks", f"at most {png.MAX_CHUNKS}")
+    if data.startswith(jpeg.SIGNATURE) and (scans := jpeg.scans(data)) > MAX_SCANS:
+        raise InvalidPicture(f"has {scans} scans or more", f"at most {MAX_SCANS} scans")
     with Image.open(BytesIO(parts.pixels if parts else data), formats=FORMATS) as image:
         _check_header(image, parts)
         image.load()

@@ -5,6 +5,7 @@ damaged or unpack to megabytes. So they are read here, each bounded, each passed
 decoder of pixels sees only what pixels are made of. This module decodes none.
 """
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ MAX_PROFILE_BYTES = 16 * 1024 * 1024
 # Powers of light that some screen or camera has; gAMA chunks with others are slips of a writer.
 GAMMAS = (0.1, 10.0)
 GREY, RGB, PALETTE = 0, 2, 3
+# Chunks that are looked at. Writers make one of every few kilobytes of pixels, or of every row.
+MAX_CHUNKS = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,7 @@ class Png:
 
     pixels: a PNG of the same pixels and nothing else.
     depth: bits a channel, or of a palette's index.
+    chunks: how many it has; above `MAX_CHUNKS` the rest was not looked at.
     is_animated: whether it has more pictures than one.
     key: the one transparent colour of a grey or RGB picture, as its channels at 8 bits.
     profiles: ICC profiles of its colours, the most binding first; none for sRGB.
@@ -34,6 +38,7 @@ class Png:
 
     pixels: bytes
     depth: int
+    chunks: int
     is_animated: bool
     key: tuple[int, ...] | None
     profiles: tuple[bytes, ...]
@@ -44,8 +49,9 @@ class Png:
         """The parts of an encoded file that begins with `SIGNATURE`; what is damaged in its pixels stays so."""
         kept: list[bytes] = [SIGNATURE]
         beside: dict[bytes, bytes] = {}
-        depth, kind = 0, -1
-        for name, body, whole in _chunks(data):
+        depth, kind, chunks = 0, -1, 0
+        for name, body, whole in itertools.islice(_chunks(data), MAX_CHUNKS + 1):
+            chunks += 1
             if name == b"IHDR" and len(body) == 13:
                 depth, kind = body[8], body[9]
             # A capital letter in front marks what no decoder may pass over; a palette's transparency is a part of it.
@@ -56,6 +62,7 @@ class Png:
         return cls(
             pixels=b"".join(kept),
             depth=depth,
+            chunks=chunks,
             # APNG: number of frames, number of rounds.
             is_animated=beside.get(b"acTL", b"")[:4] not in (b"", b"\0\0\0\1"),
             key=_key(beside.get(b"tRNS", b""), depth, kind),

@@ -68,6 +68,8 @@ MESSAGE_S = 120.0
 # How long health says NOT_SERVING before new calls are refused, so that balancers hear of it.
 LAME_DUCK_S = 0.2
 REQUEST_ID_KEY = "x-request-id"
+# For whom a service of ours calls another: what its own caller is known by. Strangers are known by their connection.
+CALLER_KEY = "x-collage-caller"
 # What is taken over from a caller: it goes into every log line and into the headers of the calls made for it.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}", re.ASCII)
 # Messages of a repeated field that are searched for an unknown field: more than any right request has, so that whoever
@@ -128,6 +130,8 @@ Probe = Callable[[], Awaitable[None]]
 
 # When the call being answered must have ended, on the monotonic clock; infinity outside calls and for no deadline.
 _deadline_s: ContextVar[float] = ContextVar("deadline_s", default=math.inf)
+# Who the call being answered is worked for; empty outside calls.
+caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 def bounded(limit_s: float) -> float:
@@ -181,8 +185,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             else grpc.stream_unary_rpc_method_handler
         )
 
+        told = "" if self._is_edge else str(metadata.get(CALLER_KEY, ""))
+
         def begin(context: Any) -> _Call:
-            return _Call(details.method, request, context, self._admission)
+            return _Call(details.method, request, told, context, self._admission)
 
         return make(
             serve(behaviour, begin, is_streamed=handler.request_streaming),
@@ -302,16 +308,20 @@ async def _first(requests: AsyncIterator[_Received]) -> _Received:
 class _Call:
     """The span of one call: admits it, sets the request id, and turns what is raised inside into a status."""
 
-    def __init__(self, method: str, request_id: str, context: Any, admission: Admission) -> None:
+    def __init__(
+        self, method: str, request_id: str, caller: str, context: Any, admission: Admission
+    ) -> None:
         self.method = method
         self.request_id = request_id
         self.context = context
         self.peer = str(context.peer())
+        self.caller = caller or self.peer
         self.start = time.monotonic()
         self._admission = admission
 
     async def __aenter__(self) -> "_Call":
         request_id.set(self.request_id)
+        caller.set(self.caller)
         left_s = self.context.time_remaining()
         _deadline_s.set(math.inf if left_s is None else self.start + left_s)
         return self
@@ -540,5 +550,5 @@ def _target(address: str) -> str:
 
 def outgoing() -> Sequence[tuple[str, str]]:
     """Metadata for a call made on behalf of the current one."""
-    request = request_id.get()
-    return ((REQUEST_ID_KEY, request),) if request else ()
+    told = ((REQUEST_ID_KEY, request_id.get()), (CALLER_KEY, caller.get()))
+    return tuple((key, value) for key, value in told if value)

@@ -4,26 +4,38 @@ import asyncio
 import os
 
 from collage.v1 import compositor_service_pb2_grpc
+from services.common.confined import Confined
 from services.common.rpc import Server
 from services.common.settings import CompositorSettings as Settings
 from services.common.settings import open_blobs, read, run
 from services.common.telemetry import serve_metrics, start_logging
 from services.compositor.detector import open_detectors
-from services.compositor.service import CompositorServicer
+from services.compositor.service import LIMIT_S, MAX_RUNNING, MEMORY_BYTES, CompositorServicer
 
 
 async def build(settings: Settings) -> Server:
     """The compositor, wired and not yet started."""
     blobs = await open_blobs(settings.blobs)
     threads = settings.threads or len(os.sched_getaffinity(0))
+    # Opened here for what is wrong with them, and again by each process that draws with them.
     detectors = await asyncio.to_thread(open_detectors, settings.models, threads=threads)
-    servicer = CompositorServicer(blobs, detectors)
+    digests = {kind: detector.digest for kind, detector in detectors.items()}
+    work = Confined(
+        "services.compositor.making:confined",
+        settings.models,
+        f"{threads}",
+        processes=MAX_RUNNING,
+        limit_s=LIMIT_S,
+        memory_bytes=MEMORY_BYTES,
+    )
+    servicer = CompositorServicer(blobs, digests, work)
     server = Server("compositor", settings.address)
     compositor_service_pb2_grpc.add_CompositorServiceServicer_to_server(servicer, server.grpc)
     server.add("collage.v1.CompositorService")
     server.on_stopped(blobs.close)
-    server.on_stopped(servicer.close)
+    server.on_stopped(work.close)
     server.before_serving(blobs.ready)
+    server.before_serving(work.ready)
     return server
 
 

@@ -1,22 +1,17 @@
 """CompositorService over gRPC: requests to compositions, with pictures read from and written to the blob store.
 
-Main type: `CompositorServicer`. A composition is kept under the digest of its inputs, so that the same request is
-answered without being worked out again. This module knows no arithmetic on pixels.
+Main type: `CompositorServicer`. A composition is kept under the digest of its inputs, and equal requests at one time
+are worked out once. The work itself is done by processes that can be ended; this module sees no pixel.
 """
 
 import asyncio
-import hashlib
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
-from collage.v1 import collage_pb2, compositor_service_pb2, compositor_service_pb2_grpc
+from collage.v1 import compositor_service_pb2, compositor_service_pb2_grpc
 from services.common import limits, wire
 from services.common.blobs import (
     BlobCorrupt,
@@ -26,120 +21,48 @@ from services.common.blobs import (
     BlobTooLarge,
     put_blob,
 )
-from services.common.collage import DIALS, Collage, Extent, Picture, Redo, Structure
-from services.common.errors import (
-    Cancelled,
-    InvalidRequest,
-    MissingBlobs,
-    Overloaded,
-    Violation,
-    quote,
-)
-from services.common.pictures import (
-    MAX_ENCODED_BYTES,
-    InvalidPicture,
-    decode,
-    decode_opaque,
-    encode_png,
-)
-from services.compositor.compose import ComposedLayer, Composition, compose
-from services.compositor.placement import stretch
-from services.compositor.structure import DETECTORS, Detector
+from services.common.collage import Picture
+from services.common.confined import Confined
+from services.common.errors import InvalidRequest, MissingBlobs, Violation
+from services.common.pictures import MAX_ENCODED_BYTES
+from services.common.rpc import caller
+from services.compositor.turns import Turns
+from services.compositor.work import Work, parse
 
-# Part of every digest of inputs: raise it when the same inputs give another composition.
-VERSION = 3
-# Compositions worked out at once; each takes a core and, at worst, about 1.3 GiB, and what a detector's network takes.
-MAX_RUNNING = 2
-# Calls that may wait for their turn.
-MAX_WAITING = 64
+# Compositions worked out at once, one of them only for callers who have asked for little of late. Each takes a core
+# and, at worst, about 1.3 GiB, and what a detector's network takes.
+MAX_RUNNING = 3
+# Callers may have so many more wait for their turn, each of them and all together.
+MAX_CALLER_WAITING, MAX_WAITING = 32, 256
+# Longest that one may take. 32 layers of 16 megapixels take 20 s on two cores; the gateway asks for 100.
+LIMIT_S = 90.0
+# Most that a process may take that works them out.
+MEMORY_BYTES = 3 * 2**30
 # Encoded pictures of one collage together: they are all held while it is composed.
 MAX_COLLAGE_BYTES = 128 * 1024 * 1024
-MAX_LATENT_FACTOR = 64
 # A kept answer holds 32 layers and their warnings in well under this.
 MAX_ANSWER_BYTES = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """A checked request. `detectors`, by kind, draw what control pictures it does not bring."""
+@dataclass(slots=True)
+class _Making:
+    """A composition that is being made, and how many calls wait for it."""
 
-    collage: Collage
-    latent_factor: int
-    redo: Redo | None
-    detectors: Mapping[str, Detector] = field(default_factory=lambda: DETECTORS)
-
-    def pictures(self) -> dict[str, Picture]:
-        """Every picture by its field path."""
-        found = {f"collage.{path}": picture for path, picture in self.collage.pictures().items()}
-        if self.redo is not None:
-            found["redo.parent"] = self.redo.parent
-            # What lies under all layers is the parent.
-            found.pop("collage.background.image", None)
-        return found
-
-    def digest(self) -> str:
-        """Names the inputs: what the composition does not depend on, such as the words, is left out.
-
-        Of structure it depends on the kinds and the control pictures, or what draws them, not on how much and when they
-        count.
-        """
-        layers = tuple(
-            replace(
-                layer,
-                text="",
-                structure=tuple(
-                    Structure(kind=structure.kind, image=structure.image)
-                    for structure in sorted(layer.structure, key=lambda structure: structure.kind)
-                ),
-                appearance=None,
-                seed=None,
-            )
-            for layer in self.collage.layers
-        )
-        collage = replace(self.collage, prompt="", negative_prompt="", layers=layers)
-        message = compositor_service_pb2.ComposeRequest(
-            collage=wire.render_collage(collage), latent_factor=self.latent_factor
-        )
-        if self.redo is not None:
-            message.redo.parent.CopyFrom(wire.render_blob(self.redo.parent))
-            message.redo.layers.extend(self.redo.layers)
-            message.redo.feather = self.redo.feather
-            message.redo.restore_cutout = self.redo.restore_cutout
-        # No kind begins as a message does, so these words cannot be taken for a part of one.
-        words = [f"{VERSION}", *(f"{kind}={digest}" for kind, digest in self._drawn())]
-        inputs = " ".join([*words, ""]).encode() + message.SerializeToString(deterministic=True)
-        return hashlib.sha256(inputs).hexdigest()
-
-    def _drawn(self) -> list[tuple[str, str]]:
-        """The kinds that are drawn with a file, and the digests of their detectors."""
-        kinds = {
-            structure.kind
-            for layer in self.collage.layers
-            for structure in layer.structure
-            if structure.image is None
-        }
-        return [(kind, digest) for kind in sorted(kinds) if (digest := self.detectors[kind].digest)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
-    """An encoded composition: the plate, and PNGs of the composite and of each layer's mask."""
-
-    composition: Composition
-    plate: bytes
-    composite: bytes
-    masks: tuple[bytes, ...]
+    task: asyncio.Task[compositor_service_pb2.ComposeResponse]
+    waiting: int = 0
 
 
 class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
     """Composes collages whose pictures lie in `blobs`, with control pictures by `detectors`, by kind."""
 
-    def __init__(self, blobs: BlobStore, detectors: Mapping[str, Detector]) -> None:
+    def __init__(self, blobs: BlobStore, detectors: Mapping[str, str], work: Confined) -> None:
         self._blobs = blobs
         self._detectors = detectors
-        self._threads = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="compose")
-        self._turns = asyncio.Semaphore(MAX_RUNNING)
-        self._admitted = 0
+        self._work = work
+        self._turns = Turns(
+            running=MAX_RUNNING, waiting=MAX_WAITING, caller_waiting=MAX_CALLER_WAITING
+        )
+        self._making: dict[str, _Making] = {}
 
     async def Compose(
         self, request: compositor_service_pb2.ComposeRequest, context: Any
@@ -148,11 +71,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         work = parse(request, self._detectors)
         key = f"plates/{work.digest()}"
         answer = await self._kept(key)
-        if answer is None:
-            answer = await self._store(await self._make(work))
-            data = answer.SerializeToString(deterministic=True)
-            await self._blobs.put(key, data, media_type="application/x-protobuf")
-        return answer
+        return await self._shared(key, request, work) if answer is None else answer
 
     async def DescribeDetectors(
         self, request: compositor_service_pb2.DescribeDetectorsRequest, context: Any
@@ -160,28 +79,36 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         """See compositor_service.proto."""
         return compositor_service_pb2.DescribeDetectorsResponse(kinds=sorted(self._detectors))
 
-    async def close(self) -> None:
-        """Lets go of the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _make(self, work: Work) -> Files:
-        if self._admitted >= MAX_RUNNING + MAX_WAITING:
-            raise Overloaded(f"{MAX_WAITING} collages wait to be composed", retry_after_s=2.0)
-        self._admitted += 1
+    async def _shared(
+        self, key: str, request: compositor_service_pb2.ComposeRequest, work: Work
+    ) -> compositor_service_pb2.ComposeResponse:
+        """The answer of the one making of these inputs, which ends when nobody waits for it any more."""
+        making = self._making.get(key)
+        if making is None:
+            making = _Making(asyncio.create_task(self._make(key, request, work)))
+            self._making[key] = making
+        making.waiting += 1
         try:
-            async with self._turns:
-                data = await self._fetch(work.pictures())
-                loop = asyncio.get_running_loop()
-                # A thread cannot be stopped: that of a caller who left ends before its next layer.
-                abandoned = threading.Event()
-                try:
-                    return await loop.run_in_executor(
-                        self._threads, make, work, data, abandoned.is_set
-                    )
-                finally:
-                    abandoned.set()
+            return await asyncio.shield(making.task)
         finally:
-            self._admitted -= 1
+            making.waiting -= 1
+            if not making.waiting:
+                making.task.cancel()
+                del self._making[key]
+
+    async def _make(
+        self, key: str, request: compositor_service_pb2.ComposeRequest, work: Work
+    ) -> compositor_service_pb2.ComposeResponse:
+        async with self._turns.turn(caller.get()):
+            found = await self._fetch(work.pictures())
+            parts = await self._work.run(
+                [request.SerializeToString(), *(found[digest] for digest in work.stored())],
+                "collage",
+            )
+        answer = await self._store(parts)
+        data = answer.SerializeToString(deterministic=True)
+        await self._blobs.put(key, data, media_type="application/x-protobuf")
+        return answer
 
     async def _kept(self, key: str) -> compositor_service_pb2.ComposeResponse | None:
         """The answer given to these inputs before, if everything it refers to is still there."""
@@ -200,7 +127,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         return answer if answer.HasField("largest_noise") and all(stats) else None
 
     async def _fetch(self, pictures: Mapping[str, Picture]) -> dict[str, bytes]:
-        """The encoded pictures; equal ones are one object.
+        """The stored pictures, by their digests.
 
         Raises:
             MissingBlobs: naming every one that is not stored.
@@ -230,200 +157,22 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
                 "collage",
                 f"has pictures of {sum(sizes.values())} bytes in all; allowed: at most {MAX_COLLAGE_BYTES}",
             )
-        paths = {ref.key: path for path, ref in reversed(refs.items())}
-        found = {
-            key: await wire.read_blob(self._blobs, refs[path], path, limit_bytes=MAX_ENCODED_BYTES)
-            for key, path in paths.items()
-        }
+        paths = {ref.sha256: path for path, ref in reversed(refs.items())}
         return {
-            path: picture if isinstance(picture, bytes) else found[picture.key]
-            for path, picture in pictures.items()
+            digest: await wire.read_blob(
+                self._blobs, refs[path], path, limit_bytes=MAX_ENCODED_BYTES
+            )
+            for digest, path in paths.items()
         }
 
-    async def _store(self, files: Files) -> compositor_service_pb2.ComposeResponse:
-        plate = await put_blob(self._blobs, files.plate, media_type="application/vnd.safetensors")
-        composite, *masks = [
-            await put_blob(self._blobs, data, media_type="image/png")
-            for data in (files.composite, *files.masks)
-        ]
-        composition = files.composition
-        return compositor_service_pb2.ComposeResponse(
-            plate=wire.render_blob(plate),
-            composite=wire.render_blob(composite),
-            layers=[
-                _render_layer(layer, mask)
-                for layer, mask in zip(composition.layers, masks, strict=True)
-            ],
-            warnings=[
-                collage_pb2.Warning(
-                    reason=notice.reason, field=notice.field, message=notice.message
-                )
-                for notice in composition.notices
-            ],
-            largest_noise=float(composition.plate.strength_hw.max()),
-        )
-
-
-def parse(
-    request: compositor_service_pb2.ComposeRequest, detectors: Mapping[str, Detector] = DETECTORS
-) -> Work:
-    """The work a request asks for.
-
-    Args:
-        request: as it came.
-        detectors: by kind; a structure of any other needs an image.
-
-    Raises:
-        InvalidRequest: naming every wrong field.
-    """
-    collage = wire.parse_collage(request.collage)
-    check = wire.Checker()
-    factor = int(check.number("latent_factor", request.latent_factor, 1, MAX_LATENT_FACTOR))
-    check.done()
-    for name, side in (("width", collage.size.width), ("height", collage.size.height)):
-        below, above = side // factor * factor, -(-side // factor) * factor
-        nearest = [
-            f"{near}" for near in (below, above) if limits.MIN_SIDE <= near <= limits.MAX_SIDE
-        ]
-        if below != above:
-            check.refuse(
-                f"collage.size.{name}",
-                f"is {side}; allowed: multiples of {factor}, the nearest: {' and '.join(nearest)}",
-            )
-    for index, layer in enumerate(collage.layers):
-        for number, structure in enumerate(layer.structure):
-            if structure.image is None and structure.kind not in detectors:
-                check.refuse(
-                    f"collage.layers[{index}].structure[{number}].kind",
-                    f"is {quote(structure.kind)}, which needs an image: control pictures are made here "
-                    f"only of kind {', '.join(detectors)}",
-                )
-    redo = _parse_redo(request.redo, collage, check) if request.HasField("redo") else None
-    check.done()
-    return Work(collage=collage, latent_factor=factor, redo=redo, detectors=detectors)
-
-
-def make(
-    work: Work, data: Mapping[str, bytes], is_abandoned: Callable[[], bool] = lambda: False
-) -> Files:
-    """Decodes, composes, encodes: the part that takes a thread.
-
-    Args:
-        work: what to make.
-        data: its encoded pictures, by field path.
-        is_abandoned: whether nobody waits for it any more; asked before each layer.
-
-    Raises:
-        Cancelled: it was abandoned.
-        InvalidRequest: naming every picture that cannot be used.
-    """
-    composition = compose(
-        work.collage,
-        _cutouts(work.collage, data, is_abandoned),
-        _under(work, data),
-        latent_factor=work.latent_factor,
-        redo=work.redo,
-        supplied=lambda index, number: _control(work.collage, data, index, number),
-        detectors=work.detectors,
-    )
-    return Files(
-        composition=composition,
-        plate=composition.plate.to_bytes(),
-        composite=encode_png(composition.plate.composite_HWC),
-        masks=tuple(encode_png(layer.mask(work.collage.size)) for layer in composition.layers),
-    )
-
-
-def _parse_redo(
-    message: compositor_service_pb2.Redo, collage: Collage, check: wire.Checker
-) -> Redo:
-    names = {layer.name for layer in collage.layers}
-    if not message.layers:
-        check.refuse("redo.layers", "is empty; required: the names of the layers to draw again")
-    for index, name in enumerate(message.layers):
-        if name not in names:
-            check.refuse(
-                f"redo.layers[{index}]",
-                f"is {quote(name)}; allowed: the collage's layers, {', '.join(sorted(names))}",
-            )
-    return Redo(
-        parent=wire.parse_blob(message.parent, "redo.parent"),
-        layers=tuple(message.layers),
-        feather=check.number("redo.feather", message.feather, 0, limits.MAX_FEATHER),
-        restore_cutout=message.restore_cutout,
-    )
-
-
-def _cutouts(
-    collage: Collage, data: Mapping[str, bytes], is_abandoned: Callable[[], bool]
-) -> Iterator[NDArray[np.uint8]]:
-    """The layers' pictures from the top down."""
-    for index in reversed(range(len(collage.layers))):
-        if is_abandoned():
-            raise Cancelled("nobody waits for this composition")
-        try:
-            pixels_HW4 = decode(data[f"collage.layers[{index}].image"])
-        except InvalidPicture as error:
-            raise InvalidRequest(_faults(collage, data)) from error
-        yield pixels_HW4
-
-
-def _control(
-    collage: Collage, data: Mapping[str, bytes], index: int, number: int
-) -> NDArray[np.uint8]:
-    """The control picture that came with structure `number` of layer `index`."""
-    try:
-        return decode_opaque(data[f"collage.layers[{index}].structure[{number}].image"])
-    except InvalidPicture as error:
-        raise InvalidRequest(_faults(collage, data)) from error
-
-
-def _faults(collage: Collage, data: Mapping[str, bytes]) -> list[Violation]:
-    """What is wrong with which cut-outs and control pictures, in the order of the layers."""
-    faults = []
-    for below in collage.pictures():
-        path = f"collage.{below}"
-        if below.startswith("layers"):
-            check = decode_opaque if ".structure[" in below else decode
-            try:
-                check(data[path])
-            except InvalidPicture as error:
-                faults.append(Violation(field=path, description=str(error)))
-    return faults
-
-
-def _under(work: Work, data: Mapping[str, bytes]) -> NDArray[np.uint8]:
-    """What lies under all layers, of the canvas' size."""
-    size = work.collage.size
-    if work.redo is not None:
-        parent_HWC = _opaque("redo.parent", data)
-        height, width = parent_HWC.shape[:2]
-        if Extent(width=width, height=height) != size:
-            raise InvalidRequest.of(
-                "redo.parent",
-                f"is {width} x {height} pixels; required: the canvas' {size.width} x {size.height}",
-            )
-        return parent_HWC
-    if isinstance(work.collage.background, tuple):
-        return np.full((size.height, size.width, 3), work.collage.background, np.uint8)
-    background_HWC = _opaque("collage.background.image", data)
-    return stretch(background_HWC, width=size.width, height=size.height)
-
-
-def _opaque(path: str, data: Mapping[str, bytes]) -> NDArray[np.uint8]:
-    try:
-        return decode_opaque(data[path])
-    except InvalidPicture as error:
-        raise InvalidRequest.of(path, str(error)) from error
-
-
-def _render_layer(part: ComposedLayer, mask: BlobRef) -> collage_pb2.LayerPlan:
-    return collage_pb2.LayerPlan(
-        name=part.layer.name,
-        opacity=part.layer.opacity,
-        **{dial: getattr(part.dials, dial) for dial in DIALS},
-        visible_fraction=part.visible_fraction,
-        unoccluded_fraction=part.unoccluded_fraction,
-        mask=wire.render_blob(mask),
-        transform=wire.render_transform(part.transform),
-    )
+    async def _store(self, parts: Sequence[bytes]) -> compositor_service_pb2.ComposeResponse:
+        """The answer, with what it refers to stored; `parts` as `making.confined` gives them."""
+        rendered, plate, *pictures = parts
+        answer = compositor_service_pb2.ComposeResponse.FromString(rendered)
+        ref = await put_blob(self._blobs, plate, media_type="application/vnd.safetensors")
+        answer.plate.CopyFrom(wire.render_blob(ref))
+        places = [answer.composite, *(layer.mask for layer in answer.layers)]
+        for place, data in zip(places, pictures, strict=True):
+            ref = await put_blob(self._blobs, data, media_type="image/png")
+            place.CopyFrom(wire.render_blob(ref))
+        return answer

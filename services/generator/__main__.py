@@ -5,6 +5,7 @@ import math
 import os
 
 from collage.v1 import generator_service_pb2_grpc
+from services.common.decoder import Decoder
 from services.common.rpc import Server
 from services.common.settings import GeneratorSettings as Settings
 from services.common.settings import open_blobs, read, run
@@ -28,14 +29,16 @@ async def build(settings: Settings) -> Server:
         threads=settings.threads or len(os.sched_getaffinity(0)),
         memory_bytes=memory_bytes,
     )
+    decoder = Decoder()
     server = Server("generator", settings.address, drain=engine.drain)
     generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
-        GeneratorServicer(engine, blobs, limit_bytes=settings.request_memory * 2**30),
+        GeneratorServicer(engine, blobs, decoder, limit_bytes=settings.request_memory * 2**30),
         server.grpc,
     )
     server.add("collage.v1.GeneratorService")
     server.depends_on(engine.working)
     server.on_stopped(blobs.close)
+    server.on_stopped(decoder.close)
     server.before_serving(blobs.ready)
     server.before_serving(engine.warm_up)
     return server

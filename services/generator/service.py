@@ -34,9 +34,10 @@ from services.common.blobs import (
     put_blob,
 )
 from services.common.collage import DIALS, Dials, Extent, Sampling
+from services.common.decoder import Decoder
 from services.common.errors import InvalidRequest, ModelChanged, quote
 from services.common.field import Field
-from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode_opaque
+from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture
 from services.common.plate import Plate
 from services.common.rpc import bounded
 from services.common.telemetry import log
@@ -68,11 +69,14 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     limit_bytes: what a request may take beyond the weights; 0 for what the engine finds right.
     """
 
-    def __init__(self, engine: Engine[Any], blobs: BlobStore, *, limit_bytes: float) -> None:
+    def __init__(
+        self, engine: Engine[Any], blobs: BlobStore, decoder: Decoder, *, limit_bytes: float
+    ) -> None:
         self._engine = engine
         self._blobs = blobs
         self._limit_bytes = limit_bytes
         self._reading = asyncio.Semaphore(MAX_READING)
+        self._decoder = decoder
 
     async def Generate(
         self, request: generator_service_pb2.GenerateRequest, context: Any
@@ -279,7 +283,19 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             return None
         ref = wire.parse_blob(request.parent, "parent")
         data = await wire.read_blob(self._blobs, ref, "parent", limit_bytes=MAX_ENCODED_BYTES)
-        return await asyncio.to_thread(_decode_parent, data, _extent(plate))
+        try:
+            # The pixels the compositor composed over, so that only what differs from them counts as changed.
+            parent_HWC = await self._decoder.decode(data, "parent", is_opaque=True)
+        except InvalidPicture as error:
+            raise InvalidRequest.of("parent", str(error), reason="INVALID_PICTURE") from error
+        canvas = _extent(plate)
+        height, width = parent_HWC.shape[:2]
+        if Extent(width=width, height=height) != canvas:
+            raise InvalidRequest.of(
+                "parent",
+                f"is {width} x {height} pixels; required: the plate's {canvas.width} x {canvas.height}",
+            )
+        return parent_HWC
 
     async def _read_words(
         self, request: generator_service_pb2.GenerateRequest, card: GeneratorCard
@@ -428,21 +444,6 @@ def _controls(
 def _extent(plate: Plate) -> Extent:
     height, width = plate.release_HW.shape
     return Extent(width=width, height=height)
-
-
-def _decode_parent(data: bytes, canvas: Extent) -> NDArray[np.uint8]:
-    """The pixels the compositor composed over, so that only what differs from them counts as changed."""
-    try:
-        pixels_HWC = decode_opaque(data)
-    except InvalidPicture as error:
-        raise InvalidRequest.of("parent", str(error), reason="INVALID_PICTURE") from error
-    height, width = pixels_HWC.shape[:2]
-    if Extent(width=width, height=height) != canvas:
-        raise InvalidRequest.of(
-            "parent",
-            f"is {width} x {height} pixels; required: the plate's {canvas.width} x {canvas.height}",
-        )
-    return pixels_HWC
 
 
 def _render_model(card: GeneratorCard) -> collage_service_pb2.Model:

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from collage.v1 import inversion_service_pb2_grpc
+from services.common.decoder import Decoder
 from services.common.rpc import Server
 from services.common.settings import InversionSettings as Settings
 from services.common.settings import open_blobs, read, run
@@ -31,13 +32,15 @@ async def build(settings: Settings) -> Server:
         checkpoint_s=settings.checkpoint_s,
         memory_bytes=memory_bytes,
     )
+    decoder = Decoder()
     server = Server("inversion", settings.address, drain=engine.drain)
     inversion_service_pb2_grpc.add_InversionServiceServicer_to_server(
-        InversionServicer(engine, blobs), server.grpc
+        InversionServicer(engine, blobs, decoder), server.grpc
     )
     server.add("collage.v1.InversionService")
     server.depends_on(engine.working)
     server.on_stopped(blobs.close)
+    server.on_stopped(decoder.close)
     server.on_stopped(engine.close)
     server.before_serving(blobs.ready)
     return server

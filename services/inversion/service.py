@@ -19,6 +19,7 @@ from prometheus_client import Counter
 from collage.v1 import collage_service_pb2, inversion_service_pb2, inversion_service_pb2_grpc
 from services.common import limits, wire, words
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, BlobTooLarge
+from services.common.decoder import Decoder
 from services.common.errors import (
     CollageError,
     DataLoss,
@@ -28,7 +29,7 @@ from services.common.errors import (
     ModelChanged,
     quote,
 )
-from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture, decode
+from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture
 from services.common.rpc import bounded
 from services.common.telemetry import log
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
@@ -68,10 +69,11 @@ class Wanted:
 class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
     """Learns with `engine` from pictures in `blobs`."""
 
-    def __init__(self, engine: Engine, blobs: BlobStore) -> None:
+    def __init__(self, engine: Engine, blobs: BlobStore, decoder: Decoder) -> None:
         self._engine = engine
         self._blobs = blobs
         self._reading = asyncio.Semaphore(MAX_READING)
+        self._decoder = decoder
 
     async def LearnWords(
         self, request: inversion_service_pb2.LearnWordsRequest, context: Any
@@ -305,11 +307,12 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                 self._blobs, one.image, f"{one.field}.image", limit_bytes=MAX_ENCODED_BYTES
             )
 
-            def make() -> Subject:
-                return Subject.of(Image.fromarray(decode(data)), one.text, vectors=one.vectors)
-
             try:
-                subject = await asyncio.to_thread(make)
+                pixels_HW4 = await self._decoder.decode(data, f"{one.field}.image")
+                picture = Image.fromarray(pixels_HW4)
+                subject = await asyncio.to_thread(
+                    Subject.of, picture, one.text, vectors=one.vectors
+                )
             except (InvalidPicture, InvalidSubject) as error:
                 raise InvalidRequest.of(
                     f"{one.field}.image", str(error), reason="INVALID_PICTURE"
