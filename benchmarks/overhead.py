@@ -1,4 +1,4 @@
-"""Bar 5: control is nearly free.
+"""Bar 5: what control costs on a CPU.
 
     python -m benchmarks.overhead [--model mini] [--model sd15] [--rounds 15] [--steps 10]
 

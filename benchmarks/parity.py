@@ -1,13 +1,13 @@
 """Bar 2: without control and with one noise for all, we are diffusers' img2img pipeline, bit for bit.
 
-Five model folders are made on the spot, one of them distilled for few steps; every sampler, several strengths, with and
-without guidance, two pictures a call, fp32, one thread. First columns: largest difference of latents and pictures to
-`StableDiffusionImg2ImgPipeline` or `StableDiffusionXLImg2ImgPipeline`. Next columns: the noise map against the
-exact-level injection of `inject`, with strengths 0 and 1 only, and with five. Last columns: with one layer over the
-whole canvas that uses one ControlNet at scale 1, or two of them at other scales and for a part of the steps, against
-the ControlNet pipelines of the same two. Exit code 1 if anything differs. (UniPC's corrector would undo a hold that
-ends midway; ours leaves held cells alone, which a stock pipeline cannot be told, so for it the five strengths are not
-compared.)
+Five folders of toy models are made on the spot, one of them distilled for few steps; every sampler, several
+strengths, with and without guidance, two pictures a call, fp32, one thread of a CPU: other dtypes and devices are not
+compared. First columns: largest difference of latents and pictures to `StableDiffusionImg2ImgPipeline` or
+`StableDiffusionXLImg2ImgPipeline`. Next columns: the noise map against the exact-level injection of `inject`, with
+strengths 0 and 1 only, and with five. Last columns: with one layer over the whole canvas that uses one ControlNet at
+scale 1, or two of them at other scales and for a part of the steps, against the ControlNet pipelines of the same two.
+Exit code 1 if anything differs. (UniPC's corrector would undo a hold that ends midway; ours leaves held cells alone,
+which a stock pipeline cannot be told, so for it the five strengths are not compared.)
 
     python -m benchmarks.parity
 """

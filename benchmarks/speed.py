@@ -3,10 +3,11 @@
     python -m benchmarks.speed --model sdxl [--device cuda] [--dtype float16] [--layers 8] [--rounds 5] [--steps 30]
 
 A whole img2img, picture in and pictures out, by diffusers' stock pipeline without any control, and by our stages with
-as many layers as told that use every dial; 1 and 4 pictures a call, on canvases of 512 and 1024 pixels. Both share the
-weights in memory, dtype, steps, guidance and attention (torch's scaled dot product; nothing is compiled), and take
-turns. Models: `sd15` and `sdxl` are folders of the published shapes with random weights, made on the spot (2 and 7 GB
-of disk); `mini` is the bundled model, on 128 and 256 pixels; or any folder, or
+as many layers as told that use every dial, stepped in a loop: neither the engine, which schedules jobs and decodes
+beside the steps, nor the services are in the figures. 1 and 4 pictures a call, on canvases of 512 and 1024 pixels.
+Both share the weights in memory, dtype, steps, guidance and attention (torch's scaled dot product; nothing is
+compiled), and take turns. Models: `sd15` and `sdxl` are folders of the published shapes with random weights, made on
+the spot (2 and 7 GB of disk); `mini` is the bundled model, on 128 and 256 pixels; or any folder, or
 hub:OWNER/NAME@REVISION. Device and dtype left out are what the generator would take.
 
 Printed: seconds a picture, medians over the rounds; the median over rounds of ours by theirs in the same round; and on

@@ -26,9 +26,10 @@ if _version_not_supported:
 
 
 class CollageServiceStub:
-    """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
+    """Collages in, coherent pictures out. Errors of the service carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
-    blobs that must be uploaded first, RetryInfo when the service is full.
+    blobs that must be uploaded first, RetryInfo when the service is full. What gRPC itself answers (an unknown method, a
+    deadline that the client sees first) carries none.
 
     A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
     of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
@@ -121,9 +122,10 @@ class CollageServiceStub:
 
 
 class CollageServiceServicer:
-    """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
+    """Collages in, coherent pictures out. Errors of the service carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
-    blobs that must be uploaded first, RetryInfo when the service is full.
+    blobs that must be uploaded first, RetryInfo when the service is full. What gRPC itself answers (an unknown method, a
+    deadline that the client sees first) carries none.
 
     A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
     of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
@@ -133,7 +135,8 @@ class CollageServiceServicer:
     """
 
     def PlanCollage(self, request, context):
-        """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model.
+        """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
+        control pictures.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,7 +164,8 @@ class CollageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are.
+        """Stops exactly one job. It is CANCELLED at once; what is at work on it lets go within one step of denoising or training,
+        one call of an encoder or decoder, or the loading of a ControlNet. Finished jobs stay as they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -324,9 +328,10 @@ def add_CollageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CollageService:
-    """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
+    """Collages in, coherent pictures out. Errors of the service carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
-    blobs that must be uploaded first, RetryInfo when the service is full.
+    blobs that must be uploaded first, RetryInfo when the service is full. What gRPC itself answers (an unknown method, a
+    deadline that the client sees first) carries none.
 
     A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
     of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB

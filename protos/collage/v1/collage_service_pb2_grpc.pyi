@@ -27,9 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CollageServiceStub:
-    """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
+    """Collages in, coherent pictures out. Errors of the service carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
-    blobs that must be uploaded first, RetryInfo when the service is full.
+    blobs that must be uploaded first, RetryInfo when the service is full. What gRPC itself answers (an unknown method, a
+    deadline that the client sees first) carries none.
 
     A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
     of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
@@ -43,7 +44,9 @@ class CollageServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CollageServiceAsyncStub: ...
     PlanCollage: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.PlanCollageRequest, _collage_service_pb2.PlanCollageResponse]
-    """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model."""
+    """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
+    control pictures.
+    """
     CreateJob: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.CreateJobRequest, _collage_service_pb2.CreateJobResponse]
     """Queues work and answers at once. Idempotent by request_id."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.GetJobRequest, _collage_service_pb2.GetJobResponse]
@@ -51,7 +54,9 @@ class CollageServiceStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.ListJobsRequest, _collage_service_pb2.ListJobsResponse]
     """Newest first."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.CancelJobRequest, _collage_service_pb2.CancelJobResponse]
-    """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are."""
+    """Stops exactly one job. It is CANCELLED at once; what is at work on it lets go within one step of denoising or training,
+    one call of an encoder or decoder, or the loading of a ControlNet. Finished jobs stay as they are.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_collage_service_pb2.WatchJobRequest, _collage_service_pb2.WatchJobResponse]
     """Numbered events, from after a given number; ends after the terminal event. Resumable on any gateway."""
     GenerateImages: _grpc.UnaryStreamMultiCallable[_collage_service_pb2.GenerateImagesRequest, _collage_service_pb2.GenerateImagesResponse]
@@ -75,9 +80,10 @@ class CollageServiceStub:
 
 @_typing.type_check_only
 class CollageServiceAsyncStub(CollageServiceStub):
-    """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
+    """Collages in, coherent pictures out. Errors of the service carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
-    blobs that must be uploaded first, RetryInfo when the service is full.
+    blobs that must be uploaded first, RetryInfo when the service is full. What gRPC itself answers (an unknown method, a
+    deadline that the client sees first) carries none.
 
     A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
     of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
@@ -88,7 +94,9 @@ class CollageServiceAsyncStub(CollageServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PlanCollage: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.PlanCollageRequest, _collage_service_pb2.PlanCollageResponse]  # type: ignore[assignment]
-    """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model."""
+    """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
+    control pictures.
+    """
     CreateJob: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.CreateJobRequest, _collage_service_pb2.CreateJobResponse]  # type: ignore[assignment]
     """Queues work and answers at once. Idempotent by request_id."""
     GetJob: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.GetJobRequest, _collage_service_pb2.GetJobResponse]  # type: ignore[assignment]
@@ -96,7 +104,9 @@ class CollageServiceAsyncStub(CollageServiceStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.ListJobsRequest, _collage_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Newest first."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.CancelJobRequest, _collage_service_pb2.CancelJobResponse]  # type: ignore[assignment]
-    """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are."""
+    """Stops exactly one job. It is CANCELLED at once; what is at work on it lets go within one step of denoising or training,
+    one call of an encoder or decoder, or the loading of a ControlNet. Finished jobs stay as they are.
+    """
     WatchJob: _aio.UnaryStreamMultiCallable[_collage_service_pb2.WatchJobRequest, _collage_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Numbered events, from after a given number; ends after the terminal event. Resumable on any gateway."""
     GenerateImages: _aio.UnaryStreamMultiCallable[_collage_service_pb2.GenerateImagesRequest, _collage_service_pb2.GenerateImagesResponse]  # type: ignore[assignment]
@@ -119,9 +129,10 @@ class CollageServiceAsyncStub(CollageServiceStub):
     """Forgets a word."""
 
 class CollageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Collages in, coherent pictures out. Errors carry google.rpc details: ErrorInfo always (domain
+    """Collages in, coherent pictures out. Errors of the service carry google.rpc details: ErrorInfo always (domain
     "collage.v1"), BadRequest with field paths such as `collage.layers[2].noise`, PreconditionFailure for
-    blobs that must be uploaded first, RetryInfo when the service is full.
+    blobs that must be uploaded first, RetryInfo when the service is full. What gRPC itself answers (an unknown method, a
+    deadline that the client sees first) carries none.
 
     A message, a request or an answer, has at most 4 MiB (gRPC's default, so no client need raise its own): four inline pictures
     of the largest size already reach it. Larger requests answer INVALID_ARGUMENT with the reason MESSAGE_TOO_LARGE, above 8 MiB
@@ -136,7 +147,9 @@ class CollageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _collage_service_pb2.PlanCollageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_collage_service_pb2.PlanCollageResponse, _abc.Awaitable[_collage_service_pb2.PlanCollageResponse]]:
-        """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model."""
+        """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
+        control pictures.
+        """
 
     @_abc_1.abstractmethod
     def CreateJob(
@@ -168,7 +181,9 @@ class CollageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _collage_service_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_collage_service_pb2.CancelJobResponse, _abc.Awaitable[_collage_service_pb2.CancelJobResponse]]:
-        """Stops exactly one job, at work within one denoising step or one call of an encoder. Finished jobs stay as they are."""
+        """Stops exactly one job. It is CANCELLED at once; what is at work on it lets go within one step of denoising or training,
+        one call of an encoder or decoder, or the loading of a ControlNet. Finished jobs stay as they are.
+        """
 
     @_abc_1.abstractmethod
     def WatchJob(

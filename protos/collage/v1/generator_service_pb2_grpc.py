@@ -57,7 +57,7 @@ class GeneratorServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams steps, previews and pictures. Ending the call ends the work within one step.
+        """Streams steps, previews and pictures. Ending the call ends the work as CollageService.CancelJob says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class GeneratorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GeneratorServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generator_service_pb2.GenerateRequest, _generator_service_pb2.GenerateResponse]
-    """Streams steps, previews and pictures. Ending the call ends the work within one step."""
+    """Streams steps, previews and pictures. Ending the call ends the work as CollageService.CancelJob says."""
     DescribeModels: _grpc.UnaryUnaryMultiCallable[_generator_service_pb2.DescribeModelsRequest, _generator_service_pb2.DescribeModelsResponse]
     """What can be generated with."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_generator_service_pb2.EstimateRequest, _generator_service_pb2.EstimateResponse]
@@ -46,7 +46,7 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generator_service_pb2.GenerateRequest, _generator_service_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams steps, previews and pictures. Ending the call ends the work within one step."""
+    """Streams steps, previews and pictures. Ending the call ends the work as CollageService.CancelJob says."""
     DescribeModels: _aio.UnaryUnaryMultiCallable[_generator_service_pb2.DescribeModelsRequest, _generator_service_pb2.DescribeModelsResponse]  # type: ignore[assignment]
     """What can be generated with."""
     Estimate: _aio.UnaryUnaryMultiCallable[_generator_service_pb2.EstimateRequest, _generator_service_pb2.EstimateResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generator_service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generator_service_pb2.GenerateResponse], _abc.AsyncIterator[_generator_service_pb2.GenerateResponse]]:
-        """Streams steps, previews and pictures. Ending the call ends the work within one step."""
+        """Streams steps, previews and pictures. Ending the call ends the work as CollageService.CancelJob says."""
 
     @_abc_1.abstractmethod
     def DescribeModels(
