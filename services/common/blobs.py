@@ -287,18 +287,25 @@ class FolderBlobStore:
         """See `BlobStore.get`."""
 
         def get() -> bytes:
-            try:
-                with self._open(key) as (file, stat):
-                    if stat.size_bytes > limit_bytes:
-                        raise BlobTooLarge(key, stat.size_bytes, limit_bytes)
-                    data = file.read()
-                if hashlib.sha256(data).hexdigest() != stat.etag:
-                    raise BlobCorrupt(key)
-            except BlobCorrupt:
-                raise self._seen_damaged(key) from None
+            with self._open(key) as (file, stat):
+                if stat.size_bytes > limit_bytes:
+                    raise BlobTooLarge(key, stat.size_bytes, limit_bytes)
+                data = file.read()
+            if hashlib.sha256(data).hexdigest() != stat.etag:
+                raise BlobCorrupt(key)
             return data
 
-        return await self._run(get)
+        def unless_damaged() -> bytes:
+            try:
+                return get()
+            except BlobCorrupt:
+                told = self._seen_damaged(key)
+            if isinstance(told, BlobCorrupt):
+                raise told
+            # Somebody healed it meanwhile.
+            return get()
+
+        return await self._run(unless_damaged)
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         """See `BlobStore.read`."""

@@ -70,6 +70,8 @@ _FULL = frozenset(
         "XMinioStorageFull",
     }
 )
+# Times a blob is read whose bytes were wrong once and right on a second look.
+_LOOKS = 3
 _FULL_STATUS, _DENIED_STATUSES = 507, (401, 403)
 # What the client raises when a request fails.
 _FAILURES = (minio.error.MinioException, urllib3.exceptions.HTTPError, OSError)
@@ -192,13 +194,17 @@ class S3BlobStore:
                 response.release_conn()
                 return data, response.headers
 
-        data, headers = await self._request(get, key)
-        digest, expected = hashlib.sha256(data).hexdigest(), _expected(key, headers)
-        if expected not in (None, digest):
+        for _ in range(_LOOKS):
+            data, headers = await self._request(get, key)
+            digest, expected = hashlib.sha256(data).hexdigest(), _expected(key, headers)
+            if expected in (None, digest):
+                return data
             if not data and headers.get(_DIGEST_HEADER) == _EMPTY_SHA256:
                 raise BlobMissing(key)
-            raise await self._seen_damaged(key, headers["ETag"].strip('"'))
-        return data
+            told = await self._seen_damaged(key, headers["ETag"].strip('"'))
+            if isinstance(told, BlobCorrupt):
+                break
+        raise told
 
     async def read(self, key: str) -> AsyncIterator[bytes]:
         """See `BlobStore.read`. Each chunk is a request of its own, and can be tried again."""
