@@ -26,6 +26,8 @@ _T = TypeVar("_T")
 _BUSY_S = 30.0
 # Seconds that a start looks for damage at most, and how many of SQLite's steps pass between two looks at the clock.
 _LOOK_S, _STEPS_PER_LOOK = 2.0, 10_000
+# No page of SQLite is smaller.
+_LEAST_PAGE_BYTES = 512
 # What the file beside the database takes that its processes share; with less on the disk SQLite opens nothing.
 _LEAST_ROOM_BYTES = 64 * 1024
 _SCHEMA_VERSION = 2
@@ -70,6 +72,8 @@ CREATE INDEX open_jobs ON jobs (number, state, held_at, held_s, id)
 CREATE TABLE news (number INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL);
 """
 _TABLES = {"jobs", "events"}
+# No part of the schema's version: it makes counting quick, and nobody misses it.
+_COUNTED = "CREATE INDEX IF NOT EXISTS states ON jobs (state)"
 
 
 class Database:
@@ -79,8 +83,9 @@ class Database:
         self._path = path
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._connection: sqlite3.Connection
-        # Device and inode: a file of the same name is another one.
-        self._place: tuple[int, int]
+        # Device and inode, for a file of the same name is another one; and its size, which only grows.
+        self._place: tuple[int, int] | None = None
+        self._size_bytes = 0
         self._is_closed = False
 
     @classmethod
@@ -130,7 +135,8 @@ class Database:
             with _transaction(self._connection):
                 result = work()
                 # What is written to a file without a name is lost with the process.
-                self._check_place()
+                if (lost := self._lost()) is not None:
+                    raise lost
             then()
             return result
 
@@ -158,8 +164,12 @@ class Database:
             # Its owner's alone; SQLite gives the files beside it the same mode.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
         except FileExistsError:
-            if path.stat().st_size == 0:
+            size_bytes = path.stat().st_size
+            if size_bytes == 0:
                 log.warning("the jobs database is empty: a new queue begins", path=str(path))
+            elif size_bytes < _LEAST_PAGE_BYTES:
+                # SQLite takes it for an empty one, and writes over it.
+                raise sqlite3.DatabaseError("file is not a database") from None
         self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
         try:
             self._prepare()
@@ -168,6 +178,7 @@ class Database:
             raise
         state = path.stat()
         self._place = (state.st_dev, state.st_ino)
+        self._size_bytes = state.st_size
 
     def _prepare(self) -> None:
         self._connection.row_factory = sqlite3.Row
@@ -191,6 +202,7 @@ class Database:
                 )
             for statement in ";".join((_SCHEMA, _SECOND)[version:]).split(";"):
                 self.execute(statement)
+            self.execute(_COUNTED)
             self.touch()
 
     def _look_through(self) -> None:
@@ -209,15 +221,21 @@ class Database:
         if found != "ok":
             raise sqlite3.DatabaseError(found.splitlines()[-1])
 
-    def _check_place(self) -> None:
-        """Raises `JobsUnusable` where the file is not where it was opened."""
+    def _lost(self) -> JobsUnusable | None:
+        """What to say where the file is not the one that was opened, or not all of it; None where it is."""
+        if self._place is None:
+            return None
+        what = "deleted or replaced"
         with contextlib.suppress(FileNotFoundError):
             state = self._path.stat()
             if (state.st_dev, state.st_ino) == self._place:
-                return
-        raise JobsUnusable(
-            f"{self._path} was deleted or replaced while it was served: put it back, or start the server again, "
-            "which begins with the file that is there then, or with an empty queue"
+                if state.st_size >= self._size_bytes:
+                    self._size_bytes = state.st_size
+                    return None
+                what = "cut short"
+        return JobsUnusable(
+            f"{self._path} was {what} while it was served: put back what was there, or start the server again, which "
+            "goes on with what it finds then, or begins with an empty queue"
         )
 
     def _failure(self, error: sqlite3.DatabaseError | OSError) -> JobsUnavailable | None:
@@ -240,7 +258,7 @@ class Database:
                 f"no space is left for {path}: free some, or move the data to a larger disk"
             )
         if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return JobsUnusable(
+            return self._lost() or JobsUnusable(
                 f"{path} is damaged, or no database ({detail}): move it away, with {path.name}-wal and -shm, "
                 f"to begin with an empty queue; `sqlite3 {path} .recover | sqlite3 NEW` saves what can be read. "
                 "Stored pictures are not touched"
