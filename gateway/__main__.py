@@ -1,23 +1,27 @@
 """The gateway process: `python -m gateway`."""
 
+import functools
 import socket
 
 from collage.v1 import collage_service_pb2_grpc as collage_grpc
 from collage.v1 import compositor_service_pb2_grpc as compositor_grpc
 from collage.v1 import generator_service_pb2_grpc as generator_grpc
 from collage.v1 import inversion_service_pb2_grpc as inversion_grpc
-from gateway.jobs import Jobs, QueuePolicy
+from gateway.jobs import Jobs, JobsError, QueuePolicy
 from gateway.models import Models
 from gateway.pipeline import Pipeline
 from gateway.plan import Planner
 from gateway.service import CollageServicer
 from gateway.stages import Stages
+from gateway.storage import Storage
 from gateway.words import Words
 from gateway.worker import Worker, exhausted_event
 from services.common.rpc import Server, connect
 from services.common.settings import GatewaySettings as Settings
 from services.common.settings import InvalidSetting, open_blobs, read, run
-from services.common.telemetry import serve_metrics, start_logging
+from services.common.telemetry import log, serve_metrics, start_logging
+
+SERVICE = "collage.v1.CollageService"
 
 
 async def open_jobs(settings: Settings) -> Jobs:
@@ -47,6 +51,7 @@ async def build(settings: Settings) -> Server:
     """The gateway, wired and not yet started."""
     blobs = await open_blobs(settings.blobs, public=settings.public_blobs)
     jobs = await open_jobs(settings)
+    log.info("queue open; every gateway that opens it shares its jobs")
     compositor, inversion, generator = map(
         connect, (settings.compositor, settings.inversion, settings.generator)
     )
@@ -67,7 +72,9 @@ async def build(settings: Settings) -> Server:
         inversion=inverting,
     )
     collage_grpc.add_CollageServiceServicer_to_server(servicer, server.grpc)
-    server.add("collage.v1.CollageService")
+    server.add(SERVICE)
+    storage = Storage(blobs, jobs, tell=functools.partial(server.able, SERVICE))
+    server.depends_on(storage.watch)
     for close in (
         blobs.close,
         jobs.close,
@@ -87,7 +94,10 @@ async def main() -> None:
     settings = read(Settings)
     start_logging(f"gateway@{socket.gethostname()}", level=settings.log_level)
     serve_metrics(settings.metrics_port, settings.address)
-    await (await build(settings)).run()
+    try:
+        await (await build(settings)).run()
+    except JobsError as error:
+        raise SystemExit(f"gateway: {error}") from None
 
 
 if __name__ == "__main__":

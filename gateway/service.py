@@ -35,13 +35,13 @@ from gateway.outcome import Outcome
 from gateway.plan import Planner
 from gateway.request import digest_of, parse, parse_generate, request_id_of, seed_of
 from gateway.stages import ASK_TIMEOUT_S, asked
+from gateway.storage import storage_error
 from gateway.uploads import Blobs
 from gateway.words import Words
 from gateway.worker import cancelled_event
 from services.common import wire
 from services.common.blobs import BlobStore, blob_key
 from services.common.errors import (
-    CollageError,
     InvalidRequest,
     MissingBlobs,
     NotFound,
@@ -121,7 +121,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
                     message = collage_service_pb2.JobEvent.FromString(event.payload)
                     outcome.add(message, event.sequence)
             except JobsUnavailable as error:
-                raise _storage_down() from error
+                raise storage_error(error) from error
         job = render_job(record)
         job.MergeFrom(outcome.job)
         for image in job.images:
@@ -138,7 +138,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         except ValueError:
             raise _bad_token(request.page_token) from None
         except JobsUnavailable as error:
-            raise _storage_down() from error
+            raise storage_error(error) from error
         return collage_service_pb2.ListJobsResponse(
             jobs=map(render_job, records), next_page_token=token
         )
@@ -153,7 +153,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
                 record.id, payload=cancelled_event().SerializeToString()
             )
         except JobsUnavailable as error:
-            raise _storage_down() from error
+            raise storage_error(error) from error
         return collage_service_pb2.CancelJobResponse(job=render_job(record))
 
     async def WatchJob(
@@ -299,7 +299,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         except QueueFull as error:
             raise Overloaded(str(error), retry_after_s=error.retry_after_s) from error
         except JobsUnavailable as error:
-            raise _storage_down() from error
+            raise storage_error(error) from error
 
     async def _known(self, request_id: str, digest: str) -> JobRecord | None:
         """The job that this very request has already, None where there is none.
@@ -312,7 +312,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         except JobMissing:
             return None
         except JobsUnavailable as error:
-            raise _storage_down() from error
+            raise storage_error(error) from error
         if job_pb2.AcceptedJob.FromString(record.body).request_digest == digest:
             return record
         raise InvalidRequest.of(
@@ -343,7 +343,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         except (JobMissing, ValueError):
             raise NotFound(f"no job {quote(name)}", reason="JOB_NOT_FOUND") from None
         except JobsUnavailable as error:
-            raise _storage_down() from error
+            raise storage_error(error) from error
 
     async def _watch(
         self, record: JobRecord, after: int
@@ -364,7 +364,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         except JobMissing:
             raise NotFound(f"no job {quote(f'jobs/{record.id}')}", reason="JOB_NOT_FOUND") from None
         except JobsUnavailable as error:
-            raise _storage_down() from error
+            raise storage_error(error) from error
 
     async def _render_event(self, job_id: str, event: Event) -> collage_service_pb2.JobEvent:
         message = collage_service_pb2.JobEvent.FromString(event.payload)
@@ -445,7 +445,3 @@ def _bad_token(token: str) -> InvalidRequest:
     return InvalidRequest.of(
         "page_token", f"is {quote(token)}; allowed: empty, or next_page_token of the page before"
     )
-
-
-def _storage_down() -> CollageError:
-    return Unavailable("the job storage does not answer", reason="STORAGE_UNAVAILABLE")

@@ -35,6 +35,8 @@ from services.common.telemetry import log, request_id
 CLAIM_WAIT_S = 5.0
 # Pause after the queue's storage did not answer.
 STORAGE_PAUSE_S = 1.0
+# How often a failure of it is told that lasts.
+TOLD_EVERY_S = 60.0
 COUNT_EVERY_S = 30.0
 # How long a job that was given back because a part is down or full rests, doubled from one time to the next.
 FIRST_REST_S, LONGEST_REST_S = 2.0, 60.0
@@ -57,6 +59,8 @@ class Worker:
         self._words = words
         self._name = f"worker-{uuid.uuid4().hex[:8]}"
         self._draining = asyncio.Event()
+        # The failure of the storage that was told last, and when.
+        self._told = ("", 0.0)
         self._slots = [asyncio.create_task(self._slot()) for _ in range(slots)]
         self._housework = [asyncio.create_task(work()) for work in (self._count, self._sweep)]
 
@@ -80,7 +84,7 @@ class Worker:
                 if claim is not None:
                     await self._work(claim)
             except JobsUnavailable as error:
-                log.warning("job storage unavailable", message=str(error))
+                self._tell("job storage unavailable", error)
                 await asyncio.sleep(STORAGE_PAUSE_S)
             except ClaimLost as error:
                 log.warning("claim lost", message=str(error))
@@ -88,6 +92,13 @@ class Worker:
                 # One job must not take a slot down with it; its lease runs out and it is tried again.
                 log.exception("slot failed")
                 await asyncio.sleep(STORAGE_PAUSE_S)
+
+    def _tell(self, event: str, error: JobsUnavailable) -> None:
+        """Says now and then what all slots meet, again and again, for as long as it lasts."""
+        message, before_s = self._told
+        if message != str(error) or time.monotonic() > before_s + TOLD_EVERY_S:
+            self._told = (str(error), time.monotonic())
+            log.warning(event, message=str(error))
 
     async def _next(self) -> Claim | None:
         """The next claim, or None when a drain begins or none came in time."""
@@ -214,7 +225,7 @@ class Worker:
                 await self._jobs.extend(claim)
             except JobsUnavailable as error:
                 # The lease may outlive the outage; if it does not, the next extension says so.
-                log.warning("lease not extended", job=claim.job.id, message=str(error))
+                self._tell("leases not extended", error)
 
     async def _count(self) -> None:
         while True:

@@ -16,10 +16,11 @@ import services.compositor.__main__ as compositor
 import services.generator.__main__ as generator
 import services.inversion.__main__ as inversion
 from collage.v1.collage_service_pb2 import JobError, JobEvent
-from gateway.jobs import JobState
+from gateway.jobs import JobsError, JobState
 from local.residence import Kind, Residence, Resident, model_key, program, seen
 from local.served import model_files, models_setting
 from local.variables import settings
+from services.common.blobs import BlobStoreError
 from services.common.errors import Cancelled
 from services.common.rpc import Server
 from services.common.settings import (
@@ -129,6 +130,9 @@ async def start(
         word_steps: training steps of a learned word at most, 0 for what `COLLAGE_WORD_STEPS` says, or the default.
         is_fresh: whether jobs that an earlier server left are cancelled rather than taken up, because the commands that
             asked for them ended with it. Only for the one server of its data folder.
+
+    Raises:
+        OSError: what the data folder holds cannot be used, and what to do.
     """
 
     def at(service: str, address: str = ANY_PORT) -> str:
@@ -170,9 +174,11 @@ async def start(
         servers.append(fronting)
         serve_metrics(own.metrics_port, own.address)
         await fronting.start()
-    except BaseException:
+    except BaseException as error:
         for server in reversed(servers):
             await server.stop(drain_s=0)
+        if isinstance(error, BlobStoreError | JobsError):
+            raise OSError(str(error)) from error
         raise
     return Embedded(servers)
 

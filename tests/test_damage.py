@@ -8,9 +8,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collage.v1 import blob_pb2
 from collage.v1 import collage_service_pb2 as pb
+from gateway import storage
 from services.common.errors import CollageError, DataLoss, MissingBlobs, from_rpc, from_status
 from testing.system import LIMIT_S, System, collage, cutout, layer, running, upload
 from tests.test_blobs import HARM
@@ -172,3 +174,26 @@ async def test_damage_is_told_once_with_the_digest(tmp_path):
             await system.generate(request())
         await caller.send()
         await system.fetch(blob)
+
+
+@pytest.mark.parametrize("ruin", [gone, by(HARM["emptied"])], ids=["gone", "emptied"])
+async def test_a_jobs_database_that_goes_is_told_and_takes_no_job(tmp_path, monkeypatch, ruin):
+    """CreateJob said OK, and the job was gone after the next start."""
+    monkeypatch.setattr(storage, "LOOK_S", 0.1)
+    async with running(tmp_path) as system:
+        health = health_pb2_grpc.HealthStub(system.channel)
+        asked = health_pb2.HealthCheckRequest(service="collage.v1.CollageService")
+        seen = health.Watch(asked, timeout=LIMIT_S)
+        assert (await anext(aiter(seen))).status == health_pb2.HealthCheckResponse.SERVING
+        ruin(tmp_path / "data" / "jobs.sqlite")
+        assert (await anext(aiter(seen))).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        job = pb.CreateJobRequest(
+            request_id=str(uuid.uuid4()), generate={"collage": collage(), "sampling": {"steps": 2}}
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await system.stub.CreateJob(job, timeout=LIMIT_S)
+        error = from_rpc(told.value)
+        assert (told.value.code().name, error.reason) == ("UNAVAILABLE", "JOBS_UNUSABLE")
+        assert str(tmp_path) not in error.message
+        answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -267,7 +267,7 @@ class Jobs(Protocol):
         ...
 
     async def ready(self) -> None:
-        """Do a real round trip that changes the store; raises `JobsUnavailable` where that fails."""
+        """Do a real round trip to the store; raises `JobsUnavailable` where that fails."""
         ...
 
     async def close(self) -> None:

@@ -186,7 +186,7 @@ class SqliteJobs:
         return await self._database.run(lambda: self._table.position(job_id))
 
     async def ready(self) -> None:
-        """See `Jobs.ready`."""
+        """See `Jobs.ready`: a change, which needs room as any other."""
         await self._change(self._database.touch)
 
     async def close(self) -> None:

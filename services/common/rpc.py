@@ -427,6 +427,8 @@ class Server:
         self._watchers: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._status = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._unable: set[str] = set()
         host, _, _ = address.rpartition(":")
         try:
             port = self.grpc.add_insecure_port(_target(address))
@@ -448,6 +450,17 @@ class Server:
         It returns where the part has ended in order.
         """
         self._parts.append(part)
+
+    async def able(self, full_name: str, is_able: bool) -> None:
+        """Has health say NOT_SERVING of a service that cannot do its work now, and of the server itself what it said.
+
+        Who asks for the server, as whoever restarts it or sends it calls does, is told that it answers.
+        """
+        if is_able:
+            self._unable.discard(full_name)
+        else:
+            self._unable.add(full_name)
+        await self._set_health(self._status)
 
     def on_stopped(self, close: Callable[[], Awaitable[None]]) -> None:
         """Has `close` awaited once the last call has ended; the latest first."""
@@ -522,11 +535,12 @@ class Server:
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _set_health(self, status: Any) -> None:
+        self._status = status
         for name in ("", *self._names):
             # A start under way does not overrule it.
-            has_failed = self._failed.is_set()
+            is_down = self._failed.is_set() or name in self._unable
             await self._health.set(
-                name, health_pb2.HealthCheckResponse.NOT_SERVING if has_failed else status
+                name, health_pb2.HealthCheckResponse.NOT_SERVING if is_down else self._status
             )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from services.common.blobs import BlobStore, FolderBlobStore
+from services.common.blobs import BlobStore, BlobStoreUnavailable, FolderBlobStore
 
 PREFIX = "COLLAGE_"
 
@@ -257,9 +257,15 @@ def read(
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """A process from its start to its end: exit status 2 and a sentence instead of a traceback for a wrong setting."""
+    """A process from its start to its end: a sentence instead of a traceback, and exit status 2, for a wrong setting.
+
+    1 for storage that cannot be used.
+    """
     try:
         asyncio.run(main())
+    except BlobStoreUnavailable as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(1) from None
     except InvalidSetting as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(2) from None
