@@ -16,7 +16,8 @@
 
 `AsyncCollageClient` has the same verbs with `await`: `job = await client.generate(collage)`, `async for event in job`,
 `await job.result()`. A collage may also be the raw message (`collage.v1`), or come from a file:
-`files.attach(files.load(Path("examples/bento")))`. Needs grpcio, protobuf and, for files, pyyaml.
+`files.attach(files.load(Path("examples/bento")))`. Needs grpcio, protobuf, googleapis-common-protos
+and, for files, pyyaml.
 
 What a call raises:
 

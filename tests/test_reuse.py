@@ -59,7 +59,7 @@ def started(*words):
 
 def drawing(folder, *served):
     """A long drawing, once it draws."""
-    words = ("generate", folder, "--out", folder / "long", "--steps", 1000, *served)
+    words = ("generate", folder, "--out", folder / "long", "--steps", 900, *served)
     process = started(*words)
     for line in process.stderr:
         if "step" in line:
