@@ -1,5 +1,6 @@
 """Variables of the environment: none is misspelt in silence, none is dropped, all are told of in one place."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from local import embedded
 from local.layout import lay_out
+from local.processes import free_port
 from local.residence import program
 from local.variables import settings
 from services.common.settings import (
@@ -25,6 +27,7 @@ from services.common.settings import (
 )
 from services.generator.scheduler import Scheduler
 from services.inversion.learn import Recipe
+from testing import toy
 
 ROOT = Path(__file__).parents[1]
 EVERY = sorted({variable(each.name) for kind in PARTS.values() for each in fields(kind)})
@@ -162,6 +165,22 @@ async def test_a_system_in_one_process_keeps_to_the_environment(tmp_path, monkey
     monkeypatch.setenv("COLLAGE_MODEL_MEMORY", "0.000001")
     with pytest.raises(InvalidSetting, match="COLLAGE_MODEL_MEMORY is 1e-06"):
         await embedded.start(tmp_path / "data", threads=1)
+
+
+async def test_a_system_in_one_process_answers_scrapes_where_it_is_told(tmp_path, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("COLLAGE_METRICS_PORT", str(port))
+    model = str(toy.mini(tmp_path / "model"))
+    server = await embedded.start(tmp_path / "data", model=model, threads=1)
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        with pytest.raises(
+            OSError, match=f"COLLAGE_METRICS_PORT: cannot listen on .*:{port}: Addr"
+        ):
+            await embedded.start(tmp_path / "other", model=model, threads=1)
+    finally:
+        await server.stop()
 
 
 def test_each_part_of_a_cluster_is_told_what_is_meant_for_it(tmp_path, monkeypatch):
