@@ -57,4 +57,4 @@ def storage_error(error: JobsUnavailable) -> CollageError:
             "the job storage is damaged, gone or closed to the server, whose log says what its operator can do",
             reason="JOBS_UNUSABLE",
         )
-    return Unavailable("the job storage does not answer", reason="STORAGE_UNAVAILABLE")
+    return Unavailable("the job storage fails or does not answer", reason="STORAGE_UNAVAILABLE")

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 
+from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
 from collage.v1 import collage_service_pb2, job_pb2
@@ -162,11 +163,12 @@ class Worker:
         """Runs the pipeline; the state to end in, None to give the job back."""
         if claim.attempt > 1:
             async for event in self._jobs.events(claim.job.id, live=False):
-                told = collage_service_pb2.JobEvent.FromString(event.payload)
-                outcome.add(told, event.sequence)
+                # A job draws whatever became of its log.
+                with contextlib.suppress(DecodeError):
+                    told = collage_service_pb2.JobEvent.FromString(event.payload)
+                    outcome.add(told, event.sequence)
         if claim.job.cancel_requested:
             return JobState.CANCELLED, cancelled_event()
-        job = job_pb2.AcceptedJob.FromString(claim.job.body)
         standing = _Standing(lambda ahead: self._jobs.stand(claim, ahead))
 
         async def emit(event: collage_service_pb2.JobEvent, *, key: str | None = None) -> None:
@@ -177,6 +179,7 @@ class Worker:
             outcome.add(event, sequence)
 
         try:
+            job = job_pb2.AcceptedJob.FromString(claim.job.body)
             done = await self._pipeline.run(job, claim.attempt, emit)
             return JobState.DONE, collage_service_pb2.JobEvent(done=done)
         except Exception as raised:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import http.server
 import io
 import multiprocessing
 import os
 import random
+import threading
 import time
 import traceback
 import urllib.error
@@ -33,6 +35,8 @@ from services.common.blobs import (
     BlobMissing,
     BlobRef,
     BlobStore,
+    BlobStoreDenied,
+    BlobStoreFull,
     BlobStoreUnavailable,
     BlobTooLarge,
     FolderBlobStore,
@@ -644,3 +648,68 @@ async def test_a_wrong_address_never_prints_its_secret(address: str) -> None:
     assert "CRET" not in printed.replace("KEY:SECRET@HOST:PORT/BUCKET", "").replace(
         "KEY and SECRET", ""
     )
+
+
+async def test_s3_that_refuses_is_told_at_once(server: Server) -> None:
+    for access_key, secret_key in ((ACCESS_KEY, "wrong"), ("nobody", SECRET_KEY)):
+        with pytest.raises(BlobStoreDenied, match="refuses this process"):
+            await S3BlobStore.open(
+                server.url, access_key=access_key, secret_key=secret_key, bucket="collage-test"
+            )
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (507, "XMinioStorageFull", BlobStoreFull),
+        (507, "Anything", BlobStoreFull),
+        (403, "QuotaExceeded", BlobStoreFull),
+        (400, "XMinioAdminBucketQuotaExceeded", BlobStoreFull),
+        (403, "AccessDenied", BlobStoreDenied),
+        (403, "RequestTimeTooSkewed", BlobStoreDenied),
+        (404, "NoSuchBucket", BlobStoreUnavailable),
+        (500, "InternalError", BlobStoreUnavailable),
+        (503, "SlowDown", BlobStoreUnavailable),
+    ],
+)
+async def test_what_an_s3_server_refuses_with_is_told_for_what_it_is(
+    status: int, code: str, kind: type[BlobStoreUnavailable]
+) -> None:
+    """What MinIO and Ceph answer when they are full, and others; of these servers none runs here."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = f"<Error><Code>{code}</Code><Message>told</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        store = await S3BlobStore.open(
+            f"http://127.0.0.1:{refusing.server_port}",
+            access_key="a",
+            secret_key="b",
+            bucket="bucket",
+            retry_s=0,
+        )
+        for call in (
+            store.put("a", b"x", media_type=PNG),
+            store.create("a", b"x", media_type=PNG),
+            store.ready(),
+        ):
+            with pytest.raises(BlobStoreUnavailable) as told:
+                await call
+            assert type(told.value) is kind
+        await store.close()
+        refusing.shutdown()

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import sqlite3
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -197,3 +198,50 @@ async def test_a_jobs_database_that_goes_is_told_and_takes_no_job(tmp_path, monk
         assert str(tmp_path) not in error.message
         answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def change(folder: Path, statement: str) -> None:
+    """As damage would, behind the server's back."""
+    database = sqlite3.connect(folder / "data" / "jobs.sqlite")
+    database.execute(statement)
+    database.commit()
+    database.close()
+
+
+async def test_damaged_records_of_a_job_are_told_and_stop_no_other(tmp_path):
+    """SQLite keeps no checksums. It was INTERNAL, and an unreadable job was taken up again and again."""
+
+    async def job(*, steps: int) -> str:
+        asked = pb.CreateJobRequest(
+            request_id=str(uuid.uuid4()),
+            generate={
+                "collage": collage(),
+                "sampling": {"steps": steps, "images": 2, "seed": steps},
+            },
+        )
+        return (await system.stub.CreateJob(asked, timeout=LIMIT_S)).job.name
+
+    async def told(call) -> str:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        return f"{refused.value.code().name} {from_rpc(refused.value).reason}"
+
+    async with running(tmp_path) as system:
+        done = await job(steps=2)
+        assert (await system.watch(done))[-1].HasField("done")
+        change(tmp_path, "UPDATE events SET payload = x'ffff'")
+        change(tmp_path, "UPDATE jobs SET result = x'ffff'")
+        assert await told(system.watch(done)) == "DATA_LOSS RECORD_CORRUPT"
+        get = system.stub.GetJob(pb.GetJobRequest(name=done), timeout=LIMIT_S)
+        assert await told(get) == "DATA_LOSS RECORD_CORRUPT"
+        # Four slots are busy, so that the fifth waits.
+        busy = [await job(steps=100 + number) for number in range(4)]
+        waiting = await job(steps=3)
+        change(
+            tmp_path, f"UPDATE jobs SET body = x'ffff' WHERE id = '{waiting.removeprefix('jobs/')}'"
+        )
+        failed = (await system.watch(waiting))[-1]
+        assert failed.HasField("failed"), failed
+        assert from_status(failed.failed).reason == "RECORD_CORRUPT"
+        for name in busy:
+            assert (await system.watch(name))[-1].HasField("done")

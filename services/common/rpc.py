@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import grpc
 from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -386,7 +386,12 @@ def told_error(error: BaseException) -> CollageError:
             reason="STORAGE_DENIED",
         )
     if isinstance(error, BlobStoreUnavailable):
-        return Unavailable("the object storage does not answer", reason="STORAGE_UNAVAILABLE")
+        return Unavailable(
+            "the object storage fails or does not answer", reason="STORAGE_UNAVAILABLE"
+        )
+    if isinstance(error, DecodeError):
+        # What callers send is read elsewhere: this was stored.
+        return DataLoss("what is stored of this is damaged", reason="RECORD_CORRUPT")
     if isinstance(error, grpc.RpcError):
         return from_rpc(error)
     if isinstance(error, TimeoutError):
@@ -516,6 +521,8 @@ class Server:
         ends = [asyncio.create_task(stopped.wait()), asyncio.create_task(self.failed())]
         await asyncio.wait((starting, *ends), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
+            if starting.exception() is not None:
+                await self.stop(drain_s=0)
             starting.result()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in (starting, *ends):
