@@ -17,6 +17,7 @@ from gateway import storage
 from services.common.errors import CollageError, DataLoss, MissingBlobs, from_rpc, from_status
 from testing.system import LIMIT_S, System, collage, cutout, layer, running, upload
 from tests.test_blobs import HARM
+from tests.test_words import checkpoints, inversion, subjects
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,3 +246,27 @@ async def test_damaged_records_of_a_job_are_told_and_stop_no_other(tmp_path):
         assert from_status(failed.failed).reason == "RECORD_CORRUPT"
         for name in busy:
             assert (await system.watch(name))[-1].HasField("done")
+
+
+@pytest.mark.parametrize("ruin", [gone, *map(by, HARM.values())], ids=["gone", *HARM])
+async def test_a_damaged_checkpoint_is_left_aside(tmp_path, ruin):
+    """Learning begins anew, and ends with the same vectors."""
+    found = []
+    for name in ("undisturbed", "damaged"):
+        folder = tmp_path / name
+        asked = await subjects(folder)
+        if name == "damaged":
+            async with inversion(folder) as stub:
+                call = stub.LearnWords(asked, timeout=LIMIT_S)
+                while (await call.read()).progress.step < 4:
+                    pass
+                call.cancel()
+            (path,) = checkpoints(folder)
+            ruin(path)
+        async with inversion(folder) as stub:
+            answers = [each async for each in stub.LearnWords(asked, timeout=LIMIT_S)]
+        assert answers[0].progress.step <= 1 or name == "undisturbed"
+        found.append([a.word.vectors.sha256 for a in answers if a.HasField("word")])
+        assert checkpoints(folder) == []
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
