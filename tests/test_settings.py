@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -21,6 +22,7 @@ from services.common.settings import (
     GeneratorSettings,
     InvalidSetting,
     InversionSettings,
+    open_blobs,
     read,
     table,
     variable,
@@ -131,6 +133,32 @@ def test_a_process_ends_with_a_sentence_and_no_traceback(tmp_path, module):
         "COLLAGE_MAX_ROW is no setting of any process; the nearest is COLLAGE_MAX_ROWS"
     )
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["COLLAGE_ADDRESS", "COLLAGE_METRICS_PORT"])
+def test_an_address_in_use_ends_a_process_with_a_sentence(tmp_path, name):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        told = {"COLLAGE_ADDRESS": "127.0.0.1:0", "COLLAGE_BLOBS": f"folder:{tmp_path}"}
+        told[name] = f"127.0.0.1:{port}" if name == "COLLAGE_ADDRESS" else f"{port}"
+        ended = subprocess.run(
+            [sys.executable, "-m", "services.compositor"],
+            env={**os.environ, **told},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+async def test_a_bucket_that_cannot_be_is_told():
+    with pytest.raises(InvalidSetting, match=r"COLLAGE_BLOBS: .*bucket"):
+        await open_blobs("s3://KEY:SECRET@127.0.0.1:9/x")
 
 
 @pytest.mark.parametrize(

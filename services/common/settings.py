@@ -259,11 +259,11 @@ def read(
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """A process from its start to its end: a sentence instead of a traceback, and exit status 2, for a wrong setting.
 
-    1 for storage that cannot be used.
+    1 for storage or an address that cannot be used.
     """
     try:
         asyncio.run(main())
-    except BlobStoreUnavailable as error:
+    except (BlobStoreUnavailable, OSError) as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(1) from None
     except InvalidSetting as error:
@@ -375,11 +375,15 @@ async def open_blobs(address: str, *, public: str = "") -> BlobStore:
         from services.common.s3 import S3BlobStore
 
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return await S3BlobStore.open(
-            f"{protocol}://{host}:{port or standard_port}",
-            access_key=unquote(parts.username),
-            secret_key=unquote(parts.password or ""),
-            bucket=bucket,
-            public_url=public,
-        )
+        try:
+            return await S3BlobStore.open(
+                f"{protocol}://{host}:{port or standard_port}",
+                access_key=unquote(parts.username),
+                secret_key=unquote(parts.password or ""),
+                bucket=bucket,
+                public_url=public,
+            )
+        except ValueError as error:
+            # A bucket's name, an address: neither holds a secret.
+            raise InvalidSetting(f"COLLAGE_BLOBS: {error}") from None
     raise wrong
