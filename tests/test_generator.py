@@ -361,7 +361,7 @@ async def test_a_plate_that_does_not_fit_the_model_is_refused(served, plate, par
 
 async def test_a_client_that_leaves_frees_the_device_within_a_step(served):
     _, stub, blobs = served
-    call = stub.Generate(await request_for(blobs, steps=1000), timeout=WAIT_S)
+    call = stub.Generate(await request_for(blobs, steps=999), timeout=WAIT_S)
     async for answer in call:
         if answer.HasField("step"):
             break
@@ -376,7 +376,7 @@ async def test_a_client_that_leaves_frees_the_device_within_a_step(served):
 async def test_a_deadline_ends_the_work(served):
     _, stub, blobs = served
     with pytest.raises(DeadlinePassed):
-        await answers(stub, await request_for(blobs, steps=1000), timeout_s=0.5)
+        await answers(stub, await request_for(blobs, steps=999), timeout_s=0.5)
     await asyncio.sleep(0.3)
     before = unet_calls()
     await asyncio.sleep(0.3)

@@ -138,9 +138,12 @@ class Confined:
             limit.cancel()
             limit = loop.call_later(self.limit_s, over)
 
-        def give_back(_: object) -> None:
+        def give_back(ended: asyncio.Future[list[bytes]]) -> None:
             for timer in (limit, *abandoned):
                 timer.cancel()
+            # Of abandoned work nobody asks how it ended.
+            if not ended.cancelled():
+                ended.exception()
             self._busy.discard(child)
             if child.is_running:
                 self._idle.append(child)

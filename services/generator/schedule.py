@@ -4,6 +4,7 @@ Main functions: `scheduler`, one as diffusers makes it, `timed`, one whose steps
 of them on a folder's schedule.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,8 @@ def native_sampler(facts: ModelFacts) -> str | None:
     return "lcm" if facts.scheduler_config.get("_class_name") == "LCMScheduler" else None
 
 
+# Asked for every request, and the answer takes up to three schedules of all steps.
+@functools.lru_cache(maxsize=256)
 def most_steps(facts: ModelFacts, sampler: str) -> int:
     """How many steps the schedule can be cut into; LCM's are a choice of those it was distilled from."""
     config = scheduler(facts, sampler).config
