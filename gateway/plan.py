@@ -26,6 +26,13 @@ from services.common.blobs import BlobRef, BlobStore, put_blob
 from services.common.collage import DIALS, Collage, Layer, Picture
 from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
 from services.common.field import Field
+from services.common.rpc import caller
+from services.common.turns import Turns
+
+# Plans under way, of all callers and of one; so many of one keep both of a compositor's places busy.
+MAX_RUNNING, MAX_CALLER_RUNNING = 32, 3
+# More than a server's calls: what waits is bounded there.
+MAX_WAITING = 10_000
 
 
 class Planner:
@@ -35,6 +42,15 @@ class Planner:
         self._blobs = blobs
         self._words = words
         self._stages = stages
+        # What one caller sends at once is planned a little at a time, so that the next caller's plan is soon among it.
+        self._turns = Turns(
+            "requests to be planned",
+            running=MAX_RUNNING,
+            kept=1,
+            caller_running=MAX_CALLER_RUNNING,
+            waiting=MAX_WAITING,
+            caller_waiting=MAX_WAITING,
+        )
 
     async def accept(
         self, work: Work, *, request_id: str, request_digest: str
@@ -49,22 +65,33 @@ class Planner:
         Raises:
             InvalidRequest: any wrong field, at its place.
             MissingBlobs: pictures that must be uploaded first.
+            Overloaded: too many requests wait.
         """
+        async with self._turns.turn(caller.get()):
+            return await self._accepted(work, request_id, request_digest)
+
+    async def plan(self, work: Generate | Redo, *, request_id: str) -> job_pb2.Drawing:
+        """The whole plan of a drawing.
+
+        Raises:
+            InvalidRequest, MissingBlobs, Overloaded: as `accept`.
+        """
+        async with self._turns.turn(caller.get()):
+            return await self._planned(work, request_id)
+
+    async def _accepted(
+        self, work: Work, request_id: str, request_digest: str
+    ) -> job_pb2.AcceptedJob:
         accepted = job_pb2.AcceptedJob(request_digest=request_digest)
         if isinstance(work, Learn):
             collage, _ = await self._store(work.collage, None, work.field)
             learning = _learning(collage, work.layers, work.model, work.field, request_id)
             accepted.learning.CopyFrom(learning)
             return accepted
-        accepted.drawing.CopyFrom(await self.plan(work, request_id=request_id))
+        accepted.drawing.CopyFrom(await self._planned(work, request_id))
         return accepted
 
-    async def plan(self, work: Generate | Redo, *, request_id: str) -> job_pb2.Drawing:
-        """The whole plan of a drawing.
-
-        Raises:
-            InvalidRequest, MissingBlobs: as `accept`.
-        """
+    async def _planned(self, work: Generate | Redo, request_id: str) -> job_pb2.Drawing:
         redo = work if isinstance(work, Redo) else None
         generate = work.generate if isinstance(work, Redo) else work
         field, model, sampling = generate.field, generate.model, generate.sampling

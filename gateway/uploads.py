@@ -5,14 +5,13 @@ is bounded, so that neither a slow caller nor a large picture keeps another from
 """
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
 
 from collage.v1 import collage_service_pb2
 from services.common import limits, wire
 from services.common.admission import Budget
-from services.common.blobs import BlobMissing, BlobRef, BlobStore
+from services.common.blobs import BlobMissing, BlobRef, BlobStore, digest_of
 from services.common.errors import DeadlinePassed, InvalidRequest, NotFound, quote
 from services.common.field import Field
 
@@ -141,7 +140,7 @@ async def _receive(
             "header.size_bytes", f"is {header.size_bytes}, but {len(data)} bytes came"
         )
     received = bytes(data)
-    digest = hashlib.sha256(received).hexdigest()
+    digest = await digest_of(received)
     if digest != header.sha256:
         raise InvalidRequest.of("header.sha256", f"is {header.sha256}, but the bytes have {digest}")
     return header, received

@@ -82,11 +82,12 @@ async def compositor(tmp_path):
 class Watched(Confined):
     """The work of a compositor, for tests that look at its processes."""
 
-    latest = None
+    first = None
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        Watched.latest = self
+        # The first of a compositor's, which has the work of a lone caller.
+        Watched.first = Watched.first or self
 
 
 async def until(condition):
@@ -269,6 +270,7 @@ async def test_a_wrong_redo_is_refused(compositor, change, field):
 
 async def test_a_full_queue_is_told_with_a_delay(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "MAX_RUNNING", 0)
+    monkeypatch.setattr(service, "KEPT", 0)
     monkeypatch.setattr(service, "MAX_WAITING", 0)
     async with running(tmp_path) as compositor:
         error = await compositor.refused(await compositor.request(rgba(8, 8)))
@@ -297,14 +299,15 @@ async def test_equal_requests_at_one_time_are_worked_out_once(compositor, monkey
 
 async def test_a_call_that_is_given_up_ends_its_work(tmp_path, monkeypatch):
     monkeypatch.setattr("services.compositor.__main__.Confined", Watched)
+    monkeypatch.setattr(Watched, "first", None)
     async with running(tmp_path) as compositor:
         # Eight layers of 16 megapixels take seconds.
         request = await compositor.request(*[plain(4000)] * 8)
         call = compositor.stub.Compose(request, timeout=60)
-        await until(lambda: Watched.latest._busy)
-        (child,) = Watched.latest._busy
+        await until(lambda: Watched.first._busy)
+        (child,) = Watched.first._busy
         call.cancel()
-        await until(lambda: not Watched.latest._busy)
+        await until(lambda: not Watched.first._busy)
         assert not child.is_running
         await compositor.compose(await compositor.request(rgba(8, 8)))
 

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
+from services.common import turns
 from services.common.errors import Overloaded
-from services.compositor import turns
-from services.compositor.turns import HALF_LIFE_S, LITTLE_S, Turns
+from services.common.turns import HALF_LIFE_S, LITTLE_S, Turns
 
 
 class Clock:
@@ -31,7 +31,14 @@ class Room:
 
     def __init__(self, clock, **bounds):
         self.clock = clock
-        self.turns = Turns(**{"running": 3, "waiting": 100, "caller_waiting": 50, **bounds})
+        usual = {
+            "running": 2,
+            "kept": 1,
+            "caller_running": 2,
+            "waiting": 100,
+            "caller_waiting": 50,
+        }
+        self.turns = Turns("collages to be composed", **{**usual, **bounds})
         self.begun = []
         self._ends = {}
         self.tasks = []
@@ -48,11 +55,14 @@ class Room:
         await settled()
 
     async def _take(self, caller):
-        async with self.turns.turn(caller):
-            self.begun.append(caller)
+        async with self.turns.turn(caller) as place:
+            self.begun.append(f"{caller} {place.value}")
             end = asyncio.Event()
             self._ends.setdefault(caller, []).append(end)
             await end.wait()
+
+    def free(self):
+        return {place.value: count for place, count in self.turns._free.items()}
 
     async def close(self):
         for task in self.tasks:
@@ -72,59 +82,58 @@ async def room(clock):
     await room.close()
 
 
-async def test_a_lone_caller_has_all_places_but_the_one_that_is_kept(room):
+async def test_a_lone_caller_has_a_kept_place_first_and_no_more_than_one_may(room):
     await room.come("a", 5)
-    assert room.begun == ["a", "a"]
+    assert room.begun == ["a kept", "a open"]
     await room.end("a", 10)
-    assert room.begun == ["a"] * 3
+    # By then it has used much.
+    assert room.begun == ["a kept", "a open", "a open"]
+    assert room.free() == {"kept": 1, "open": 0}
 
 
 async def test_whoever_asked_for_little_has_the_kept_place_at_once(room):
+    await heavy(room, "a")
     await room.come("a", 20)
     await room.come("b")
-    assert room.begun == ["a", "a", "b"]
-    # The kept place is free again once it is left, for the next of that kind, and not for what waits.
+    assert room.begun == ["a open", "a open", "b kept"]
+    # It is free again once it is left, for the next of that kind, and not for what waits.
     await room.end("b")
-    assert room.begun == ["a", "a", "b"]
-    await room.come("c")
-    assert room.begun[-1] == "c"
-
-
-async def test_the_kept_place_is_for_one_call_of_a_caller(room):
-    await room.come("a", 2)
-    await room.come("b", 3)
-    assert room.begun == ["a", "a", "b"]
+    assert len(room.begun) == 3
+    await room.come("c", 3)
+    assert room.begun[3:] == ["c kept"]
 
 
 async def test_who_has_used_least_is_next(room):
-    await room.come("a", 2)
-    await room.end("a", 8)
-    await room.end("a")
-    await room.come("b", 2)
-    await room.end("b", 3)
-    await room.end("b")
+    await heavy(room, "a", 30)
+    await heavy(room, "b", 5)
+    await heavy(room, "c", 50)
     await room.come("c", 2)
+    for caller in "abab":
+        await room.come(caller)
     room.begun.clear()
-    await room.come("a", 2)
-    await room.come("b", 2)
-    await room.end("c", 4)
-    await room.end("c")
-    # By then c has used 8 s, b 6, a 16.
-    assert room.begun == ["b", "a"]
+    for _ in range(2):
+        await room.end("c")
+    # One each first: who has a turn waits for who has none.
+    assert room.begun == ["b open", "a open"]
+
+
+async def heavy(room, caller, used_s=20.0):
+    """Has a caller use much."""
+    await room.come(caller)
+    await room.end(caller, used_s)
+    room.begun.clear()
 
 
 async def test_what_was_used_is_forgotten_with_time(room):
+    await heavy(room, "a", 8 * LITTLE_S)
     await room.come("a")
-    await room.end("a", 8 * LITTLE_S)
-    await room.come("other", 2)
+    await room.end("a")
+    room.clock.now_s += 2 * HALF_LIFE_S
     await room.come("a")
-    assert room.begun[-1] == "other"
-    await room.come("b")
-    await room.end("b")
-    room.clock.now_s += 4 * HALF_LIFE_S
-    await room.come("b")
-    await room.end("b")
-    assert room.begun[-1] == "a"
+    await room.end("a")
+    room.clock.now_s += 2 * HALF_LIFE_S
+    await room.come("a")
+    assert room.begun == ["a open", "a open", "a kept"]
 
 
 async def test_callers_that_have_gone_are_forgotten(room):
@@ -139,21 +148,21 @@ async def test_callers_that_have_gone_are_forgotten(room):
 
 async def test_too_many_are_refused_and_the_places_are_not_lost(clock):
     room = Room(clock, waiting=4, caller_waiting=3)
-    await room.come("a", 2)
-    await room.come("a", 3)
+    await heavy(room, "a")
+    await room.come("a", 5)
     with pytest.raises(Overloaded, match="3 of this caller; allowed: 4, 3 of one"):
         async with room.turns.turn("a"):
             pass
     await room.come("b", 2)
-    assert room.begun == ["a", "a", "b"]
-    with pytest.raises(Overloaded, match="4 collages wait"):
+    assert room.begun == ["a open", "a open", "b kept"]
+    with pytest.raises(Overloaded, match="4 collages to be composed wait"):
         async with room.turns.turn("c"):
             pass
     for caller in "abaabab":
         if room._ends.get(caller):
             await room.end(caller)
     await room.close()
-    assert room.turns._free == 3
+    assert room.free() == {"kept": 1, "open": 2}
     assert room.turns._waiting == 0
 
 
@@ -175,4 +184,4 @@ async def test_who_leaves_while_waiting_or_just_as_it_is_called_loses_no_place(r
         await room.come("a", 2)
         called = room.tasks[-1]
     await room.close()
-    assert room.turns._free == 3
+    assert room.free() == {"kept": 1, "open": 2}

@@ -35,6 +35,8 @@ SWEEP_EVERY_S, ABANDONED_S = 600.0, 600.0
 # Room that a store must have to be ready: as much as a small picture and its records take.
 _LEAST_ROOM_BYTES = 256 * 1024
 _MAX_HEAD_BYTES = 1000
+# More than this is hashed in a thread: 64 MiB take a thirtieth of a second.
+_HASHED_AT_ONCE_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _T = TypeVar("_T")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,100}/[A-Za-z0-9!#$&^_.+-]{1,100}", re.ASCII)
@@ -189,11 +191,16 @@ def blob_key(sha256: str) -> str:
     return f"blobs/{sha256}"
 
 
+async def digest_of(data: bytes) -> str:
+    """The SHA-256 of bytes, in hexadecimal; in a thread where that would keep others waiting."""
+    if len(data) < _HASHED_AT_ONCE_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
+
+
 async def put_blob(store: BlobStore, data: bytes, *, media_type: str) -> BlobRef:
     """Store bytes under their digest; bytes the store has already, undamaged, are not sent again."""
-    ref = BlobRef(
-        sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data), media_type=media_type
-    )
+    ref = BlobRef(sha256=await digest_of(data), size_bytes=len(data), media_type=media_type)
     try:
         # Read, not looked at: damage that nobody has met yet is healed here.
         await store.get(ref.key, limit_bytes=len(data))

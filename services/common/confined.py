@@ -4,11 +4,13 @@ A decoder cannot be stopped from within, and what it takes cannot be told from a
 child processes with limits of time and memory, which are killed when a limit is passed or when nobody waits for the
 answer. Only bytes cross: nothing a child answers is more than read. This module knows no pictures.
 
-As a program it is such a child: `python -m services.common.confined LIMIT_S MEMORY_BYTES MODULE:NAME [ARGUMENT...]`.
+As a program, `python -m services.common.confined LIMIT_S MEMORY_BYTES NICENESS MODULE:NAME [ARGUMENT...]`, it is such
+a child.
 """
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import os
 import resource
@@ -58,6 +60,7 @@ class Confined:
         processes: at most so many; each is started when it is first needed.
         limit_s: longest a piece of work may take, seconds.
         memory_bytes: most that a child may have of private memory.
+        niceness: of each process, see nice(2).
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class Confined:
         processes: int,
         limit_s: float,
         memory_bytes: int,
+        niceness: int = 0,
     ) -> None:
         self.limit_s = limit_s
-        self._command = (f"{limit_s}", f"{memory_bytes}", work, *arguments)
+        self._command = (f"{limit_s}", f"{memory_bytes}", f"{niceness}", work, *arguments)
         self._turns = asyncio.Semaphore(processes)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="confined")
         self._is_closed = False
@@ -79,7 +83,7 @@ class Confined:
     async def run(self, parts: Sequence[bytes], field: str) -> list[bytes]:
         """What the work makes of `parts`.
 
-        It takes its turn, and goes on for `ABANDONED_S` at most when the caller is cancelled.
+        It takes its turn. Where the caller is cancelled it goes on for `ABANDONED_S` at most, and so does this call.
 
         Args:
             parts: given to the work.
@@ -157,6 +161,8 @@ class Confined:
             return await asyncio.shield(exchange)
         except asyncio.CancelledError:
             abandoned.append(loop.call_later(ABANDONED_S, child.kill))
+            # Whoever gave the turn must not give it to another before the process is free.
+            await asyncio.wait((exchange,))
             raise
         except _Died as died:
             if not is_over:
@@ -282,8 +288,11 @@ def _exactly(pipe: IO[bytes], size_bytes: int) -> bytes:
     return data
 
 
-def _serve(limit_s: float, memory_bytes: int, name: str, arguments: Sequence[str]) -> None:
+def _serve(
+    limit_s: float, memory_bytes: int, niceness: int, name: str, arguments: Sequence[str]
+) -> None:
     """What a child does until its parent closes the pipe."""
+    os.nice(niceness)
     given, answered = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # What some library prints must not stand among the answers.
     os.dup2(2, 1)
@@ -291,6 +300,8 @@ def _serve(limit_s: float, memory_bytes: int, name: str, arguments: Sequence[str
     work: Work = getattr(importlib.import_module(module), function)(*arguments)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     _write(answered, _ANSWER, [])
+    # glibc keeps what was freed; pictures come and go in hundreds of megabytes.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while True:
         try:
             _, parts = _read(given)
@@ -302,6 +313,9 @@ def _serve(limit_s: float, memory_bytes: int, name: str, arguments: Sequence[str
             answered, *_answer(work, parts, lambda field: _write(answered, _AT, [field.encode()]))
         )
         signal.alarm(0)
+        del parts
+        if trim is not None:
+            trim(0)
 
 
 def _answer(
@@ -319,4 +333,4 @@ def _answer(
 
 
 if __name__ == "__main__":
-    _serve(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    _serve(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -41,6 +41,7 @@ from services.common.blobs import (
     check_media_type,
     check_prefix,
     digest_in_key,
+    digest_of,
 )
 
 _T = TypeVar("_T")
@@ -196,7 +197,7 @@ class S3BlobStore:
 
         for _ in range(_LOOKS):
             data, headers = await self._request(get, key)
-            digest, expected = hashlib.sha256(data).hexdigest(), _expected(key, headers)
+            digest, expected = await digest_of(data), _expected(key, headers)
             if expected in (None, digest):
                 return data
             if not data and headers.get(_DIGEST_HEADER) == _EMPTY_SHA256:
@@ -316,7 +317,7 @@ class S3BlobStore:
         headers = {
             "Content-Type": check_media_type(media_type),
             _WRITER_HEADER: writer,
-            _DIGEST_HEADER: hashlib.sha256(data).hexdigest(),
+            _DIGEST_HEADER: await digest_of(data),
             **condition,
         }
         check_key(key)

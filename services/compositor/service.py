@@ -26,12 +26,12 @@ from services.common.confined import Confined
 from services.common.errors import InvalidRequest, MissingBlobs, Violation
 from services.common.pictures import MAX_ENCODED_BYTES
 from services.common.rpc import caller
-from services.compositor.turns import Turns
+from services.common.turns import Place, Turns
 from services.compositor.work import Work, parse
 
-# Compositions worked out at once, one of them only for callers who have asked for little of late. Each takes a core
-# and, at worst, about 1.3 GiB, and what a detector's network takes.
-MAX_RUNNING = 3
+# Compositions worked out at once, beside one of a caller who has asked for little of late. Each takes a core and, at
+# worst, about 1.3 GiB, and what a detector's network takes.
+MAX_RUNNING, KEPT = 2, 1
 # Callers may have so many more wait for their turn, each of them and all together.
 MAX_CALLER_WAITING, MAX_WAITING = 32, 256
 # Longest that one may take. 32 layers of 16 megapixels take 20 s on two cores; the gateway asks for 100.
@@ -53,14 +53,27 @@ class _Making:
 
 
 class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
-    """Composes collages whose pictures lie in `blobs`, with control pictures by `detectors`, by kind."""
+    """Composes collages whose pictures lie in `blobs`.
 
-    def __init__(self, blobs: BlobStore, detectors: Mapping[str, str], work: Confined) -> None:
+    Args:
+        blobs: the pictures, and where what is made of them is put.
+        detectors: the digests of what draws control pictures, by kind.
+        work: the processes of each place.
+    """
+
+    def __init__(
+        self, blobs: BlobStore, detectors: Mapping[str, str], work: Mapping[Place, Confined]
+    ) -> None:
         self._blobs = blobs
         self._detectors = detectors
         self._work = work
         self._turns = Turns(
-            running=MAX_RUNNING, waiting=MAX_WAITING, caller_waiting=MAX_CALLER_WAITING
+            "collages to be composed",
+            running=MAX_RUNNING,
+            kept=KEPT,
+            caller_running=MAX_RUNNING,
+            waiting=MAX_WAITING,
+            caller_waiting=MAX_CALLER_WAITING,
         )
         self._making: dict[str, _Making] = {}
 
@@ -99,9 +112,9 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
     async def _make(
         self, key: str, request: compositor_service_pb2.ComposeRequest, work: Work
     ) -> compositor_service_pb2.ComposeResponse:
-        async with self._turns.turn(caller.get()):
+        async with self._turns.turn(caller.get()) as place:
             found = await self._fetch(work.pictures())
-            parts = await self._work.run(
+            parts = await self._work[place].run(
                 [request.SerializeToString(), *(found[digest] for digest in work.stored())],
                 "collage",
             )
@@ -169,10 +182,14 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         """The answer, with what it refers to stored; `parts` as `making.confined` gives them."""
         rendered, plate, *pictures = parts
         answer = compositor_service_pb2.ComposeResponse.FromString(rendered)
-        ref = await put_blob(self._blobs, plate, media_type="application/vnd.safetensors")
-        answer.plate.CopyFrom(wire.render_blob(ref))
-        places = [answer.composite, *(layer.mask for layer in answer.layers)]
-        for place, data in zip(places, pictures, strict=True):
-            ref = await put_blob(self._blobs, data, media_type="image/png")
+        places = [answer.plate, answer.composite, *(layer.mask for layer in answer.layers)]
+        stored = [
+            (plate, "application/vnd.safetensors"),
+            *((each, "image/png") for each in pictures),
+        ]
+        refs = await asyncio.gather(
+            *(put_blob(self._blobs, data, media_type=kind) for data, kind in stored)
+        )
+        for place, ref in zip(places, refs, strict=True):
             place.CopyFrom(wire.render_blob(ref))
         return answer
