@@ -164,8 +164,14 @@ def first(tensors, ending):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"unet.x.dora_scale": torch.ones(1)}), "not DoRA"),
-        (lambda t: t.update({"unet.x.hada_w1_a": torch.ones(1)}), "not DoRA, LoHa"),
+        (
+            lambda t: t.update({"unet.x.dora_scale": torch.ones(1)}),
+            r"is DoRA \(it holds unet\.x\.dora_scale",
+        ),
+        (
+            lambda t: t.update({"unet.x.hada_w1_a": torch.ones(1)}),
+            "is LoHa .*; known: LoRA as diffusers, PEFT",
+        ),
         (lambda t: t.update({"unet.x.lora_A.weight": torch.ones(2, 4)}), r"unet\.x.* has no place"),
         (
             lambda t: t.update({"transformer.x.lora_A.weight": torch.ones(2, 4)}),
@@ -183,7 +189,12 @@ def first(tensors, ending):
             lambda t: t.update(
                 {first(t, "lora_B.weight").replace("lora_B.weight", "lora_B.bias"): torch.ones(4)}
             ),
-            "has no place",
+            "is LoRA with biases",
+        ),
+        (lambda t: t.pop(first(t, "lora_B.weight")), "lora_A.weight lacks its other half"),
+        (
+            lambda t: t.update({first(t, "lora_A.weight"): t[first(t, "lora_A.weight")] / 0}),
+            "holds what is no finite number",
         ),
     ],
 )
@@ -195,7 +206,9 @@ def test_files_that_do_not_fit_stop_the_start(folder, files, tmp_path, change, m
 
 def test_a_file_that_is_none_stops_the_start(folder, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 9)
-    with pytest.raises(InvalidSetting, match=r"adapters\.cut: cut\.safetensors is no safetensors"):
+    with pytest.raises(
+        InvalidSetting, match=r"adapters\.cut: .*/cut\.safetensors is no safetensors"
+    ):
         catalog(tmp_path, folder, {"cut": tmp_path / "cut.safetensors"})
 
 

@@ -45,11 +45,12 @@ def test_a_file_holds_both_encoders_for_two():
 @pytest.mark.parametrize(
     ("data", "widths", "told"),
     [
-        (b"", (32,), "is no safetensors file"),
+        (b"", (32,), "is empty"),
         (b"hello", (32,), "is no safetensors file"),
         (b"\x80\x02}q\x00.", (32,), "is a pickled file"),
         (_pickled(), (32,), "is a pickled file"),
-        (save({"x": vectors(1)})[:-4], (32,), "is no safetensors file"),
+        (save({"x": vectors(1)})[:-4], (32,), "is cut short: holds 196 of 200 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\n", (32,), "is a Git LFS pointer"),
         (save({}), (32,), "holds no tensor; this model takes one tensor"),
         (save({"x": vectors(1), "y": vectors(1)}), (32,), "holds x, y; this model takes one"),
         (save({"x": vectors(1)}), (48,), "x as float32 of shape 1 x 32; .* vectors x 48"),

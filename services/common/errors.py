@@ -192,6 +192,16 @@ class ModelChanged(CollageError):
         )
 
 
+class ModelUnusable(CollageError):
+    """A served model, or what lies beside it, whose files do not make it: damaged, or others than at the start.
+
+    No request can mend it, the operator can: the message names the file.
+    """
+
+    code = code_pb2.FAILED_PRECONDITION
+    reason = "MODEL_UNUSABLE"
+
+
 class NotFound(CollageError):
     """No such job, model, word or blob."""
 
@@ -298,6 +308,7 @@ _KINDS: dict[int, type[CollageError]] = {
     kind.code: kind
     for kind in (
         ModelChanged,
+        ModelUnusable,
         NotFound,
         NotSupported,
         Unavailable,

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.common.operator_file import HUB
-from services.common.weights import ADAPTER_FILES, MODEL_FILES, SECOND_COPIES, NotAModel
+from services.common.weights import (
+    ADAPTER_FILES,
+    MODEL_FILES,
+    PICKLED,
+    SECOND_COPIES,
+    VARIANTS,
+    NotAModel,
+    told_of_file,
+    without_weights,
+)
 
 
 def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
@@ -19,9 +28,11 @@ def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
         files: patterns of what is fetched.
 
     Raises:
-        NotAModel: there is no such folder, and the hub does not know it either.
+        NotAModel: there is no such folder, and the hub does not know it either; or it is a file.
     """
     if isinstance(source, Path):
+        if source.is_file():
+            raise NotAModel(told_of_file(source))
         if not source.is_dir():
             raise NotAModel(
                 f"{source}: no such folder; a model on a hub is told as {HUB}OWNER/NAME@REVISION"
@@ -38,15 +49,23 @@ def locate(source: Path | str, files: Sequence[str] = MODEL_FILES) -> Path:
         raise NotAModel(
             f"{source}: models are fetched from a hub only where huggingface_hub is installed"
         ) from error
-    try:
+
+    def fetch(patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
         return Path(
             snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=list(files),
-                ignore_patterns=list(SECOND_COPIES),
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignored),
             )
         )
+
+    try:
+        folder = fetch(files, SECOND_COPIES)
+        for variant in VARIANTS:
+            if bare := without_weights(folder, files):
+                fetch([f"{Path(part) / f'*.{variant}'}[.-]*" for part in bare])
+        return folder
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise NotAModel(f"{source}: the hub says: {error}") from error
 
@@ -61,6 +80,11 @@ def locate_adapter(source: Path | str) -> Path:
         NotAModel: no such file or folder, or not one file in it.
     """
     if isinstance(source, Path) and source.is_file():
+        if source.suffix in PICKLED:
+            raise NotAModel(
+                f"{source}: is not a .safetensors file but a pickled one, which may run any code when it is read; "
+                "convert it where you trust it"
+            )
         if source.suffix != ".safetensors":
             raise NotAModel(f"{source}: is not a .safetensors file")
         return source

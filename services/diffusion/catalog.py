@@ -15,7 +15,7 @@ from services.common.errors import InvalidRequest, quote
 from services.common.models_file import ModelSource, read_sources
 from services.common.settings import InvalidSetting
 from services.common.telemetry import log
-from services.common.weights import CONTROLNET_FILES, ModelError, weights
+from services.common.weights import ModelError, find_all
 from services.diffusion.facts import ModelFacts
 
 
@@ -110,11 +110,12 @@ class Catalog(Generic[Card]):
 
 
 def weights_bytes(folder: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> int:
-    """Memory of a model's networks in these dtypes; reads the heads of files only.
+    """Memory of a model's networks in these dtypes; reads the heads of files only, and checks them.
 
     Raises:
-        NotAModel: a file of weights is no safetensors file.
+        NotAModel: a network has no weights, or a file of them is not whole or no safetensors file.
     """
-    wider = vae_dtype.itemsize - dtype.itemsize
-    vae = weights(folder / "vae", CONTROLNET_FILES) if wider else 0
-    return weights(folder) * dtype.itemsize + vae * wider
+    return sum(
+        each.count * (vae_dtype if part == "vae" else dtype).itemsize
+        for part, each in find_all(folder).items()
+    )

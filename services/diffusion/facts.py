@@ -4,6 +4,7 @@ Main type: `ModelFacts`, which is all that planning a job needs. Nothing is assu
 latent factor, text width, prediction type and native size come from its configs. This module knows no job.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from services.common.collage import Extent
-from services.common.weights import NotAModel
+from services.common.weights import LONE_FILES, NotAModel, told_of_file
 from services.diffusion.folder import UnsupportedModel, read_config, read_tokenizer
 from services.diffusion.schedule import read_schedule
 from services.diffusion.tokens import TextTooLong, Tokens
@@ -34,6 +35,9 @@ _SECOND_PARTS = {
 _FOREIGN_PARTS = ("text_encoder_3", "transformer", "image_encoder", "prior")
 # Numbers that SDXL's U-Net reads beside the pooled text: original size, corner of the crop, target size.
 _SIZE_NUMBERS = 6
+# Levels that any network has, and the largest number that any config says: a text encoder's vocabulary.
+_MOST_LEVELS = 8
+_LARGEST = 2**24
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
@@ -110,65 +114,67 @@ def read_facts(folder: Path) -> ModelFacts:
         NotAModel: a config or tokenizer is missing or unreadable.
         UnsupportedModel: another family than U-Net latent diffusion with a CLIP text encoder, or two as SDXL has them.
     """
+    if lone := _lone_file(folder):
+        raise NotAModel(told_of_file(lone))
     index = read_config(folder / "model_index.json")
-    is_xl = bool((index.get("text_encoder_2") or (None,))[0])
+    is_xl = _class(index, "text_encoder_2") is not None
     parts = {**_PARTS, **_SECOND_PARTS} if is_xl else _PARTS
     for part, kinds in parts.items():
-        kind = (index.get(part) or (None, None))[1]
+        kind = _class(index, part)
         if kind is None:
             raise NotAModel(f"{folder.name}: model_index.json names no {part}")
         if kind not in kinds:
             raise UnsupportedModel(f"{folder.name}: {part} is a {kind}; known: {', '.join(kinds)}")
-    if foreign := [part for part in _FOREIGN_PARTS if (index.get(part) or (None,))[0]]:
+    if foreign := [part for part in _FOREIGN_PARTS if _class(index, part) is not None]:
         raise UnsupportedModel(f"{folder.name}: has {', '.join(foreign)}, which is not supported")
-    unet = read_config(folder / "unet" / "config.json")
-    vae = read_config(folder / "vae" / "config.json")
+    unet, vae = (_Config.read(folder, part) for part in ("unet", "vae"))
     tokenizers = [part for part in parts if part.startswith("tokenizer")]
-    texts = [
-        read_config(folder / part / "config.json") for part in parts if part.startswith("text_")
-    ]
-    scheduler = read_schedule(folder)
-    try:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        levels = len(unet["block_out_channels"])
-        channels = unet["in_channels"]
-        side = unet["sample_size"]
-        width, height = (side, side) if isinstance(side, int) else (side[1], side[0])
-        facts = ModelFacts(
-            latent_channels=channels,
-            latent_factor=factor,
-            size_multiple=factor * 2 ** (levels - 1),
-            native=Extent(width=width * factor, height=height * factor),
-            text_widths=tuple(text["hidden_size"] for text in texts),
-            pooled_width=texts[1]["projection_dim"] if is_xl else 0,
-            is_empty_zero=is_xl and index.get("force_zeros_for_empty_prompt", True),
-            # Begin and end take two places of the window.
-            token_limit=min(text["max_position_embeddings"] for text in texts) - 2,
-            guidance_width=unet.get("time_cond_proj_dim"),
-            prediction_type=scheduler.get("prediction_type", "epsilon"),
-            scheduler_config=scheduler,
-            tokenizers=tuple(read_tokenizer(folder, part) for part in tokenizers),
-            # As AutoencoderKL has it where the folder is silent, and as diffusers' pipelines heed it: for SDXL only.
-            upcasts_vae=is_xl and vae.get("force_upcast", True),
-        )
-    except (KeyError, TypeError) as error:
-        raise NotAModel(f"{folder.name}: a config lacks {error}") from error
-    if (channels, channels) != (unet["out_channels"], vae["latent_channels"]):
+    texts = [_Config.read(folder, part) for part in parts if part.startswith("text_")]
+    schedule = read_schedule(folder)
+    factor = 2 ** (len(vae.wholes("block_out_channels")) - 1)
+    levels = len(unet.wholes("block_out_channels"))
+    channels = unet.whole("in_channels")
+    side = unet.values.get("sample_size")
+    height, width = (
+        unet.wholes("sample_size") if isinstance(side, list) else 2 * [unet.whole("sample_size")]
+    )
+    vae.factor("scaling_factor")
+    facts = ModelFacts(
+        latent_channels=channels,
+        latent_factor=factor,
+        size_multiple=factor * 2 ** (levels - 1),
+        native=Extent(width=width * factor, height=height * factor),
+        text_widths=tuple(text.whole("hidden_size") for text in texts),
+        pooled_width=texts[1].whole("projection_dim") if is_xl else 0,
+        is_empty_zero=is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
+        # Begin and end take two places of the window.
+        token_limit=min(text.whole("max_position_embeddings") for text in texts) - 2,
+        guidance_width=unet.whole("time_cond_proj_dim", may_lack=True) or None,
+        prediction_type=schedule.get("prediction_type", "epsilon"),
+        scheduler_config=schedule,
+        tokenizers=tuple(read_tokenizer(folder, part) for part in tokenizers),
+        # As AutoencoderKL has it where the folder is silent, and as diffusers' pipelines heed it: for SDXL only.
+        upcasts_vae=is_xl and bool(vae.values.get("force_upcast", True)),
+    )
+    given = unet.whole("out_channels"), vae.whole("latent_channels")
+    if (channels, channels) != given:
         raise UnsupportedModel(
-            f"{folder.name}: the U-Net takes {channels} channels and gives {unet['out_channels']}, "
-            f"the autoencoder has {vae['latent_channels']}; all three must be equal"
+            f"{folder.name}: the U-Net takes {channels} channels and gives {given[0]}, "
+            f"the autoencoder has {given[1]}; all three must be equal"
         )
     # What else a U-Net is fed beside the time; SDXL's is fed the pooled text and the sizes.
-    added = unet.get("addition_embed_type")
-    numbers = _SIZE_NUMBERS * (unet.get("addition_time_embed_dim") or 0) + facts.pooled_width
-    is_fed = added == "text_time" and unet.get("projection_class_embeddings_input_dim") == numbers
+    added = unet.values.get("addition_embed_type")
+    numbers = _SIZE_NUMBERS * unet.whole("addition_time_embed_dim", may_lack=True)
+    numbers += facts.pooled_width
+    held = unet.whole("projection_class_embeddings_input_dim", may_lack=True)
+    is_fed = added == "text_time" and held == numbers
     if not is_fed if is_xl else added is not None:
         raise UnsupportedModel(
             f"{folder.name}: the U-Net takes {added or 'nothing'} beside the time, "
-            f"{unet.get('projection_class_embeddings_input_dim') or 0} numbers wide; this is "
+            f"{held} numbers wide; this is "
             f"supported with two text encoders, as SDXL base models have it, {numbers} wide"
         )
-    if vae.get("latents_mean") or vae.get("latents_std") or vae.get("shift_factor"):
+    if any(vae.values.get(key) for key in ("latents_mean", "latents_std", "shift_factor")):
         raise UnsupportedModel(
             f"{folder.name}: the autoencoder shifts its latents, which is not supported"
         )
@@ -176,11 +182,66 @@ def read_facts(folder: Path) -> ModelFacts:
         # Without its files, transformers makes up a tokenizer that knows no word at all.
         if not any((folder / name / file).is_file() for file in _TOKENIZER_FILES):
             raise NotAModel(f"{folder.name}: {name} has neither of {', '.join(_TOKENIZER_FILES)}")
-        if len(tokenizer) > text["vocab_size"]:
+        if len(tokenizer) > (known := text.whole("vocab_size")):
             raise NotAModel(
-                f"{folder.name}: the {name} has {len(tokenizer)} tokens, "
-                f"the text encoder {text['vocab_size']}"
+                f"{folder.name}: the {name} has {len(tokenizer)} tokens, the text encoder {known}"
             )
     if is_xl and facts.tokenizers[0].get_vocab() != facts.tokenizers[1].get_vocab():
         raise UnsupportedModel(f"{folder.name}: the two tokenizers know different tokens")
     return facts
+
+
+def _class(index: Mapping[str, Any], part: str) -> Any:
+    """The class that a model_index.json names for a part; None where it has no such part."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[0] else None
+
+
+def _lone_file(folder: Path) -> Path | None:
+    """The checkpoint in a folder that holds nothing in diffusers format."""
+    if (folder / "model_index.json").exists():
+        return None
+    lone = [file for ending in LONE_FILES for file in sorted(folder.glob(f"*{ending}"))]
+    return next(iter(lone), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Config:
+    """A network's config, whose numbers are held to be some. where: as messages name it."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, part: str) -> "_Config":
+        values = read_config(folder / part / "config.json")
+        return cls(where=f"{folder.name}: {part}/config.json", values=values)
+
+    def whole(self, key: str, *, may_lack: bool = False) -> int:
+        """A whole number above 0; 0 for none where it may lack."""
+        value = self.values.get(key)
+        if value is None and may_lack:
+            return 0
+        return self._checked(key, value)
+
+    def wholes(self, key: str) -> list[int]:
+        """At least one such number."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or not 1 <= len(values) <= _MOST_LEVELS:
+            raise self._wrong(key, f"a list of 1 to {_MOST_LEVELS} whole numbers")
+        return [self._checked(key, value) for value in values]
+
+    def factor(self, key: str) -> None:
+        """Refuses what is no number above 0, and there."""
+        value = self.values.get(key, 1.0)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._wrong(key, "a number above 0")
+
+    def _checked(self, key: str, value: Any) -> int:
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise self._wrong(key, "a whole number above 0")
+        return int(value)
+
+    def _wrong(self, key: str, required: str) -> NotAModel:
+        told = f"is {self.values[key]!r}" if key in self.values else "is missing"
+        return NotAModel(f"{self.where}: {key} {told}; required: {required}")

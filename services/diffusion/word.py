@@ -6,6 +6,7 @@ tensor each. Files made elsewhere are foreign: sizes are capped and values looke
 Suffixes: V vectors, D width of a text encoder's token embeddings.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from services.common.limits import MAX_VECTORS
+from services.common.weights import NotAModel, tensors_in
 
 # Eight vectors for two text encoders are 64 KiB; files made elsewhere carry training notes.
 MAX_FILE_BYTES = 4 * 1024 * 1024
@@ -23,8 +25,6 @@ MAX_VALUE = 1e4
 # The names of a file's tensors for models with two text encoders, in the encoders' order, as files everywhere have it.
 _ENCODERS = ("clip_l", "clip_g")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The first bytes of what torch.save writes: a zip, or a pickle of protocol 2 and up.
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class InvalidWord(Exception):
@@ -68,16 +68,15 @@ class Word:
         Raises:
             InvalidWord: not safetensors, or not vectors for these text encoders.
         """
-        if data.startswith(_PICKLES):
-            raise InvalidWord(
-                "is a pickled file (.pt or .bin), which may run any code when it is read; allowed: "
-                "safetensors only, so convert it where you trust it"
-            )
         try:
+            tensors_in(io.BytesIO(data), len(data))
             tensors = load(data)
-        # A ValueError is also JSON that does not parse.
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise InvalidWord(f"is no safetensors file: {error}") from error
+        # What the head's own check lets pass.
+        except (NotAModel, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            problem = (
+                str(error) if isinstance(error, NotAModel) else f"is no safetensors file: {error}"
+            )
+            raise InvalidWord(problem) from error
         named = zip(_by_encoder(tensors, len(widths)), widths, strict=True)
         word = cls(vectors=tuple(_checked(name, tensor, width) for (name, tensor), width in named))
         if len({len(vectors_VD) for vectors_VD in word.vectors}) > 1:

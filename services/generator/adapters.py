@@ -1,12 +1,16 @@
 """Adapters (LoRA, Hu et al. 2021): low-rank changes of a model's weights, and which of them are on.
 
 Main types: `AdapterFile`, a file read, and `AdapterSwitch`, which turns adapters of one loaded model on and off. Files
-in diffusers' form and in kohya's are read by diffusers' own loader. It knows no job and no device policy.
+come in the forms of diffusers, PEFT and kohya; what other methods write (LoHa, DoRA, ...) is told by its name. It knows
+no job and no device policy.
 """
 
-import contextlib
+import hashlib
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +22,63 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import (
     delete_adapter_layers,
     set_adapter_layers,
     set_weights_and_activate_adapters,
 )
-from safetensors import SafetensorError
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 
 from services.common.collage import Adapter
-from services.common.weights import ModelError, NotAModel, tensor_shapes
+from services.common.weights import ModelError, NotAModel, digest_file, find, tensors
+from services.diffusion.folder import quiet, read_config
 
 # Parts of a model that an adapter may change.
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 # In kohya's form, what multiplies a change is alpha / rank.
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _KOHYA_TENSOR = re.compile(r"(?P<module>.+)\.(alpha|lora_(?P<side>up|down)\.weight)")
-# What ends the name of either half of a low-rank change in PEFT's form.
+# In the others', a module's own name, and what ends the name of either half of its change: PEFT's, then diffusers'.
+_TENSOR = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:\.lora_(?P<peft>[AB])(?:\.default)?|[._]lora(?:_linear_layer|_layer)?[._](?P<side>down|up))\.weight"
+)
 _HALVES = (".lora_A.weight", ".lora_B.weight")
+# PEFT's config, beside its file; it stands before the names of what PEFT saved, and where diffusers keeps its own.
+_CONFIG = "adapter_config.json"
+_WRAPPED = "base_model.model."
+_METADATA = "lora_adapter_metadata"
+# How PEFT names modules in patterns, with no more of a regular expression than takes no time.
+_MODULES = re.compile(r"\^?[\w.\\*-]{1,200}\$?", re.ASCII)
+# What a part's modules are called first, in files that do not say which part they are for.
+_FIRST_OF_TEXT = ("text_model", "encoder", "embeddings", "final_layer_norm", "text_projection")
+# What other methods call their tensors; the first counts.
+_FOREIGN = (
+    (r"\.dora_scale$|\.lora_magnitude_vector", "DoRA"),
+    (r"\.hada_", "LoHa"),
+    (r"\.lokr_", "LoKr"),
+    (r"\.boft_", "BOFT"),
+    (r"\.oft_", "OFT"),
+    (r"\.ia3_|\.on_input$", "IA3"),
+    (r"(^|\.)vera_", "VeRA"),
+    (r"\.hra_", "HRA"),
+    (r"\.[ab][12]\.weight$", "GLoRA"),
+    (r"\.lora_mid\.", "LoCon with a core tensor (Tucker decomposition)"),
+    (r"\.lora_E($|\.)", "AdaLoRA"),
+    (r"\.lora_embedding_", "LoRA of token embeddings"),
+    (r"^lora_controlnet$", "Control-LoRA"),
+    (r"\.lora_(B|up)\.bias$|\.lora\.up\.bias$", "LoRA with biases"),
+    (r"^bundle_emb\.", "LoRA with words in one file"),
+    (r"\.diff(_b)?$", "whole differences (full)"),
+    (r"\.[wb]_norm$", "changes of norms"),
+)
+_FORMS = "LoRA as diffusers, PEFT (adapter_model) and kohya write it"
+# Ways of PEFT's to begin that change the model's own weights, beside the LoRA.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What else a PEFT config may ask for.
+_ASKED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save")
 
 
 class UnsupportedAdapter(ModelError):
@@ -53,43 +95,49 @@ class AdapterFile:
     parts: tuple[str, ...]
 
     @classmethod
-    def read(cls, file: Path, unet_config: Mapping[str, Any]) -> "AdapterFile":
-        """Reads a safetensors file of either form.
+    def read(
+        cls, file: Path, unet_config: Mapping[str, Any], text_widths: Mapping[str, int]
+    ) -> "AdapterFile":
+        """Reads a safetensors file of any of the forms.
+
+        Args:
+            file: its config beside it, where PEFT wrote it.
+            unet_config: of the model that it is for.
+            text_widths: of that model's text encoders, by part.
 
         Raises:
+            NotAModel: it is no safetensors file, or not a whole one.
             UnsupportedAdapter: it holds something else than a LoRA, or one for another family.
         """
-        try:
-            raw = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise NotAModel(f"{file.name} is no safetensors file: {error}") from error
-        if others := [name for name in raw if "dora_scale" in name or "lora" not in name]:
-            raise UnsupportedAdapter(
-                f"{file.name}: holds {others[0]!r}; supported: LoRA (not DoRA, LoHa, LoKr)"
-            )
-        with _quiet():
-            try:
-                tensors, alphas, metadata = Loader.lora_state_dict(
-                    _without_uneven_alphas(raw)
-                    if any(name.endswith(".alpha") for name in raw)
-                    else str(file),
-                    return_lora_metadata=True,
-                    use_safetensors=True,
-                    **(
-                        {"unet_config": unet_config}
-                        if unet_config.get("addition_embed_type")
-                        else {}
-                    ),
+        names = tensors(file)
+        config = _config(file, names)
+        for sign, what in _FOREIGN:
+            if held := next((name for name in names if re.search(sign, name)), None):
+                raise UnsupportedAdapter(
+                    f"{file.name}: is {what} (it holds {held}); known: {_FORMS}"
                 )
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UnsupportedAdapter(f"{file.name}: {error}") from error
-        found = {name.partition(".")[0] for name in tensors}
-        if unknown := found - set(_PARTS):
+        raw = load_file(file)
+        if not raw or any("lora" not in name and not name.endswith(".alpha") for name in raw):
+            other = next((name for name in raw if "lora" not in name), "nothing")
+            raise UnsupportedAdapter(
+                f"{file.name}: is no LoRA: it holds {other!r}; known: {_FORMS}"
+            )
+        for name, tensor in raw.items():
+            if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+                raise UnsupportedAdapter(f"{file.name}: {name} holds what is no finite number")
+        try:
+            if all(name.startswith(_KOHYA) for name in raw):
+                found = _of_kohya(raw, unet_config)
+            else:
+                found = _of_modules(raw, config, text_widths)
+        except (ValueError, KeyError, AttributeError, TypeError, IndexError, re.error) as error:
+            raise UnsupportedAdapter(f"{file.name}: {error}") from error
+        changed = {name.partition(".")[0] for name in found.tensors}
+        if unknown := changed - set(_PARTS):
             raise UnsupportedAdapter(
                 f"{file.name}: changes {', '.join(sorted(unknown))}; supported: {', '.join(_PARTS)}"
             )
-        parts = tuple(part for part in _PARTS if part in found)
-        return cls(tensors=tensors, alphas=alphas or None, metadata=metadata, parts=parts)
+        return found
 
     def check(self, folder: Path) -> None:
         """Looks whether each change has its place in the model of that folder.
@@ -98,20 +146,18 @@ class AdapterFile:
             UnsupportedAdapter: naming the tensor that has none.
         """
         for part in self.parts:
-            shapes = {
-                _plain(name): shape
-                for file in sorted((folder / part).glob("*.safetensors"))
-                for name, shape in tensor_shapes(file).items()
-            }
-            if not shapes:
+            if not (folder / part).is_dir():
                 raise UnsupportedAdapter(f"is for a {part}, which the model does not have")
-            for name, tensor in self._in_peft_form(part).items():
+            shapes = {_plain(name): shape for name, shape in find(folder / part).shapes.items()}
+            own = self._in_peft_form(part)
+            for name, tensor in own.items():
                 module = _plain(name)
                 for half in _HALVES:
                     module = module.removesuffix(half)
                 base = shapes.get(f"{module}.weight")
                 # The first half reads the inputs of the layer it changes, the second half gives its outputs.
-                side = 1 if name.endswith(_HALVES[0]) else 0
+                is_first = name.endswith(_HALVES[0])
+                side = 1 if is_first else 0
                 if not name.endswith(_HALVES) or base is None or len(base) != tensor.ndim:
                     raise UnsupportedAdapter(f"{part}.{name} has no place in the model")
                 if tensor.shape[side] != base[side]:
@@ -119,6 +165,10 @@ class AdapterFile:
                         f"{part}.{name} is for a layer of width {tensor.shape[side]}; "
                         f"the model's has {base[side]}"
                     )
+                half = _HALVES[0] if is_first else _HALVES[1]
+                other = own.get(name.removesuffix(half) + _HALVES[is_first])
+                if other is None or other.shape[side] != tensor.shape[1 - side]:
+                    raise UnsupportedAdapter(f"{part}.{name} lacks its other half, of one rank")
 
     def _in_peft_form(self, part: str) -> dict[str, torch.Tensor]:
         """One part's tensors, named as PEFT does, without the part's name."""
@@ -146,7 +196,7 @@ class AdapterFile:
             "adapter_name": name,
             "low_cpu_mem_usage": True,
         }
-        with _quiet():
+        with quiet():
             for part in self.parts:
                 if part == "unet":
                     Loader.load_lora_into_unet(dict(self.tensors), unet=networks[part], **options)
@@ -182,8 +232,13 @@ class AdapterSwitch:
         self._on = None
         for adapter in adapters:
             if adapter.name not in self._parts:
+                widths = {
+                    part: network.config.hidden_size
+                    for part, network in self._networks.items()
+                    if part != "unet"
+                }
                 config = self._networks["unet"].config
-                file = AdapterFile.read(self._files[adapter.name], config)
+                file = AdapterFile.read(self._files[adapter.name], config, widths)
                 try:
                     file.load_into(self._networks, self._inner_name(adapter.name))
                 except BaseException:
@@ -218,6 +273,199 @@ class AdapterSwitch:
             getattr(network, "peft_config", {}).pop(inner_name, None)
 
 
+def digest(file: Path) -> str:
+    """sha256 of an adapter's file, and of the config beside it where that says how strong it is; hex."""
+    config = file.with_name(_CONFIG)
+    if not config.is_file() or not _is_wrapped(tensors(file)):
+        return digest_file(file)
+    both = f"{digest_file(file)} {digest_file(config)}"
+    return hashlib.sha256(both.encode()).hexdigest()
+
+
+def _is_wrapped(names: Mapping[str, Any]) -> bool:
+    return any(name.startswith(_WRAPPED) for name in names)
+
+
+def _config(file: Path, names: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What is said of the LoRA beside its tensors: by PEFT in a file of its own, by diffusers in the same.
+
+    Raises:
+        NotAModel, UnsupportedAdapter: it is missing where it is needed, or asks for what cannot be done.
+    """
+    if _is_wrapped(names):
+        if not file.with_name(_CONFIG).is_file():
+            raise UnsupportedAdapter(
+                f"{file.name}: was saved by PEFT; its {_CONFIG}, which says how strong it is, must lie beside it"
+            )
+        config = read_config(file.with_name(_CONFIG))
+        if (kind := config.get("peft_type", "LORA")) != "LORA":
+            raise UnsupportedAdapter(f"{file.name}: is {kind}, says its {_CONFIG}; known: {_FORMS}")
+        _check_asked(file, config)
+        return config
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(_METADATA)
+    if text is None:
+        return None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NotAModel(f"{file.name}: its {_METADATA} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise NotAModel(f"{file.name}: its {_METADATA} is not a JSON object")
+    for part in _PARTS:
+        _check_asked(file, _of_part(config, part))
+    return config
+
+
+def _of_part(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What a config says of one part; all of it where it is of one alone."""
+    if not any(key.startswith(tuple(f"{each}." for each in _PARTS)) for key in config):
+        return dict(config)
+    prefix = f"{part}."
+    return {
+        key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)
+    }
+
+
+def _check_asked(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses what would draw something else than its tensors say."""
+    if asked := [key for key in _ASKED if config.get(key)]:
+        raise UnsupportedAdapter(
+            f"{file.name}: asks for {asked[0]}, which is not supported; known: {_FORMS}"
+        )
+    if config.get("bias", "none") != "none":
+        raise UnsupportedAdapter(f"{file.name}: changes biases, which is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise UnsupportedAdapter(
+            f"{file.name}: begins as {start}, which changes the model's own weights; convert it to a plain LoRA with "
+            "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+
+
+def _of_kohya(raw: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any]) -> AdapterFile:
+    """A file in kohya's form, by diffusers' own reading."""
+    with quiet():
+        found, alphas, metadata = Loader.lora_state_dict(
+            _without_uneven_alphas(raw)
+            if any(name.endswith(".alpha") for name in raw)
+            else dict(raw),
+            return_lora_metadata=True,
+            use_safetensors=True,
+            **({"unet_config": unet_config} if unet_config.get("addition_embed_type") else {}),
+        )
+    return AdapterFile(
+        tensors=found, alphas=alphas or None, metadata=metadata, parts=_parts_of(found)
+    )
+
+
+def _of_modules(
+    raw: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None,
+    text_widths: Mapping[str, int],
+) -> AdapterFile:
+    """A file whose tensors are named as the modules they change, in PEFT's form and with the scale of each."""
+    found: dict[str, torch.Tensor] = {}
+    alphas: dict[str, float] = {}
+    bare = _part_of_bare(raw, text_widths)
+    for name, tensor in raw.items():
+        inner = name.removeprefix(_WRAPPED).replace(".processor.", ".")
+        if inner.partition(".")[0] not in _PARTS and bare is not None:
+            inner = f"{bare}.{inner}"
+        if inner.endswith(".alpha"):
+            alphas[inner.removesuffix(".alpha")] = float(tensor)
+            continue
+        match = _TENSOR.fullmatch(inner)
+        if match is None:
+            raise ValueError(f"{name} has no place in the model")
+        half = match["peft"] or {"down": "A", "up": "B"}[match["side"]]
+        # Attention processors of old, whose layer was a list.
+        module = re.sub(r"\.to_out$", ".to_out.0", match["module"])
+        found[f"{module}.lora_{half}.weight"] = tensor
+    parts = _parts_of(found)
+    told = {
+        f"{part}.{key}": value
+        for part in parts
+        for key, value in _scales(part, found, alphas, _of_part(config or {}, part)).items()
+    }
+    return AdapterFile(tensors=found, alphas=None, metadata=told, parts=parts)
+
+
+def _parts_of(found: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    changed = {name.partition(".")[0] for name in found}
+    return tuple(part for part in _PARTS if part in changed)
+
+
+def _part_of_bare(raw: Mapping[str, torch.Tensor], text_widths: Mapping[str, int]) -> str | None:
+    """The part that a file is for which names none; None where it names them."""
+    firsts = {name.removeprefix(_WRAPPED).partition(".")[0] for name in raw}
+    if not firsts.isdisjoint(_PARTS):
+        return None
+    if firsts.isdisjoint(_FIRST_OF_TEXT):
+        return "unet" if any(first.endswith(("block", "blocks")) for first in firsts) else None
+    # Two text encoders call their layers alike; their widths differ.
+    widths = {
+        tensor.shape[1]
+        for name, tensor in raw.items()
+        if tensor.ndim == 2 and re.search(r"[qkv]_proj[._].*(lora_A|down)", name)
+    }
+    fitting = [part for part, width in text_widths.items() if widths == {width}]
+    return fitting[0] if fitting else "text_encoder"
+
+
+def _scales(
+    part: str,
+    found: Mapping[str, torch.Tensor],
+    alphas: Mapping[str, float],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """How strong each module's change is, as PEFT is told: alpha / rank, or alpha / root of rank."""
+    ranks = {
+        name.removesuffix(_HALVES[1]): tensor.shape[1]
+        for name, tensor in found.items()
+        if name.startswith(f"{part}.") and name.endswith(_HALVES[1]) and tensor.ndim > 1
+    }
+    if not ranks:
+        return {}
+    patterns = config.get("alpha_pattern") or {}
+    if (
+        not isinstance(patterns, dict)
+        or not all(map(_is_strength, patterns.values()))
+        or not all(map(_MODULES.fullmatch, patterns))
+    ):
+        raise ValueError(f"alpha_pattern is {patterns!r}; required: names of modules, and numbers")
+    alpha = config.get("lora_alpha")
+    if alpha is not None and not _is_strength(alpha):
+        raise ValueError(f"lora_alpha is {alpha!r}; required: a number")
+    told = {}
+    for module, rank in ranks.items():
+        inner = module.removeprefix(f"{part}.")
+        said = patterns.get(get_pattern_key(list(patterns), inner), alpha)
+        told[module] = alphas.get(module, rank if said is None else said)
+    rank, scale = (
+        Counter(ranks.values()).most_common()[0][0],
+        Counter(told.values()).most_common()[0][0],
+    )
+    return {
+        "r": rank,
+        "lora_alpha": scale,
+        "rank_pattern": {_pattern(part, each): n for each, n in ranks.items() if n != rank},
+        "alpha_pattern": {_pattern(part, each): n for each, n in told.items() if n != scale},
+        "use_rslora": bool(config.get("use_rslora")),
+        "target_modules": [_plain(each.removeprefix(f"{part}.")) for each in ranks],
+    }
+
+
+def _is_strength(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _pattern(part: str, module: str) -> str:
+    """A module in PEFT's patterns: of a text encoder, with the level before it or without."""
+    inner = re.escape(_plain(module.removeprefix(f"{part}.")))
+    return f"^{inner}" if part == "unet" else inner
+
+
 def _without_uneven_alphas(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A kohya file whose layers are not all scaled alike, with each layer's scale taken into its weights.
 
@@ -250,16 +498,3 @@ def _without_uneven_alphas(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 def _plain(name: str) -> str:
     """A module's name without the level that text encoders have or not, by the version they were saved with."""
     return name.removeprefix("text_model.")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the libraries from printing what they did not find: we look closer before and after."""
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel
 
-from services.common.weights import NotAModel
+from services.common.weights import NotAModel, find
 from services.diffusion.folder import UnsupportedModel, read_config, read_network
 
 # What a ControlNet shares with the U-Net it is for: the shapes of its inputs and residuals. (Kinds of blocks may
@@ -44,22 +44,20 @@ def check_controlnet(folder: Path, model: Path) -> None:
         raise UnsupportedModel(
             f"{folder.name}: is a {config.get('_class_name')}, not a ControlNetModel"
         )
-    if not any(folder.glob("*.safetensors")):
-        raise NotAModel(f"{folder.name}: has no weights in safetensors form")
+    find(folder)
     if misfits := [
         f"{name} is {config.get(name)}, the U-Net's {unet.get(name)}"
         for name in _SHARED_WITH_UNET
         if config.get(name) != unet.get(name)
     ]:
         raise UnsupportedModel(f"{folder.name}: {'; '.join(misfits)}")
-    vae = read_config(model / "vae" / "config.json")
-    factors = [
-        2 ** (len(channels) - 1)
-        for channels in (
-            config.get("conditioning_embedding_out_channels", _EMBEDDING),
-            vae["block_out_channels"],
+    embedding = config.get("conditioning_embedding_out_channels", _EMBEDDING)
+    if not isinstance(embedding, list | tuple) or not embedding:
+        raise NotAModel(
+            f"{folder.name}: conditioning_embedding_out_channels is {embedding!r}; required: a list"
         )
-    ]
+    vae = read_config(model / "vae" / "config.json")
+    factors = [2 ** (len(channels) - 1) for channels in (embedding, vae["block_out_channels"])]
     if factors[0] != factors[1]:
         raise UnsupportedModel(
             f"{folder.name}: takes pictures {factors[0]} times as large as latents, the autoencoder "

@@ -16,9 +16,10 @@ from typing import Generic
 import numpy as np
 
 from services.common.collage import Dials, Extent, Sampling
-from services.common.errors import DeadlinePassed, DeviceLost
+from services.common.errors import DeadlinePassed, DeviceLost, ModelUnusable
 from services.common.pictures import encode_png
 from services.common.plate import Plate
+from services.common.settings import InvalidSetting
 from services.diffusion.catalog import Catalog
 from services.generator.card import Card, GeneratorCard
 from services.generator.conditioning import LayerControl
@@ -81,6 +82,7 @@ class Engine(Generic[Card]):
             Unavailable: the engine is draining; DeviceLost: its device's thread has died.
             DeadlinePassed: the job's deadline passed first.
             InvalidRequest: a prompt is too long.
+            ModelUnusable: the model's files make none.
             Internal: the work failed; reason OUT_OF_MEMORY where it did not fit the device.
         """
         mailbox = Mailbox()
@@ -101,11 +103,17 @@ class Engine(Generic[Card]):
 
         It has the model's native size, the one most requests have, or the largest that the operator allows: its steps
         give the first estimate of seconds.
+
+        Raises:
+            InvalidSetting: its files make no model.
         """
         job = _warm_up_job(self.catalog.cards[0], deadline_s=time.monotonic() + WARM_UP_LIMIT_S)
-        async with contextlib.aclosing(self.generate(job)) as events:
-            async for _ in events:
-                pass
+        try:
+            async with contextlib.aclosing(self.generate(job)) as events:
+                async for _ in events:
+                    pass
+        except ModelUnusable as error:
+            raise InvalidSetting(f"models: {error}") from error
 
     def expected(
         self,

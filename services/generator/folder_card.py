@@ -4,7 +4,8 @@ Main type: `FolderCard`; `read_catalog` makes those of a setting and `load_stage
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from diffusers.configuration_utils import FrozenDict
 
 from services.common.hub import locate, locate_adapter
 from services.common.models_file import ModelSource
-from services.common.weights import CONTROLNET_FILES, ModelError, digest, digest_file, weights
+from services.common.weights import (
+    CONTROLNET_FILES,
+    ModelError,
+    digest,
+    find,
+    tensors,
+)
 from services.diffusion import device
 from services.diffusion.catalog import Catalog, weights_bytes
 from services.diffusion.facts import read_facts
@@ -21,6 +28,7 @@ from services.diffusion.memory import device_bytes
 from services.diffusion.networks import load
 from services.generator import schedule
 from services.generator.adapters import AdapterFile
+from services.generator.adapters import digest as adapter_digest
 from services.generator.card import GeneratorCard
 from services.generator.controlnet import check_controlnet
 from services.generator.stages import Stages, TorchStages
@@ -48,16 +56,20 @@ class FolderCard(GeneratorCard):
         on = device.find(source.device)
         dtype = _dtype(source.dtype, on)
         vae_dtype = facts.vae_dtype(dtype)
+        # Before all that takes long, or lies beside it: what is no model is told at once.
+        own_bytes = weights_bytes(folder, dtype=dtype, vae_dtype=vae_dtype)
         controlnets = {
             kind: _find_controlnet(where, folder)
             for kind, where in sorted(source.controlnets.items())
         }
         adapters = {
-            name: _find_adapter(name, where, folder)
+            name: _find_adapter(name, where, folder, facts.text_widths)
             for name, where in sorted(source.adapters.items())
         }
-        beside = sum(weights(each, CONTROLNET_FILES) for each in controlnets.values())
-        beside += sum(map(weights, adapters.values()))
+        beside = sum(find(each).count for each in controlnets.values())
+        beside += sum(
+            math.prod(shape) for each in adapters.values() for shape in tensors(each).values()
+        )
         card = cls(
             name=source.name,
             folder=folder,
@@ -75,10 +87,9 @@ class FolderCard(GeneratorCard):
             controlnet_folders=controlnets,
             dtype=dtype,
             device=on,
-            adapters={name: digest_file(file) for name, file in adapters.items()},
+            adapters={name: adapter_digest(file) for name, file in adapters.items()},
             adapter_files=adapters,
-            weights_bytes=beside * dtype.itemsize
-            + weights_bytes(folder, dtype=dtype, vae_dtype=vae_dtype),
+            weights_bytes=beside * dtype.itemsize + own_bytes,
             limits=source.limits,
             preset=source.defaults,
         )
@@ -115,13 +126,14 @@ def _find_controlnet(where: Path | str, folder: Path) -> Path:
     return controlnet
 
 
-def _find_adapter(name: str, where: Path | str, folder: Path) -> Path:
+def _find_adapter(name: str, where: Path | str, folder: Path, text_widths: Sequence[int]) -> Path:
     """Finds an adapter's file and looks whether it fits the model in `folder`."""
     try:
         file = locate_adapter(where)
         config = json.loads((folder / "unet" / "config.json").read_text())
+        widths = dict(zip(("text_encoder", "text_encoder_2"), text_widths, strict=False))
         # diffusers reads it both as a mapping and by attributes.
-        AdapterFile.read(file, FrozenDict(config)).check(folder)
+        AdapterFile.read(file, FrozenDict(config), widths).check(folder)
     except ModelError as error:
         raise ModelError(f"adapters.{name}: {error}") from error
     return file

@@ -27,10 +27,12 @@ from services.common.errors import (
     CollageError,
     DeadlinePassed,
     Internal,
+    ModelUnusable,
     Overloaded,
     Unavailable,
 )
 from services.common.telemetry import log
+from services.common.weights import ModelError
 from services.diffusion import device
 from services.diffusion.catalog import Catalog
 from services.diffusion.shelf import Shelf
@@ -422,6 +424,8 @@ class Runner(Generic[Card]):
         told = _told(error, entry.job)
         if isinstance(told, Internal):
             entry.context.copy().run(log.error, "job failed", reason=told.reason, exc_info=error)
+        if isinstance(told, ModelUnusable):
+            entry.context.copy().run(log.error, "job failed", reason=told.reason, error=str(told))
         if told is not error:
             device.recover(self._card(entry).device, error, who=WHO)
         self._end(entry, told)
@@ -531,6 +535,8 @@ def _told(error: BaseException, job: Job) -> CollageError:
     """What the caller hears of an exception in its job."""
     if isinstance(error, CollageError):
         return error
+    if isinstance(error, ModelError):
+        return ModelUnusable(f"model {job.sampling.model} cannot be used: {error}")
     if device.is_out_of_memory(error):
         height, width = job.plate.release_HW.shape
         return Internal(

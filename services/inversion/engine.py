@@ -23,10 +23,12 @@ from services.common.errors import (
     DeadlinePassed,
     DeviceLost,
     Internal,
+    ModelUnusable,
     Overloaded,
     Unavailable,
 )
 from services.common.telemetry import log
+from services.common.weights import ModelError
 from services.diffusion import device
 from services.diffusion.catalog import Catalog
 from services.diffusion.shelf import Shelf
@@ -172,7 +174,7 @@ class Engine:
         Raises:
             DeadlinePassed: on the monotonic clock, the deadline passed first.
             Unavailable: the engine drains; the last item held a state to go on from. DeviceLost: see `working`.
-            Internal: the work failed.
+            ModelUnusable: the model's files make none. Internal: the work failed.
         """
         loop, mailbox, stop = (
             asyncio.get_running_loop(),
@@ -211,8 +213,9 @@ class Engine:
                 self._lost.set()
             raise
         except Exception as error:
-            BATCHES.labels("INTERNAL").inc()
-            raise _told(error) from error
+            told = _told(error, card.name)
+            BATCHES.labels(told.reason).inc()
+            raise told from error
         finally:
             stop.set()
             # The turn passes on only when the device is free.
@@ -312,12 +315,15 @@ async def _finished(working: "asyncio.Future[Any]") -> None:
             await asyncio.wait((working,))
 
 
-def _told(error: Exception) -> CollageError:
+def _told(error: Exception, model: str) -> CollageError:
     """What the caller hears of an exception in the work."""
     if device.is_out_of_memory(error):
         return Internal(
             "the words do not fit the memory together; the operator can lower COLLAGE_JOINT_ROWS",
             reason="OUT_OF_MEMORY",
         )
+    if isinstance(error, ModelError):
+        log.error("learning failed", error=str(error))
+        return ModelUnusable(f"model {model} cannot be used: {error}")
     log.error("learning failed", exc_info=error)
     return Internal("internal error; the inversion's log has more under this request id")

@@ -173,15 +173,17 @@ def read_card(source: ModelSource) -> LearningCard:
         ModelError: no model, or none of a supported kind.
     """
     folder, on = locate(source.source), device.find(source.device)
-    dtype = dtype_on(on)
+    dtype, facts = dtype_on(on), read_facts(folder)
+    # Before the digest: what is no model is told at once.
+    own_bytes = weights_bytes(folder, dtype=dtype, vae_dtype=_VAE_DTYPE)
     return LearningCard(
         name=source.name,
         folder=folder,
         digest=digest(folder),
-        facts=read_facts(folder),
+        facts=facts,
         dtype=dtype,
         device=on,
-        weights_bytes=weights_bytes(folder, dtype=dtype, vae_dtype=_VAE_DTYPE),
+        weights_bytes=own_bytes,
     )
 
 
