@@ -1,8 +1,10 @@
 """Rules of the tree that import-linter cannot see: what starts without torch, and that no machine is named."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,41 @@ def test_only_the_server_looks_at_what_time_a_call_has_left():
         if "time_remaining" in path.read_text()
     ]
     assert found == ["services/common/rpc.py"]
+
+
+# What is imported from within the libraries of models: not what they export, so a release may move it. Those without a
+# promise of their own are why pyproject.toml bounds the versions.
+WITHIN = {
+    "diffusers.configuration_utils": {"FrozenDict"},
+    "diffusers.loaders": {"StableDiffusionLoraLoaderMixin"},
+    "diffusers.models.attention_processor": {"Attention", "AttnProcessor2_0"},
+    "diffusers.utils": {
+        "convert_state_dict_to_diffusers",
+        "convert_state_dict_to_peft",
+        "convert_unet_state_dict_to_peft",
+        "logging",
+    },
+    "diffusers.utils.peft_utils": {
+        "delete_adapter_layers",
+        "set_adapter_layers",
+        "set_weights_and_activate_adapters",
+    },
+    "peft.utils.other": {"get_pattern_key"},
+    "transformers.utils": {"logging"},
+    "transformers.utils.logging": {"disable_progress_bar"},
+}
+
+
+def test_what_is_used_within_the_libraries_of_models_is_listed_and_bounded():
+    used = {}
+    for file in (ROOT / "services").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if module.startswith(("diffusers.", "peft.", "transformers.")):
+                used.setdefault(module, set()).update(each.name for each in node.names)
+    assert used == WITHIN
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [each for names in extras["optional-dependencies"].values() for each in names]
+    for library in ("diffusers", "peft", "transformers"):
+        bounds = [each for each in needed if each.startswith(f"{library}>")]
+        assert bounds and all(",<" in each for each in bounds), bounds

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
 
 from local.served import model_files, models_setting
 from services.common.errors import InvalidRequest
@@ -110,6 +112,42 @@ def test_a_hub_is_asked_in_so_many_words(tmp_path, monkeypatch, asked):
         with pytest.raises(NotAModel, match="the hub says: not here"):
             find()
     assert asked == [("o/n", "v2"), ("o/ink", None), ("owner/name", "main"), ("owner/name", None)]
+
+
+@pytest.mark.parametrize(
+    ("holds", "fetched"),
+    [
+        (["", "fp16", "non_ema"], ""),
+        (["fp16", "bf16"], "fp16"),
+        (["bf16"], "bf16"),
+    ],
+)
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_variant_is_fetched_where_there_is_nothing_else(
+    tmp_path, monkeypatch, folder, holds, fetched, shards
+):
+    """A hub that is a folder, and what is asked of it by the hub's own matching of names."""
+    there = tmp_path / "there"
+    for variant in holds:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        options = {"max_shard_size": "60KB"} if shards else {}
+        pipeline.save_pretrained(there, variant=variant or None, **options)
+
+    def fetch(_, *, revision, allow_patterns, ignore_patterns):
+        names = [file.relative_to(there).as_posix() for file in there.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / name, tmp_path / "here" / name)
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    here = locate("hub:owner/name")
+    assert {each.variant for each in find_all(here).values()} == {fetched or None}
+    named = [file.name for file in here.rglob("*.safetensors")]
+    marked = {each for each in holds if each and any(f".{each}" in name for name in named)}
+    assert named and marked == ({fetched} if fetched else set())
 
 
 @pytest.mark.parametrize(

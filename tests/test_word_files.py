@@ -38,8 +38,11 @@ def test_a_word_written_is_read_again_bit_for_bit(widths):
 
 
 def test_a_file_holds_both_encoders_for_two():
-    data = save({"clip_g": vectors(2, 48), "clip_l": vectors(2, 32)})
-    assert [each.shape for each in Word.from_bytes(data, (32, 48)).vectors] == [(2, 32), (2, 48)]
+    """As A1111 and ComfyUI have them, and as diffusers' script that trains them with a LoRA."""
+    for first, second in (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1")):
+        data = save({second: vectors(2, 48), first: vectors(2, 32)})
+        word = Word.from_bytes(data, (32, 48))
+        assert [each.shape for each in word.vectors] == [(2, 32), (2, 48)]
 
 
 @pytest.mark.parametrize(

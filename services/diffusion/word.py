@@ -22,8 +22,10 @@ from services.common.weights import NotAModel, tensors_in
 MAX_FILE_BYTES = 4 * 1024 * 1024
 # Largest value of a vector that is believed: text encoders' own lie below 1 or so.
 MAX_VALUE = 1e4
-# The names of a file's tensors for models with two text encoders, in the encoders' order, as files everywhere have it.
+# The names of a file's tensors for models with two text encoders, in the encoders' order, as files everywhere have it;
+# and as diffusers' script for SDXL with LoRA writes them.
 _ENCODERS = ("clip_l", "clip_g")
+_NUMBERED = ("text_encoders_0", "text_encoders_1")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -87,7 +89,8 @@ class Word:
 def _by_encoder(tensors: Mapping[str, Tensor], encoders: int) -> Sequence[tuple[str, Tensor]]:
     """Name and tensor for each text encoder."""
     is_lone = encoders == 1
-    names = tuple(tensors) if is_lone else _ENCODERS
+    pair = _NUMBERED if set(tensors) == set(_NUMBERED) else _ENCODERS
+    names = tuple(tensors) if is_lone else pair
     if len(names) != 1 if is_lone else set(tensors) != set(names):
         needed = "one tensor" if is_lone else f"the tensors {' and '.join(_ENCODERS)}"
         held = ", ".join(sorted(tensors)[:8]) or "no tensor"
