@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from nats.js import api
 
 from gateway.jobs import (
     Claim,
@@ -24,6 +25,7 @@ from gateway.jobs import (
     JobMissing,
     JobRecord,
     Jobs,
+    JobsFull,
     JobState,
     JobsUnavailable,
     QueueFull,
@@ -644,3 +646,20 @@ async def test_a_file_of_the_version_before_is_taken_over(tmp_path: Path) -> Non
         assert [e.payload for e in await history(jobs, "job-b")] == [b"\x04"]
         assert (await jobs.get("job-b")).result == b""
         await jobs.close()
+
+
+async def test_nats_without_room_says_full_and_goes_on(server: Server) -> None:
+    """It was tried again for more than a minute, and then did "not answer"."""
+    queue = Queue(f"{server.url}#small")
+    jobs = await queue.open()
+    assert isinstance(jobs, NatsJobs)
+    await jobs.submit(new_id(), b"x")
+    config = (await jobs._stream.api.stream_info("small-requests")).config
+    limits = {"max_bytes": 20_000, "discard": api.DiscardPolicy.NEW}
+    await jobs._stream.api.update_stream(config.evolve(**limits))
+    with pytest.raises(JobsFull, match="no room"):
+        await jobs.submit(new_id(), bytes(50_000))
+    assert (await jobs.counts())[JobState.QUEUED] == 1
+    await jobs._stream.api.update_stream(config)
+    await jobs.submit(new_id(), bytes(50_000))
+    await jobs.close()

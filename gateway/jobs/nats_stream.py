@@ -27,13 +27,15 @@ from nats.js.errors import (
     ServiceUnavailableError,
 )
 
-from gateway.jobs import JobsUnavailable
+from gateway.jobs import JobsFull, JobsUnavailable
 from services.common.telemetry import log
 
 _T = TypeVar("_T")
 
 _EXPECTED_HEADER = "Nats-Expected-Last-Subject-Sequence"
 _WRONG_LAST_SEQUENCE = 10071
+# The account's or the server's storage is used up; and a stream that could not store, for whatever reason it tells.
+_NO_ROOM, _NOT_STORED = frozenset({10023, 10047}), 10077
 # Seconds for one request to the server.
 REQUEST_S = 2.0
 # What the server's limit on a message leaves for headers.
@@ -58,6 +60,12 @@ TRANSIENT = (
 )
 
 
+def _is_full(error: APIError) -> bool:
+    """Does a limit stand in the way? On a full disk a server answers nothing."""
+    is_at_limit = error.err_code == _NOT_STORED and "exceeded" in (error.description or "")
+    return error.err_code in _NO_ROOM or is_at_limit
+
+
 class JetStream:
     """A connection that repeats its requests while the server is away, up to `retry_s`."""
 
@@ -78,6 +86,10 @@ class JetStream:
             try:
                 return await request()
             except TRANSIENT as error:
+                if isinstance(error, APIError) and _is_full(error):
+                    raise JobsFull(
+                        f"nats has no room ({error.description}): raise its limits, or free space"
+                    ) from error
                 if self.client.is_closed or time.monotonic() > deadline:
                     raise JobsUnavailable(f"nats: {error}") from error
                 await asyncio.sleep(0.1)
