@@ -311,3 +311,24 @@ def test_a_config_of_any_content_is_told(tmp_path, folder, content, told):
         config.write_text(content)
     with pytest.raises(InvalidSetting, match=rf"adapters\.one: .*{told}"):
         catalog(tmp_path, folder, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, k: t.update({f"{k}.alpha": torch.ones(3)}),
+        lambda t, k: t.update({f"{k}.lora_down.weight": torch.ones(0, 16)}),
+        lambda t, k: t.update({f"{k}.lora_down.weight": torch.tensor(1.0)}),
+        lambda t, k: t.update({f"{k}.lora_up.weight": torch.ones(16, 2, 3)}),
+        lambda t, k: t.update({f"{k}.lora_up.weight": torch.ones(16, 2, dtype=torch.int8)}),
+        lambda t, k: t.update({"lora_te_x.lora_up.weight": torch.ones(2, 2)}),
+        lambda t, k: t.update({"lora_unet_x_y.lora_up.weight": torch.ones(2, 2)}),
+        lambda t, k: t.clear(),
+    ],
+)
+def test_a_file_of_any_tensors_is_told(tmp_path, folder, change):
+    tensors = load_file(toy.lora(tmp_path / "x.safetensors", folder, form="kohya"))
+    change(tensors, KOHYA)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(InvalidSetting, match=r"models: toy: adapters\.one: "):
+        catalog(tmp_path, folder, tmp_path / "x.safetensors")

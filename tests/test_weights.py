@@ -1,6 +1,7 @@
 """Files of weights, whoever wrote them: every form that is loaded, and what is said of every one that is not."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -144,6 +145,16 @@ def with_head(change):
     return spoil
 
 
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def folder_instead(file):
+    file.unlink()
+    file.mkdir()
+
+
 def pickled(file):
     torch.save({"x": torch.ones(2)}, file)
 
@@ -225,6 +236,8 @@ DAMAGE = {
         "is no safetensors file: its head",
     ),
 }
+# Beside the LoRA, which is found only where it is a file.
+NO_FILES = {"pipe": pipe, "folder": folder_instead}
 PLACES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -248,6 +261,14 @@ def test_a_damaged_file_stops_the_start_for_what_it_is(tmp_path, copy, place, da
     if place in ("unet", "vae", "text_encoder"):
         with pytest.raises(InvalidSetting, match=told):
             read_learning_catalog(f"toy={copy}")
+
+
+@pytest.mark.parametrize("place", [*list(PLACES)[:4]])
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_plain_file_stops_the_start(tmp_path, copy, place, kind):
+    NO_FILES[kind](copy / PLACES[place])
+    with pytest.raises(InvalidSetting, match=f"{PLACES[place]} is no plain file"):
+        catalog(tmp_path, copy)
 
 
 def remove(folder, part):

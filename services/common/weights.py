@@ -212,6 +212,9 @@ def tensors(file: Path) -> dict[str, tuple[int, ...]]:
         NotAModel: it is no safetensors file, or not a whole one.
     """
     where = f"{file.parent.name}/{file.name}"
+    # What is read from a pipe never ends.
+    if file.exists() and not file.is_file():
+        raise NotAModel(f"{where} is no plain file")
     try:
         with file.open("rb") as opened:
             return tensors_in(opened, file.stat().st_size)

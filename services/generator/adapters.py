@@ -130,7 +130,16 @@ class AdapterFile:
                 found = _of_kohya(raw, unet_config)
             else:
                 found = _of_modules(raw, config, text_widths)
-        except (ValueError, KeyError, AttributeError, TypeError, IndexError, re.error) as error:
+        # What tensors of any names, shapes and values lead to, here and in diffusers.
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            re.error,
+        ) as error:
             raise UnsupportedAdapter(f"{file.name}: {error}") from error
         changed = {name.partition(".")[0] for name in found.tensors}
         if unknown := changed - set(_PARTS):
