@@ -25,6 +25,7 @@ from collage.v1 import (
 from services.common import limits
 from services.common.blobs import BlobStoreUnavailable
 from services.common.errors import (
+    TOO_LONG,
     CollageError,
     DataLoss,
     DeadlinePassed,
@@ -47,14 +48,13 @@ from services.common.telemetry import log
 # stage, so that a compositor that hangs loses no job.
 COMPOSE_TIMEOUT_S = 100.0
 ASK_TIMEOUT_S = 15.0
-# No picture takes an hour; a stream that lasts longer hangs.
-GENERATE_TIMEOUT_S = 3600.0
 # Words may wait and learn for as long as they tell of it. A call bounds what a lost one can hold; it is made again, and
 # goes on from the checkpoint.
 LEARN_TIMEOUT_S = 24 * 3600.0
-# Longest silence within a call that learns. A training step of a large model on a CPU takes minutes, and so does
-# reading such a model.
-LEARN_SILENCE_S = 600.0
+# Longest silence within a call that learns or draws: a part that hangs. A training step of a large model on a CPU takes
+# minutes, and so does reading such a model. A drawing has no other limit here: it waits for as long as it takes, and
+# the generator ends one that is at work for too long.
+SILENCE_S = 600.0
 # How long a stage that is down or full is tried again before the job is given back to the queue.
 PATIENCE_S = 120.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 3.0
@@ -158,7 +158,7 @@ class Stages:
 
         call = self._inversion.LearnWords(request, timeout=LEARN_TIMEOUT_S, metadata=outgoing())
         try:
-            async for answer in _answers(call, silence_s=LEARN_SILENCE_S):
+            async for answer in _answers(call, silence_s=SILENCE_S):
                 patience.renew()
                 # Told while the call waits for its turn.
                 if not answer.HasField("progress"):
@@ -188,15 +188,24 @@ class Stages:
     async def generate(
         self, request: generator_service_pb2.GenerateRequest, field: Field, emit: Emit
     ) -> None:
-        """Draws, and tells of its turn, steps, previews and pictures; `field` and errors as in `compose`."""
-        await patiently(lambda: self._generate(request, field, emit))
+        """Draws, and tells of its turn, steps, previews and pictures; `field` and errors as in `compose`.
+
+        Each of its messages renews the patience with it.
+        """
+        patience = Patience()
+        await patiently(lambda: self._generate(request, field, emit, patience), patience)
 
     async def _generate(
-        self, request: generator_service_pb2.GenerateRequest, field: Field, emit: Emit
+        self,
+        request: generator_service_pb2.GenerateRequest,
+        field: Field,
+        emit: Emit,
+        patience: "Patience",
     ) -> None:
-        call = self._generator.Generate(request, timeout=GENERATE_TIMEOUT_S, metadata=outgoing())
+        call = self._generator.Generate(request, metadata=outgoing())
         try:
-            async for answer in _latest(_answers(call)):
+            async for answer in _latest(_answers(call, silence_s=SILENCE_S)):
+                patience.renew()
                 kind = answer.WhichOneof("event")
                 if kind == "queued":
                     await emit(collage_service_pb2.JobEvent(queued=answer.queued))
@@ -326,16 +335,17 @@ async def patiently(attempt: Callable[[], Awaitable[Any]], patience: Patience | 
     """Tries again while a part is down, full or silent, with growing pauses, until patience is at its end."""
     patience = patience or Patience()
     while True:
-        began = time.monotonic()
         try:
             return await attempt()
-        # A job has no deadline of its own: one that passed bounded a call to a part that waits for storage.
         except (Unavailable, Overloaded, DeadlinePassed, BlobStoreUnavailable) as error:
+            # Of the work's own limit: again it would take as long.
+            if isinstance(error, DeadlinePassed) and error.reason == TOO_LONG:
+                raise
             wait_s = patience.take(getattr(error, "retry_after_s", 0.0))
             if wait_s is None:
-                # A part that fell silent may speak again: the job is given back. One that worked for the whole of a
-                # call's long limit would do so again.
-                if isinstance(error, DeadlinePassed) and time.monotonic() - began < PATIENCE_S:
+                # A job has no deadline of its own: one that passed bounded a call to a part that hangs or waits for
+                # storage, and may answer another time: the job is given back.
+                if isinstance(error, DeadlinePassed):
                     raise Unavailable(str(error), reason="SILENT") from error
                 raise
             log.info("stage tried again", message=str(error), wait_s=wait_s)

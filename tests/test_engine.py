@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 from services.common.collage import Extent
 from services.common.errors import (
+    TOO_LONG,
     DeadlinePassed,
     DeviceLost,
     Internal,
@@ -411,9 +414,11 @@ async def test_estimates_are_measured_and_scale(catalog, torch_stages):
         assert 0.2 * taken_s < drawn.seconds < 1.5 * taken_s
 
 
-@pytest.mark.parametrize(("limits", "cells"), [("{}", (8, 8)), ("{max_side: 16}", (4, 4))])
+@pytest.mark.parametrize(
+    ("limits", "grids"), [("{}", {(8, 8), (4, 4)}), ("{max_side: 16}", {(4, 4)})]
+)
 async def test_the_warm_up_is_no_larger_than_requests_may_be(
-    tmp_path, catalog, torch_stages, limits, cells
+    tmp_path, catalog, torch_stages, limits, grids
 ):
     """A limit below the model's own size is there for memory or time, which the warm-up would take all the same."""
     file = tmp_path / "models.yaml"
@@ -422,7 +427,71 @@ async def test_the_warm_up_is_no_larger_than_requests_may_be(
     stages = WatchedStages(torch_stages)
     async with running(read_catalog(str(file)), stages) as engine:
         await engine.warm_up()
-    assert set(stages.grids) == {cells}
+    # The second is of half its sides, for what a larger one takes at least; none has fewer than 16 pixels.
+    assert set(stages.grids) == grids
+
+
+async def test_drawing_past_the_limit_is_ended_and_waiting_is_none_of_it(catalog, torch_stages):
+    """The hour began when a gateway called: of four jobs of 45 minutes at once, three failed."""
+    stages = WatchedStages(torch_stages)
+    predict = stages.predict
+
+    def slow(rows):
+        time.sleep(0.02)
+        return predict(rows)
+
+    stages.predict = slow
+    async with running(catalog, stages, slice_s=0.1) as engine:
+        start_s = time.monotonic()
+        # One behind another, two of them in turns with another canvas: each within its own limit, all far beyond it.
+        jobs = [
+            replace(plates.job(steps=20, made_of=plates.plate(side=side)), limit_s=1.0)
+            for side in (32, 32, 32, 64, 64)
+        ]
+        drawn = await asyncio.gather(*(collect(engine, job) for job in jobs))
+        assert all(len(images(events)) == 1 for events in drawn)
+        assert time.monotonic() - start_s > 1.5
+        with pytest.raises(DeadlinePassed, match=r"the operator allows a request 0\.1 s") as told:
+            await collect(engine, replace(plates.job(steps=ENDLESS), limit_s=0.1))
+        assert told.value.reason == TOO_LONG
+        # The steps are over: what was drawn is not thrown away.
+        last = replace(plates.job(steps=1), limit_s=0.0)
+        assert len(images(await collect(engine, last))) == 1
+
+
+async def test_a_job_hears_of_its_place_until_the_device_hangs(catalog, torch_stages, monkeypatch):
+    monkeypatch.setattr("services.generator.engine.ALIVE_EVERY_S", 0.05)
+    stages, goes_on = WatchedStages(torch_stages), threading.Event()
+    predict = stages.predict
+
+    def hangs(rows):
+        goes_on.wait(WAIT_S)
+        return predict(rows)
+
+    stages.predict = hangs
+    async with running(catalog, stages) as engine:
+        heard = []
+        job = replace(plates.job(steps=4), limit_s=0.5)
+
+        async def read():
+            async for event in engine.generate(job):
+                heard.append(event)
+
+        reading = asyncio.create_task(read())
+        behind = asyncio.create_task(collect(engine, plates.job(steps=2)))
+        # Twice the limit.
+        await asyncio.sleep(1.0)
+        before = len(heard)
+        # From the limit on nothing: no call takes as long as a whole request may.
+        assert before > 1
+        assert {event.place for event in heard} <= {0, 1}
+        await asyncio.sleep(0.2)
+        assert len(heard) == before
+        goes_on.set()
+        with pytest.raises(DeadlinePassed):
+            await reading
+        waited = [event.place for event in await behind if isinstance(event, QueuedAt)]
+        assert waited.count(1) > 1
 
 
 async def test_a_slow_reader_holds_nobody_up_and_keeps_every_step(catalog, torch_stages):

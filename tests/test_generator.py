@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import io
+import math
+import re
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -36,7 +38,9 @@ from services.common.pictures import decode_opaque, encode_png
 from services.common.rpc import connect
 from services.common.telemetry import start_logging
 from services.diffusion.catalog import Catalog
+from services.diffusion.pace import Expected
 from services.generator.__main__ import Settings, build
+from services.generator.duration import Duration
 from services.generator.engine import Engine
 from services.generator.folder_card import FolderCard, load_stages, read_catalog
 from services.generator.scheduler import Scheduler
@@ -54,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def serving(folder, data, *, threads=1, max_rows=1):
+async def serving(folder, data, *, threads=1, max_rows=1, max_work_s=3600.0):
     """A serving generator: its server, a stub, and its blobs."""
     settings = Settings(
         address="127.0.0.1:0",
@@ -62,6 +66,7 @@ async def serving(folder, data, *, threads=1, max_rows=1):
         models=f"mini={folder}",
         threads=threads,
         max_rows=max_rows,
+        max_work_s=max_work_s,
     )
     server = await build(settings)
     await asyncio.wait_for(server.start(), WAIT_S)
@@ -383,6 +388,109 @@ async def test_a_deadline_ends_the_work(served):
     assert unet_calls() == before
 
 
+async def test_what_cannot_end_in_time_is_refused_with_what_would(folder, tmp_path):
+    """A job of 6.7 hours was admitted where the limit is one."""
+    async with serving(folder, tmp_path, max_work_s=1.0) as (_, stub, blobs):
+        (model,) = (await stub.DescribeModels(generator_service_pb2.DescribeModelsRequest())).models
+        assert model.max_work_seconds == 1.0
+        estimate = generator_service_pb2.EstimateRequest(
+            sampling=wire.render_sampling(plates.sampling(steps=900, images=2)),
+            size=collage_pb2.Size(width=64, height=64),
+            prompt=plates.PROMPT,
+            layers=[collage_pb2.LayerPlan()],
+            largest_noise=1.0,
+        )
+        with pytest.raises(InvalidRequest) as refused:
+            await estimated(stub, estimate)
+        (violation,) = refused.value.violations
+        assert (refused.value.reason, violation.field) == ("TOO_LONG", "sampling.steps")
+        assert "the operator allows a request 1 s" in violation.description
+        # By the generator itself, too, where nobody asked before.
+        request = await request_for(blobs, plates.plate(side=64), steps=900, images=2)
+        with pytest.raises(InvalidRequest) as refused_too:
+            await answers(stub, request)
+        assert refused_too.value.reason == "TOO_LONG"
+        fits = int(violation.description.split("expected to fit: ")[1].split()[0])
+        estimate.sampling.steps = fits
+        told = await estimated(stub, estimate)
+        assert told.seconds <= 1.1 < told.seconds * 1.5
+        # What may end is drawn, with a warning where it is more likely not to.
+        low = told.seconds_low / told.seconds
+        estimate.sampling.steps = round(fits * (1 + 1 / low) / 2)
+        (warning,) = (await estimated(stub, estimate)).warnings
+        assert warning.reason == "LIKELY_TOO_LONG"
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "field"),
+    [
+        ({"steps": 300, "images": 2}, (32, 32), "sampling.steps"),
+        ({"steps": 30, "images": 16}, (32, 32), "sampling.images"),
+        ({"steps": 30, "images": 2}, (512, 256), "plate"),
+        # Of many pictures of one step one is too many: only the canvas can help.
+        ({"steps": 1, "images": 16}, (2048, 2048), "plate"),
+        # Nothing helps alone.
+        ({"steps": 500, "images": 16}, (2048, 2048), "plate"),
+    ],
+)
+def test_the_field_to_change_is_the_one_furthest_above_the_models_default(
+    folder, changes, size, field
+):
+    (card,) = read_catalog(f"mini={folder}").cards
+
+    def of(size, images, steps):
+        seconds = size.pixels * images * steps / (32 * 32 * 30)
+        return Expected(seconds=seconds, low=seconds / 2, high=2 * seconds)
+
+    width, height = size
+    duration = Duration(
+        card=card,
+        size=Extent(width=width, height=height),
+        sampling=plates.sampling(**changes),
+        limit_s=4.0,
+        of=of,
+    )
+    with pytest.raises(InvalidRequest) as refused:
+        duration.check(canvas="plate")
+    (violation,) = refused.value.violations
+    assert violation.field == field
+    told = violation.description.split("; ")[-1]
+    size, sampling = duration.size, duration.sampling
+    fits = []
+    for number, unit in re.findall(r"(\d+) (steps|pictures)", told):
+        images, steps = sampling.images, sampling.steps
+        fits.append(of(size, *((images, int(number)) if unit == "steps" else (int(number), steps))))
+    for width, height in re.findall(r"(\d+) x (\d+) pixels", told):
+        smaller = Extent(width=int(width), height=int(height))
+        fits.append(of(smaller, sampling.images, sampling.steps))
+    assert all(fit.seconds <= 4.0 for fit in fits)
+    assert bool(fits) == ("more than one has to change" not in told)
+
+
+async def test_nothing_is_refused_where_nothing_was_measured(folder, tmp_path):
+    (card,) = read_catalog(f"mini={folder}").cards
+    engine = Engine(Catalog({"mini": card}), load=load_stages, scheduler=Scheduler(), threads=1)
+    servicer = GeneratorServicer(
+        engine, FolderBlobStore(tmp_path), Decoder(), limit_bytes=math.inf, limit_s=1e-9
+    )
+    request = generator_service_pb2.EstimateRequest(
+        sampling=wire.render_sampling(plates.sampling(steps=900)),
+        size=collage_pb2.Size(width=64, height=64),
+        layers=[collage_pb2.LayerPlan()],
+        largest_noise=1.0,
+    )
+    told = await servicer.Estimate(request, None)
+    assert (told.seconds, told.seconds_high) == (0.0, 0.0)
+    await engine.drain()
+
+
+async def estimated(stub, request):
+    try:
+        return await stub.Estimate(request, timeout=WAIT_S)
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
+
+
 async def test_stopping_lets_an_admitted_call_finish(folder, tmp_path):
     async with serving(folder, tmp_path) as (server, stub, blobs):
         async with connect(server.address) as channel:
@@ -472,7 +580,9 @@ async def test_a_gpu_too_refuses_what_does_not_fit_before_anything_is_drawn(fold
     for max_rows in (1, 8):
         scheduler = Scheduler(max_rows=max_rows)
         engine = Engine(Catalog({"xl": large}), load=load_stages, scheduler=scheduler, threads=1)
-        servicer = GeneratorServicer(engine, FolderBlobStore(tmp_path), Decoder(), limit_bytes=0)
+        servicer = GeneratorServicer(
+            engine, FolderBlobStore(tmp_path), Decoder(), limit_bytes=0, limit_s=math.inf
+        )
         options = {"has_structure": False, "has_emphasis": False}
         for images in (1, 16):
             sampling = replace(large.defaults(), images=images, guidance_scale=5.0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.generator.pace import MAX_REMEMBERED, Call, Expected, Pace
+from services.diffusion.pace import MAX_REMEMBERED, Call, Expected, Pace
 
 STEP = Call(model="mini", work="step", cells=256, rows=2)
 
@@ -31,11 +31,35 @@ def test_a_call_is_told_by_its_own_kind_and_not_by_others():
 def test_the_nearest_call_tells_of_one_that_was_never_made():
     pace = Pace()
     pace.record(STEP, seconds=1)
-    assert pace.expected(replace(STEP, rows=4)) == Expected(seconds=2, low=1, high=4)
+    # One call alone is believed no better than that, its own kind's neither.
+    assert pace.expected(STEP) == Expected(seconds=1, low=0.5, high=2)
+    assert pace.expected(replace(STEP, rows=4)) == Expected(seconds=2, low=0.5, high=4)
+    assert pace.expected(replace(STEP, rows=1)) == Expected(seconds=0.5, low=0.25, high=1)
     pace.record(replace(STEP, cells=4096), seconds=100)
     # Twice as large as that, and not 32 times the small one.
     assert pace.expected(replace(STEP, cells=8192)).seconds == pytest.approx(200)
     assert pace.expected(replace(STEP, controlnets=2)).seconds == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("small_s", "low_s"),
+    [
+        # Time grows with size: half of what it should take then is certain.
+        (0.5, 16),
+        # It hardly does, as on a large GPU: 32 times the rows may cost little more.
+        (1.0, 1),
+        (0.9, (1 + 31 * 0.2) / 2),
+        # Two calls that stalled are no reason to expect more than all of it.
+        (0.0, 16),
+    ],
+)
+def test_what_a_larger_call_takes_at_least_is_told_by_two_smaller_ones(small_s, low_s):
+    pace = Pace()
+    for _ in range(5):
+        pace.record(replace(STEP, rows=1), seconds=small_s)
+        pace.record(STEP, seconds=1)
+    told = pace.expected(replace(STEP, rows=64))
+    assert told == Expected(seconds=32, low=pytest.approx(low_s), high=64)
 
 
 def test_the_spread_is_what_was_seen():

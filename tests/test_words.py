@@ -331,7 +331,7 @@ async def test_learning_that_outlasts_its_call_goes_on(tmp_path, monkeypatch):
 
 
 async def test_learning_that_hangs_is_noticed_and_its_job_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("gateway.stages.LEARN_SILENCE_S", 1.5)
+    monkeypatch.setattr("gateway.stages.SILENCE_S", 1.5)
     monkeypatch.setattr("gateway.stages.PATIENCE_S", 0.5)
     wakes, advance = threading.Event(), Trainer.advance
     wakes.set()

@@ -8,7 +8,7 @@
     ├── NotSupported          UNIMPLEMENTED         the contract has it, this server does not (yet)
     ├── Overloaded            RESOURCE_EXHAUSTED    try again after the stated delay
     ├── Unavailable           UNAVAILABLE           a part is down or draining; try again
-    ├── DeadlinePassed        DEADLINE_EXCEEDED
+    ├── DeadlinePassed        DEADLINE_EXCEEDED     the caller's time is over, or (TOO_LONG) the operator's limit
     ├── Cancelled             CANCELLED
     ├── DataLoss              DATA_LOSS             what was stored is damaged, and counts as missing from now on
     └── Internal              INTERNAL              a bug; the log has more under the request id
@@ -267,6 +267,11 @@ class DeadlinePassed(CollageError):
 
     code = code_pb2.DEADLINE_EXCEEDED
     reason = "DEADLINE_EXCEEDED"
+
+
+# Of work that takes longer than the operator allows: of the InvalidRequest where that is known before it is begun, of
+# the DeadlinePassed where it is found when that time is over.
+TOO_LONG = "TOO_LONG"
 
 
 class Cancelled(CollageError):

@@ -69,10 +69,16 @@ _THREADS = "CPU threads of one operation, 0: one a core; another number gives ot
 _MODEL_MEMORY = (
     "GiB that weights may take on each device, 0: no limit; what was used least recently gives way"
 )
+_MAX_WORK_S = (
+    "seconds that a generator may be at work on one request, and learning on its words; waiting is none of it. What "
+    "is expected to take longer, from what was measured, is refused; what turns out to is ended"
+)
 _METRICS_PORT = "Prometheus port, 0: none; `collage cluster` counts on from it, a port for each of our processes"
 _LOG_LEVEL = "least severe of what is logged"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _LISTEN = "where to listen, `HOST:PORT` or `unix:PATH`"
+# A month.
+_MOST_WORK_S = 30 * 24 * 3600
 # More than any machine has, and less than what a library chokes on.
 _MANY = 1024
 
@@ -152,6 +158,7 @@ class InversionSettings:
         most=_MANY,
     )
     max_waiting: int = _setting(32, "calls that may wait for their turn", least=1, most=10**6)
+    max_work_s: float = _setting(3600.0, _MAX_WORK_S, least=1, most=_MOST_WORK_S)
     checkpoint_s: float = _setting(
         3.0, "seconds between two checkpoints: what a crash may cost", least=0, most=3600
     )
@@ -174,6 +181,7 @@ class GeneratorSettings:
         most=_MANY,
     )
     max_waiting: int = _setting(32, "calls that may wait for their turn", least=1, most=10**6)
+    max_work_s: float = _setting(3600.0, _MAX_WORK_S, least=1, most=_MOST_WORK_S)
     threads: int = _setting(0, _THREADS, least=0, most=_MANY)
     request_memory: float = _setting(
         0.0,

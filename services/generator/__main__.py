@@ -32,7 +32,13 @@ async def build(settings: Settings) -> Server:
     decoder = Decoder()
     server = Server("generator", settings.address, drain=engine.drain)
     generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
-        GeneratorServicer(engine, blobs, decoder, limit_bytes=settings.request_memory * 2**30),
+        GeneratorServicer(
+            engine,
+            blobs,
+            decoder,
+            limit_bytes=settings.request_memory * 2**30,
+            limit_s=settings.max_work_s,
+        ),
         server.grpc,
     )
     server.add("collage.v1.GeneratorService")

@@ -21,6 +21,7 @@ from services.common.pictures import encode_png
 from services.common.plate import Plate
 from services.common.settings import InvalidSetting
 from services.diffusion.catalog import Catalog
+from services.diffusion.pace import Call, Expected
 from services.generator.card import Card, GeneratorCard
 from services.generator.conditioning import LayerControl
 from services.generator.job import (
@@ -36,7 +37,6 @@ from services.generator.job import (
     RawPreview,
     StepDone,
 )
-from services.generator.pace import Call, Expected
 from services.generator.preview import encode_preview
 from services.generator.runner import Runner
 from services.generator.sampler import decoded_together
@@ -46,7 +46,9 @@ from services.generator.stages import Stages
 # Threads that write PNGs while the device goes on: a picture is encoded much faster than it is drawn.
 PNG_THREADS = 2
 # Steps of the warm-up: the first one pays for allocation and is then outweighed by the others.
-WARM_UP_STEPS = 6
+WARM_UP_STEPS, SMALL_WARM_UP_STEPS = 6, 4
+# A job hears its place again after so long, for as long as the device is at work and does not hang.
+ALIVE_EVERY_S = 10.0
 # Longest wait for a warm-up: a large model read from slow storage, then run on a CPU.
 WARM_UP_LIMIT_S = 900.0
 
@@ -75,21 +77,25 @@ class Engine(Generic[Card]):
     async def generate(self, job: Job) -> AsyncGenerator[Event, None]:
         """The job's events: places in the queue, steps, previews, then every picture in order.
 
-        Closing the iterator, or cancelling the task that reads it, gives the job up within one step.
+        Between them its place again, now and then: who hears nothing has lost it. Closing the iterator, or cancelling
+        the task that reads it, gives the job up within one step.
 
         Raises:
             Overloaded: the queue is full, or too long for the job's deadline.
             Unavailable: the engine is draining; DeviceLost: its device's thread has died.
-            DeadlinePassed: the job's deadline passed first.
+            DeadlinePassed: the job's deadline passed first; reason TOO_LONG: it was drawn for longer than its limit.
             InvalidRequest: a prompt is too long.
             ModelUnusable: the model's files make none.
             Internal: the work failed; reason OUT_OF_MEMORY where it did not fit the device.
         """
         mailbox = Mailbox()
         job_id = self._runner.submit(job, mailbox)
+        place = QueuedAt(place=0)
         try:
             while True:
-                item = await _before(job.deadline_s, mailbox)
+                item = await self._next(job, mailbox) or place
+                if isinstance(item, QueuedAt):
+                    place = item
                 if isinstance(item, Ended):
                     if item.error is not None:
                         raise item.error
@@ -99,19 +105,26 @@ class Engine(Generic[Card]):
             self._runner.cancel(job_id)
 
     async def warm_up(self) -> None:
-        """Loads the default model and draws one picture, so that the first request finds all in place.
+        """Loads the default model and draws with it, so that the first request finds all in place.
 
-        It has the model's native size, the one most requests have, or the largest that the operator allows: its steps
-        give the first estimate of seconds.
+        A picture of the model's native size, the one most requests have, or the largest that the operator allows: its
+        steps give the first estimate of seconds. And one of half its sides: how much faster that is tells what a larger
+        one takes at least.
 
         Raises:
             InvalidSetting: its files make no model.
         """
-        job = _warm_up_job(self.catalog.cards[0], deadline_s=time.monotonic() + WARM_UP_LIMIT_S)
+        card, deadline_s = self.catalog.cards[0], time.monotonic() + WARM_UP_LIMIT_S
+        native, multiple = card.facts.native, card.facts.size_multiple
+        sides = [min(side, card.max_side) for side in (native.width, native.height)]
+        halves = [max(card.min_side, side // 2 // multiple * multiple) for side in sides]
+        whole, half = (Extent(width=width, height=height) for width, height in (sides, halves))
         try:
-            async with contextlib.aclosing(self.generate(job)) as events:
-                async for _ in events:
-                    pass
+            for size, steps in {half: SMALL_WARM_UP_STEPS, whole: WARM_UP_STEPS}.items():
+                job = _warm_up_job(card, size, steps=steps, deadline_s=deadline_s)
+                async with contextlib.aclosing(self.generate(job)) as events:
+                    async for _ in events:
+                        pass
         except ModelUnusable as error:
             raise InvalidSetting(f"models: {error}") from error
 
@@ -184,6 +197,22 @@ class Engine(Generic[Card]):
         # Shielded: the end is everybody's, and whoever stops waiting for it must not cancel it.
         await asyncio.shield(asyncio.wrap_future(self._runner.end))
 
+    async def _next(self, job: Job, mailbox: Mailbox) -> Item | None:
+        """What comes next of a job; None where nothing did for a while, and yet the device does not hang."""
+        while True:
+            left_s = job.deadline_s - time.monotonic()
+            try:
+                # Not wait_for: before Python 3.12 it swallows a cancel that comes together with the item.
+                async with asyncio.timeout(min(left_s, ALIVE_EVERY_S)):
+                    return await mailbox.get()
+            except TimeoutError:
+                if left_s <= ALIVE_EVERY_S:
+                    told = "the deadline passed before the pictures were done"
+                    raise DeadlinePassed(told) from None
+            # No call lasts as long as a whole request may.
+            if self._runner.busy_s < job.limit_s:
+                return None
+
     async def _encode(self, job: Job, item: Item) -> Event:
         encode = asyncio.get_running_loop().run_in_executor
         if isinstance(item, RawPreview):
@@ -202,19 +231,9 @@ class Engine(Generic[Card]):
         return item
 
 
-async def _before(deadline_s: float, mailbox: Mailbox) -> Item:
-    try:
-        # Not wait_for: before Python 3.12 it swallows a cancel that comes together with the item.
-        async with asyncio.timeout(deadline_s - time.monotonic()):
-            return await mailbox.get()
-    except TimeoutError:
-        raise DeadlinePassed("the deadline passed before the pictures were done") from None
-
-
-def _warm_up_job(card: GeneratorCard, *, deadline_s: float) -> Job:
+def _warm_up_job(card: GeneratorCard, size: Extent, *, steps: int, deadline_s: float) -> Job:
     """One grey picture, every part of the work in it."""
-    native, factor = card.facts.native, card.facts.latent_factor
-    height, width = (min(side, card.max_side) for side in (native.height, native.width))
+    factor, height, width = card.facts.latent_factor, size.height, size.width
     grid = (height // factor, width // factor)
     return Job(
         plate=Plate(
@@ -231,7 +250,7 @@ def _warm_up_job(card: GeneratorCard, *, deadline_s: float) -> Job:
         sampling=Sampling(
             model=card.name,
             sampler=card.defaults().sampler,
-            steps=WARM_UP_STEPS,
+            steps=steps,
             guidance_scale=card.defaults().guidance_scale,
             images=1,
             seed=0,

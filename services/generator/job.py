@@ -5,6 +5,7 @@ The mailbox carries events from the device's thread to the event loop of the cal
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -22,7 +23,11 @@ MAX_UNREAD_PREVIEWS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """One request, checked. `layers` in the plate's order; `deadline_s` on the monotonic clock, inf for none."""
+    """One request, checked.
+
+    layers: in the plate's order. deadline_s: on the monotonic clock, inf for none. limit_s: seconds that the device may
+    be at work on it, waiting and other jobs' steps apart.
+    """
 
     plate: Plate
     prompt: str
@@ -30,6 +35,7 @@ class Job:
     layers: tuple[LayerControl, ...]
     sampling: Sampling
     deadline_s: float
+    limit_s: float = math.inf
 
     @property
     def has_emphasis(self) -> bool:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from prometheus_client import Counter, Histogram
 
 from services.common.errors import (
+    TOO_LONG,
     Cancelled,
     CollageError,
     DeadlinePassed,
@@ -35,12 +36,12 @@ from services.common.telemetry import log
 from services.common.weights import ModelError
 from services.diffusion import device
 from services.diffusion.catalog import Catalog
+from services.diffusion.pace import Call, Expected
 from services.diffusion.shelf import Shelf
 from services.generator.card import Card
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
 from services.generator.noise import released_at
-from services.generator.pace import Call, Expected
 from services.generator.sampler import Run, decoded_together, step
 from services.generator.scheduler import (
     DropReason,
@@ -75,7 +76,8 @@ JOBS = Counter("collage_generator_jobs_total", "Jobs that ended", ["outcome"])
 class _Entry:
     """An admitted job. `context` carries the request id into the threads' log lines.
 
-    runs: one for each part, once it has begun. finished: parts whose pictures have been made.
+    runs: one for each part, once it has begun. finished: parts whose pictures have been made. worked_s: what the device
+    has been at work on it, of calls that it shared its part.
     """
 
     job: Job
@@ -87,6 +89,7 @@ class _Entry:
     runs: list[Run] = field(default_factory=list)
     steps_told: int = 0
     finished: int = 0
+    worked_s: float = 0.0
 
     @property
     def steps_done(self) -> int:
@@ -148,6 +151,8 @@ class Runner(Generic[Card]):
         self._is_draining = False
         self._has_ended = False
         self._lost: BaseException | None = None
+        # Since when a thread has been at what it does now.
+        self._busy_since_s: dict[str, float] = {}
         self._loading: _Loading[Card] | None = None
         self._to_finish: SimpleQueue[tuple[_Entry, Callable[[_Entry], None]]] = SimpleQueue()
         self._to_load: SimpleQueue[_Loading[Card]] = SimpleQueue()
@@ -212,6 +217,11 @@ class Runner(Generic[Card]):
         with self._changed:
             return self._scheduler.pace.expected(call)
 
+    @property
+    def busy_s(self) -> float:
+        """How long the device has been at one and the same call or picture; 0 where it waits for work."""
+        return time.monotonic() - min(self._busy_since_s.copy().values(), default=math.inf)
+
     def drain(self) -> None:
         """Admits nothing more; the thread finishes what was admitted and ends, see `end`."""
         with self._changed:
@@ -251,7 +261,8 @@ class Runner(Generic[Card]):
             if turn.wanted is not None:
                 self._ask_for(turn.wanted, is_idle=not turn.batch)
             if turn.batch:
-                self._advance(turn.batch)
+                with self._busy():
+                    self._advance(turn.batch)
 
     def _next_turn(self) -> Turn | None:
         """What to do, as soon as there is something; None at the end of a drain."""
@@ -301,6 +312,16 @@ class Runner(Generic[Card]):
         if ticket is not None and (entry := self._entries.get(ticket.id)) is not None:
             self._fail(entry, failure)
 
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Around what a thread does with the device."""
+        name = threading.current_thread().name
+        self._busy_since_s[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._busy_since_s[name]
+
     def _begin(self, entry: _Entry) -> None:
         QUEUE_SECONDS.observe(time.monotonic() - entry.admitted_s)
         entry.mailbox.post(QueuedAt(place=0))
@@ -328,6 +349,7 @@ class Runner(Generic[Card]):
             with self._stage(entry, stages, "load_controlnets"):
                 stages.load_controlnets(kinds)
         entry.runs = run.split() if entry.ticket.parts > 1 else [run]
+        entry.worked_s += time.monotonic() - start_s
 
     def _stages_of(self, entry: _Entry) -> Stages:
         return self._shelf.take(self._card(entry))
@@ -354,6 +376,9 @@ class Runner(Generic[Card]):
                 entry.steps_told = entry.steps_done
                 total = entry.runs[0].steps_total
                 entry.mailbox.post(StepDone(step=entry.steps_told, total=total))
+            if entry.worked_s > entry.job.limit_s and not all(run.is_done for run in entry.runs):
+                self._end(entry, _too_long(entry))
+        work = self._those_here(work)
         for each in work:
             self._show(each)
 
@@ -379,6 +404,9 @@ class Runner(Generic[Card]):
         else:
             STEP_SECONDS.labels(entry.job.sampling.model).observe(seconds)
             BATCH_ROWS.observe(rows)
+            shares = sum(part.ticket.rows for part in parts)
+            for each in work:
+                each.entry.worked_s += seconds * each.part.ticket.rows / shares
             with self._changed:
                 self._scheduler.stepped(parts, rows=rows, seconds=seconds)
             return
@@ -489,7 +517,8 @@ class Runner(Generic[Card]):
             if not self._is_here(entry):
                 continue
             try:
-                self._attempt(entry, work)
+                with self._busy():
+                    self._attempt(entry, work)
             except BaseException as error:  # of the thread: the device is lost
                 with self._changed:
                     self._lost = error
@@ -523,6 +552,15 @@ def _preview(
 ) -> None:
     for index, pixels_HWC in enumerate(look(), start=first):
         entry.mailbox.post(RawPreview(index=index, step=step, pixels_HWC=pixels_HWC))
+
+
+def _too_long(entry: _Entry) -> CollageError:
+    return DeadlinePassed(
+        f"drawn for {entry.worked_s:.0f} s, waiting apart, after {entry.steps_done} of "
+        f"{entry.runs[0].steps_total} steps; the operator allows a request {entry.job.limit_s:g} s "
+        "(COLLAGE_MAX_WORK_S): ask for fewer pictures, fewer steps or a smaller canvas",
+        reason=TOO_LONG,
+    )
 
 
 def _dropped(reason: DropReason) -> CollageError:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.common.collage import Adapter
-from services.generator.pace import Call, Pace
+from services.diffusion.pace import Call, Pace
 
 # Rows that different jobs, or pictures of one, may share in one U-Net call. One means that every job is alone in its
 # batch, with all its pictures. Convolutions and matrix products choose their order of summation by batch size, so a

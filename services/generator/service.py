@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,11 @@ from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture
 from services.common.plate import Plate
 from services.common.rpc import bounded
 from services.common.telemetry import log
+from services.diffusion.pace import Expected
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.generator.card import GeneratorCard
 from services.generator.conditioning import LayerControl
+from services.generator.duration import Duration
 from services.generator.engine import Engine
 from services.generator.estimate import coarse_dials, idle_structure, read_structure, unread
 from services.generator.job import ImageMade, Job, PreviewMade, QueuedAt, StepDone
@@ -59,22 +62,28 @@ MAX_BOUND_CHARACTERS = limits.MAX_PROMPT_CHARACTERS + limits.MAX_LAYERS * (
 )
 # Plates read at a time: what bounds memory before the queue does.
 MAX_READING = 4
-# Longest a job may take when its caller names no deadline.
-MAX_JOB_S = 3600.0
 
 
 class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     """Generates from plates in `blobs`.
 
-    limit_bytes: what a request may take beyond the weights; 0 for what the engine finds right.
+    limit_bytes: what a request may take beyond the weights; 0 for what the engine finds right. limit_s: seconds that
+    the device may be at work on it.
     """
 
     def __init__(
-        self, engine: Engine[Any], blobs: BlobStore, decoder: Decoder, *, limit_bytes: float
+        self,
+        engine: Engine[Any],
+        blobs: BlobStore,
+        decoder: Decoder,
+        *,
+        limit_bytes: float,
+        limit_s: float,
     ) -> None:
         self._engine = engine
         self._blobs = blobs
         self._limit_bytes = limit_bytes
+        self._limit_s = limit_s
         self._reading = asyncio.Semaphore(MAX_READING)
         self._decoder = decoder
 
@@ -82,7 +91,8 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generator_service_pb2.GenerateResponse]:
         """See generator_service.proto."""
-        deadline_s = time.monotonic() + bounded(MAX_JOB_S)
+        # Of the caller, who may name none: what waits here waits for as long as it takes.
+        deadline_s = time.monotonic() + bounded(math.inf)
         card = self._engine.catalog.find(request.sampling.model, field="sampling.model")
         if request.model_digest not in ("", card.digest):
             raise ModelChanged.of(card.name, card.digest, request.model_digest)
@@ -107,7 +117,16 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             layers=_controls(request, plate, words),
             sampling=sampling,
             deadline_s=deadline_s,
+            limit_s=self._limit_s,
         )
+        self._duration(
+            card,
+            _extent(plate),
+            sampling,
+            largest_noise=float(plate.strength_hw.max()),
+            controlnets=len(_kinds(request)),
+            has_emphasis=job.has_emphasis,
+        ).check(canvas="plate")
         self._memory_bytes(
             card,
             _extent(plate),
@@ -131,7 +150,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     ) -> generator_service_pb2.DescribeModelsResponse:
         """See generator_service.proto."""
         return generator_service_pb2.DescribeModelsResponse(
-            models=[_render_model(card) for card in self._engine.catalog.cards]
+            models=[self._render_model(card) for card in self._engine.catalog.cards]
         )
 
     async def Estimate(
@@ -163,14 +182,16 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             has_structure=any(layer.structure for layer in request.layers),
             has_emphasis=has_emphasis,
         )
-        expected = self._engine.expected(
+        duration = self._duration(
             card,
             size,
             sampling,
-            steps=math.floor(sampling.steps * largest_noise),
+            largest_noise=largest_noise,
             controlnets=len({part.kind for layer in request.layers for part in layer.structure}),
             has_emphasis=has_emphasis,
         )
+        duration.check(canvas="size")
+        expected = duration.expected
         is_negative_read = card.facts.reads_negative(sampling.guidance_scale)
         warnings = [
             *(
@@ -178,6 +199,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 if is_negative_read
                 else unread(request.layers, request.negative_prompt, sampling)
             ),
+            *duration.warnings(),
             *coarse_dials(request.layers, sampling.steps),
             *idle_structure(
                 request.layers,
@@ -198,6 +220,35 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             memory_bytes=memory_bytes,
             warnings=warnings,
         )
+
+    def _duration(
+        self,
+        card: GeneratorCard,
+        size: Extent,
+        sampling: Sampling,
+        *,
+        largest_noise: float,
+        controlnets: int,
+        has_emphasis: bool,
+    ) -> Duration:
+        """How long a request is expected to take, and is allowed to."""
+
+        def of(size: Extent, images: int, steps: int) -> Expected:
+            return self._engine.expected(
+                card,
+                size,
+                replace(sampling, images=images),
+                steps=math.floor(steps * largest_noise),
+                controlnets=controlnets,
+                has_emphasis=has_emphasis,
+            )
+
+        return Duration(card=card, size=size, sampling=sampling, limit_s=self._limit_s, of=of)
+
+    def _render_model(self, card: GeneratorCard) -> collage_service_pb2.Model:
+        model = _render_model(card)
+        model.max_work_seconds = self._limit_s
+        return model
 
     def _memory_bytes(
         self,

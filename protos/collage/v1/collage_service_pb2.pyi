@@ -413,7 +413,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "digest", "family", "size_multiple", "min_side", "max_side", "native_side", "prompt_tokens_limit", "samplers", "control_kinds", "defaults", "max_layers", "latent_factor", "adapters", "max_images", "max_steps", "drawn_control_kinds")
+    __slots__ = ("name", "digest", "family", "size_multiple", "min_side", "max_side", "native_side", "prompt_tokens_limit", "samplers", "control_kinds", "defaults", "max_layers", "latent_factor", "adapters", "max_images", "max_steps", "drawn_control_kinds", "max_work_seconds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -431,6 +431,7 @@ class Model(_message.Message):
     MAX_IMAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     DRAWN_CONTROL_KINDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WORK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     family: str
@@ -448,7 +449,8 @@ class Model(_message.Message):
     max_images: int
     max_steps: int
     drawn_control_kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., size_multiple: _Optional[int] = ..., min_side: _Optional[int] = ..., max_side: _Optional[int] = ..., native_side: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., samplers: _Optional[_Iterable[str]] = ..., control_kinds: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., max_layers: _Optional[int] = ..., latent_factor: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_images: _Optional[int] = ..., max_steps: _Optional[int] = ..., drawn_control_kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_work_seconds: float
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., size_multiple: _Optional[int] = ..., min_side: _Optional[int] = ..., max_side: _Optional[int] = ..., native_side: _Optional[int] = ..., prompt_tokens_limit: _Optional[int] = ..., samplers: _Optional[_Iterable[str]] = ..., control_kinds: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[_collage_pb2.Sampling, _Mapping]] = ..., max_layers: _Optional[int] = ..., latent_factor: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., max_images: _Optional[int] = ..., max_steps: _Optional[int] = ..., drawn_control_kinds: _Optional[_Iterable[str]] = ..., max_work_seconds: _Optional[float] = ...) -> None: ...
 
 class Word(_message.Message):
     __slots__ = ("name", "text", "model_digest", "vectors", "create_time", "vector_count")

@@ -1,11 +1,13 @@
 """How long calls of the networks take here, from those that were made: `Pace`.
 
 A call's time is remembered by what decides it, and where that very call was never made it is told from the nearest one,
-with a wider spread. It knows no torch and no jobs.
+with a wider spread. Nothing is told of a kind of work that was never done: work is refused by these numbers. It knows
+no torch and no jobs.
 """
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,20 +19,22 @@ MAX_REMEMBERED = 1024
 # Part of a U-Net's time that each ControlNet beside it takes: a copy of its first half.
 CONTROLNET_SHARE = 0.5
 # How far the truth may be from what another canvas tells: attention grows with the square of the cells, small calls
-# hardly with anything.
+# hardly with anything. Calls that were made less than ENOUGH times are believed no better: the first one pays for
+# allocation.
 SCALED_SPREAD = 2.0
+ENOUGH = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """What decides how long a call takes.
 
-    work: encoding a job's prompts and composite, a U-Net's step, or decoding pictures. cells: of the latent grid. rows:
-    of the U-Net, or pictures. controlnets: beside the U-Net.
+    work: encoding a job's prompts and composite, a U-Net's step, decoding pictures, or a training step with its part of
+    what comes beside it. cells: of the latent grid. rows: of the U-Net, or pictures. controlnets: beside the U-Net.
     """
 
     model: str
-    work: Literal["encode", "step", "decode"]
+    work: Literal["encode", "step", "decode", "train"]
     cells: int
     rows: int = 1
     controlnets: int = 0
@@ -68,9 +72,11 @@ class _Seen:
 
     mean: float
     deviation: float = 0.0
+    count: int = 1
 
     def take(self, seconds: float) -> None:
         """Takes in one more."""
+        self.count += 1
         off = seconds - self.mean
         self.mean += NEWEST_WEIGHT * off
         self.deviation += NEWEST_WEIGHT * (abs(off) - self.deviation)
@@ -97,12 +103,36 @@ class Pace:
         if (seen := self._seen.get(call)) is not None:
             # Twice the mean deviation: some nine of ten.
             spread = 2 * seen.deviation
-            return Expected(
-                seconds=seen.mean, low=max(0.0, seen.mean - spread), high=seen.mean + spread
-            )
+            low, high = max(0.0, seen.mean - spread), seen.mean + spread
+            if seen.count < ENOUGH:
+                low, high = (
+                    min(low, seen.mean / SCALED_SPREAD),
+                    max(high, seen.mean * SCALED_SPREAD),
+                )
+            return Expected(seconds=seen.mean, low=low, high=high)
         alike = [each for each in self._seen if (each.model, each.work) == (call.model, call.work)]
         if not alike:
             return Expected()
-        nearest = min(alike, key=lambda each: abs(math.log(each.size / call.size)))
+        # Of two as near the larger: what any call costs is the smaller part of it.
+        nearest = min(alike, key=lambda each: (abs(math.log(each.size / call.size)), -each.size))
         seconds = self._seen[nearest].mean * call.size / nearest.size
-        return Expected(seconds=seconds, low=seconds / SCALED_SPREAD, high=seconds * SCALED_SPREAD)
+        return Expected(
+            seconds=seconds, low=self._least(call, nearest, alike), high=seconds * SCALED_SPREAD
+        )
+
+    def _least(self, call: Call, nearest: Call, alike: Sequence[Call]) -> float:
+        """What a call takes for certain that was never made.
+
+        What a smaller one took, and half of what it should take more by how much larger calls cost than smaller ones
+        here. Where none of another size was made, more rows or cells may cost nothing more: on a large GPU they do not.
+        """
+        mean = self._seen[nearest].mean
+        if call.size <= nearest.size:
+            return mean * call.size / nearest.size / SCALED_SPREAD
+        smaller = [each for each in alike if each.size < nearest.size]
+        if not smaller:
+            return self.expected(nearest).low
+        before = max(smaller, key=lambda each: each.size)
+        more = max(0.0, mean - self._seen[before].mean) / (nearest.size - before.size)
+        scaled = min(mean * call.size / nearest.size, mean + more * (call.size - nearest.size))
+        return max(self.expected(nearest).low, scaled / SCALED_SPREAD)
