@@ -44,13 +44,13 @@ def test_the_nearest_call_tells_of_one_that_was_never_made():
 @pytest.mark.parametrize(
     ("small_s", "low_s"),
     [
-        # Time grows with size: half of what it should take then is certain.
-        (0.5, 16),
+        # Time grows with size: most of what it should take then is certain.
+        (0.5, 24),
         # It hardly does, as on a large GPU: 32 times the rows may cost little more.
         (1.0, 1),
-        (0.9, (1 + 31 * 0.2) / 2),
+        (0.9, (1 + 31 * 0.2) * 0.75),
         # Two calls that stalled are no reason to expect more than all of it.
-        (0.0, 16),
+        (0.0, 24),
     ],
 )
 def test_what_a_larger_call_takes_at_least_is_told_by_two_smaller_ones(small_s, low_s):
@@ -60,6 +60,10 @@ def test_what_a_larger_call_takes_at_least_is_told_by_two_smaller_ones(small_s, 
         pace.record(STEP, seconds=1)
     told = pace.expected(replace(STEP, rows=64))
     assert told == Expected(seconds=32, low=pytest.approx(low_s), high=64)
+    # A machine that stalls makes no work impossible.
+    for _ in range(2):
+        pace.record(STEP, seconds=100)
+    assert pace.expected(replace(STEP, rows=64)).low <= low_s * 1.001
 
 
 def test_the_spread_is_what_was_seen():

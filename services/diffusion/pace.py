@@ -23,6 +23,8 @@ CONTROLNET_SHARE = 0.5
 # allocation.
 SCALED_SPREAD = 2.0
 ENOUGH = 3
+# What of the growth from the fastest small call to the fastest larger one is counted on beyond them.
+SURE = 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +70,17 @@ class Expected:
 
 @dataclass(slots=True, kw_only=True)
 class _Seen:
-    """Running means of a call's seconds, and of how far they were from that mean."""
+    """Running means of a call's seconds, and of how far they were from that mean; and the least of them."""
 
     mean: float
+    fastest: float
     deviation: float = 0.0
     count: int = 1
 
     def take(self, seconds: float) -> None:
         """Takes in one more."""
         self.count += 1
+        self.fastest = min(self.fastest, seconds)
         off = seconds - self.mean
         self.mean += NEWEST_WEIGHT * off
         self.deviation += NEWEST_WEIGHT * (abs(off) - self.deviation)
@@ -91,7 +95,7 @@ class Pace:
     def record(self, call: Call, *, seconds: float) -> None:
         """Takes in a call that was made."""
         if (seen := self._seen.get(call)) is None:
-            self._seen[call] = _Seen(mean=seconds)
+            self._seen[call] = _Seen(mean=seconds, fastest=seconds)
         else:
             seen.take(seconds)
         self._seen.move_to_end(call)
@@ -123,16 +127,19 @@ class Pace:
     def _least(self, call: Call, nearest: Call, alike: Sequence[Call]) -> float:
         """What a call takes for certain that was never made.
 
-        What a smaller one took, and half of what it should take more by how much larger calls cost than smaller ones
-        here. Where none of another size was made, more rows or cells may cost nothing more: on a large GPU they do not.
+        What a smaller one took, and most of what it should take more by how much larger calls cost than smaller ones
+        here, the fastest of each: the others may have shared the device with something else. Where none of another size
+        was made, more rows or cells may cost nothing more: on a large GPU they do not.
         """
-        mean = self._seen[nearest].mean
+        fastest = self._seen[nearest].fastest
         if call.size <= nearest.size:
-            return mean * call.size / nearest.size / SCALED_SPREAD
+            return self._seen[nearest].mean * call.size / nearest.size / SCALED_SPREAD
         smaller = [each for each in alike if each.size < nearest.size]
         if not smaller:
             return self.expected(nearest).low
         before = max(smaller, key=lambda each: each.size)
-        more = max(0.0, mean - self._seen[before].mean) / (nearest.size - before.size)
-        scaled = min(mean * call.size / nearest.size, mean + more * (call.size - nearest.size))
-        return max(self.expected(nearest).low, scaled / SCALED_SPREAD)
+        more = max(0.0, fastest - self._seen[before].fastest) / (nearest.size - before.size)
+        scaled = min(
+            fastest * call.size / nearest.size, fastest + more * (call.size - nearest.size)
+        )
+        return max(self.expected(nearest).low, SURE * scaled)
