@@ -86,6 +86,7 @@ class Planner:
         if isinstance(work, Learn):
             collage, _ = await self._store(work.collage, None, work.field)
             learning = _learning(collage, work.layers, work.model, work.field, request_id)
+            await self._stages.estimate_words(learning)
             accepted.learning.CopyFrom(learning)
             return accepted
         accepted.drawing.CopyFrom(await self._planned(work, request_id))
@@ -116,6 +117,14 @@ class Planner:
             largest_noise=composed.largest_noise,
         )
         estimate = await self._stages.estimate(asked, field)
+        learned = [
+            index
+            for index, layer in enumerate(collage.layers)
+            if layer.visible and layer.asks_to_learn
+        ]
+        learning = _learning(collage, learned, model, field, request_id)
+        learning.skips_failed = generate.skips_failed_words
+        seconds = await self._seconds(estimate, learning)
         await self._check_tokens(asked, estimate, collage, bound, field)
         plan = collage_service_pb2.Plan(
             composite=composed.composite,
@@ -130,9 +139,9 @@ class Planner:
             sampling=wire.render_sampling(sampling),
             prompt_tokens=estimate.prompt_tokens,
             prompt_tokens_limit=estimate.prompt_tokens_limit,
-            estimated_seconds=estimate.seconds,
-            estimated_seconds_low=estimate.seconds_low,
-            estimated_seconds_high=estimate.seconds_high,
+            estimated_seconds=seconds[0],
+            estimated_seconds_low=seconds[1],
+            estimated_seconds_high=seconds[2],
             estimated_memory_bytes=estimate.memory_bytes,
         )
         request = generator_service_pb2.GenerateRequest(
@@ -144,16 +153,23 @@ class Planner:
         )
         if parent is not None:
             request.parent.CopyFrom(wire.render_blob(parent))
-        learned = [
-            index
-            for index, layer in enumerate(collage.layers)
-            if layer.visible and layer.asks_to_learn
-        ]
-        learning = _learning(collage, learned, model, field, request_id)
-        learning.skips_failed = generate.skips_failed_words
         return job_pb2.Drawing(
             field=str(field), plan=plan, compose=compose, learning=learning, generate=request
         )
+
+    async def _seconds(
+        self, drawing: generator_service_pb2.EstimateResponse, learning: job_pb2.Learning
+    ) -> tuple[float, float, float]:
+        """Expected seconds of the whole request, their low end and their high end; 0 where a part of it is unknown."""
+        told = (drawing.seconds, drawing.seconds_low, drawing.seconds_high)
+        if not learning.request.subjects:
+            return told
+        words = await self._stages.estimate_words(learning)
+        if words is None or not drawing.seconds:
+            return 0.0, 0.0, 0.0
+        more = (words.seconds, words.seconds_low, words.seconds_high)
+        seconds, low, high = (each + other for each, other in zip(told, more, strict=True))
+        return seconds, low, high
 
     async def _check_tokens(
         self,

@@ -19,6 +19,7 @@ from collage.v1 import (
     compositor_service_pb2_grpc,
     generator_service_pb2,
     generator_service_pb2_grpc,
+    inversion_service_pb2,
     inversion_service_pb2_grpc,
     job_pb2,
 )
@@ -111,6 +112,27 @@ class Stages:
         )
         return await asked(call, _generator_places(field))
 
+    async def estimate_words(
+        self, learning: job_pb2.Learning
+    ) -> inversion_service_pb2.EstimateWordsResponse | None:
+        """What learning takes; None where nobody can tell, which is no reason to refuse what can wait.
+
+        Raises:
+            CollageError: told at the caller's fields.
+        """
+        call = self._inversion.EstimateWords(
+            inversion_service_pb2.EstimateWordsRequest(learn=learning.request),
+            timeout=bounded(ASK_TIMEOUT_S),
+            metadata=outgoing(),
+        )
+        try:
+            told = await asked(call, _subject_places(learning))
+        # An earlier version of the service has no such call.
+        except (Unavailable, Overloaded, DeadlinePassed, NotSupported) as error:
+            log.info("learning not estimated", message=str(error))
+            return None
+        return None if told.words and not told.seconds else told
+
     async def learn(
         self, learning: job_pb2.Learning, emit: Emit
     ) -> dict[str, collage_service_pb2.Word]:
@@ -136,14 +158,10 @@ class Stages:
             Unavailable: it fell silent, or used up its limit while it got on; made again, it goes on.
         """
         request = learning.request
-        field = Field(learning.field)
         index_of = dict(
             zip((each.layer for each in request.subjects), learning.layers, strict=True)
         )
-        places = {
-            f"subjects[{number}]": field["collage"]["layers"][index]
-            for number, index in enumerate(learning.layers)
-        }
+        places = _subject_places(learning)
         words: dict[str, collage_service_pb2.Word] = {}
         failed: set[str] = set()
 
@@ -175,9 +193,12 @@ class Stages:
                 await emit(collage_service_pb2.JobEvent(word=answer.progress), key=key)
                 if answer.HasField("word"):
                     words[layer] = answer.word
-        except DeadlinePassed as error:
-            raise Unavailable(str(error), reason="LEARNING_GOES_ON") from error
-        except (InvalidRequest, MissingBlobs, DataLoss, NotSupported, Internal) as error:
+        except (
+            *(InvalidRequest, MissingBlobs, DataLoss, NotSupported, Internal),
+            DeadlinePassed,
+        ) as error:
+            if isinstance(error, DeadlinePassed) and error.reason != TOO_LONG:
+                raise Unavailable(str(error), reason="LEARNING_GOES_ON") from error
             told = _still_served(error, request.model).moved(places)
             if not learning.skips_failed or isinstance(told, ModelChanged):
                 raise told from error
@@ -239,6 +260,17 @@ def _generator_places(field: Field) -> Places:
         "parent": field["parent"],
         **{name: collage[name] for name in ("size", "prompt", "negative_prompt", "layers")},
     }
+
+
+def _subject_places(learning: job_pb2.Learning) -> Places:
+    """Where what is learned stands in the caller's request."""
+    field = Field(learning.field)
+    layers = field["collage"]["layers"]
+    model = (field if learning.field == "learn" else field["sampling"])["model"]
+    subjects = {
+        f"subjects[{number}]": layers[index] for number, index in enumerate(learning.layers)
+    }
+    return {"model": model, **subjects}
 
 
 def _still_served(error: CollageError, model: str) -> CollageError:

@@ -45,8 +45,11 @@ def folder(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, *, slots: int):
-    """A whole system over the folder's models.yaml whose gateway works on so many jobs; its servers, gateway last."""
+async def serving(folder: Path, *, slots: int, **more: dict):
+    """A whole system over the folder's models.yaml whose gateway works on so many jobs; its servers, gateway last.
+
+    `more`: further settings of a service, by its name.
+    """
     common = {
         "address": ANY_PORT,
         "blobs": f"folder:{folder / 'blobs'}",
@@ -55,8 +58,9 @@ async def serving(folder: Path, *, slots: int):
     }
     servers = []
     try:
-        for part, more in ((compositor, {}), (inversion, {"word_steps": 3}), (generator, {})):
-            servers.append(await part.build(part.Settings(**common, **more)))
+        for part, own in ((compositor, {}), (inversion, {"word_steps": 3}), (generator, {})):
+            own |= more.get(part.__name__.split(".")[1], {})
+            servers.append(await part.build(part.Settings(**common, **own)))
             await servers[-1].start()
         servers.append(
             await gateway.build(

@@ -3,6 +3,8 @@
 import asyncio
 import functools
 
+import grpc
+import numpy as np
 import pytest
 
 import gateway.__main__ as gateway
@@ -11,8 +13,9 @@ from collage.v1 import collage_service_pb2 as pb
 from gateway import stages, worker
 from gateway.jobs import QueuePolicy
 from gateway.jobs.sqlite import SqliteJobs
-from services.common.errors import from_status
-from testing.system import LIMIT_S, collage
+from services.common.errors import DeadlinePassed, from_rpc, from_status
+from services.generator.duration import Duration
+from testing.system import LIMIT_S, collage, png
 from tests.test_accepted import accepted, request, serving
 from tests.test_accepted import folder as folder  # a fixture is found by name
 
@@ -85,6 +88,50 @@ async def test_a_job_whose_workers_die_is_unavailable_and_says_why(folder):
     error = from_status(told.error)
     assert (type(error).__name__, error.reason) == ("Unavailable", "WORKERS_LOST")
     assert "2 workers were lost" in error.message
+
+
+async def test_what_cannot_end_is_refused_at_every_door(folder):
+    sampling = {"steps": 60, "seed": 1}
+    parent = {"data": png(np.zeros((48, 32, 3), np.uint8))}
+    redo = {"collage": collage(), "parent": parent, "layers": ["a"], "sampling": sampling}
+    async with serving(folder, slots=1, generator={"max_work_s": 1e-6}) as (system, _):
+        stub, drawing = system.stub, {"collage": collage(), "sampling": sampling}
+        calls = {
+            "": stub.PlanCollage(pb.PlanCollageRequest(**drawing), timeout=LIMIT_S),
+            "generate.": stub.CreateJob(pb.CreateJobRequest(generate=drawing), timeout=LIMIT_S),
+            "redo.": stub.CreateJob(pb.CreateJobRequest(redo=redo), timeout=LIMIT_S),
+        }
+        streams = {"": drawing, "redo.": {"redo": redo}}
+        for place, call in [
+            *calls.items(),
+            *(
+                (
+                    place,
+                    stub.GenerateImages(pb.GenerateImagesRequest(**each), timeout=LIMIT_S).read(),
+                )
+                for place, each in streams.items()
+            ),
+        ]:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            error = from_rpc(refused.value)
+            assert error.reason == "TOO_LONG"
+            assert [each.field for each in error.violations] == [f"{place}sampling.steps"]
+        assert not (await stub.ListJobs(pb.ListJobsRequest(), timeout=LIMIT_S)).jobs
+
+
+async def test_a_job_that_is_drawn_past_the_limit_ends_at_once_and_says_so(folder, monkeypatch):
+    """It was told as the end of a deadline that nobody had set."""
+    monkeypatch.setattr(Duration, "check", lambda *_, **__: None)
+    async with serving(folder, slots=1, generator={"max_work_s": 1e-6}) as (system, _):
+        created = await system.stub.CreateJob(request(sampling={"steps": 60}), timeout=LIMIT_S)
+        events = await system.watch(created.job.name)
+        told = await told_of(system, created.job.name)
+    assert events[-1].HasField("failed")
+    error = from_status(told.error)
+    assert (type(error), error.reason) == (DeadlinePassed, "TOO_LONG")
+    assert "COLLAGE_MAX_WORK_S" in error.message
+    assert told.attempts == 1
 
 
 async def test_a_job_behind_others_at_the_generator_hears_its_place(folder, monkeypatch):

@@ -30,14 +30,17 @@ from gateway.worker import sweep
 from services.common import limits
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent
+from services.common.decoder import Decoder
 from services.common.errors import DeadlinePassed, InvalidRequest, from_status
 from services.common.rpc import connect
 from services.common.words import checkpoint_key
 from services.inversion.engine import Engine
 from services.inversion.learn import Recipe, Trainer
 from services.inversion.networks import read_catalog
+from services.inversion.service import InversionServicer
 from testing import toy
 from testing.system import LIMIT_S, collage, cutout, layer, png, running, upload
+from tests import test_accepted as accepted
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -448,6 +451,113 @@ async def test_learning_belongs_to_a_job(tmp_path):
                 await stub.LearnWords(request, timeout=LIMIT_S).read()
             error = from_status(rpc_status.from_call(caught.value))
             assert [each.field for each in error.violations] == ["job"]
+
+
+async def estimated(stub, learn) -> inversion_service_pb2.EstimateWordsResponse:
+    request = inversion_service_pb2.EstimateWordsRequest(learn=learn)
+    try:
+        return await stub.EstimateWords(request, timeout=LIMIT_S)
+    except grpc.aio.AioRpcError as error:
+        raise from_status(rpc_status.from_call(error)) from error
+
+
+async def test_what_learning_takes_is_told_once_it_was_done_and_what_is_stored_costs_nothing(
+    tmp_path,
+):
+    two = await subjects(tmp_path)
+    async with inversion(tmp_path, joint_rows=4) as stub:
+        unknown = await estimated(stub, two)
+        assert (unknown.words, unknown.seconds, unknown.seconds_high) == (2, 0, 0)
+        one = inversion_service_pb2.LearnWordsRequest()
+        one.CopyFrom(two)
+        del one.subjects[1:]
+        async for _ in stub.LearnWords(one, timeout=LIMIT_S):
+            pass
+        stored, left = await estimated(stub, one), await estimated(stub, two)
+        assert (stored.words, stored.seconds, stored.seconds_high) == (0, 0, 0)
+        assert left.words == 1
+        assert 0 < left.seconds_low <= left.seconds <= left.seconds_high < LIMIT_S
+
+
+async def test_a_plan_tells_of_the_whole_request(system):
+    """Of a picture of ten seconds whose word takes ten minutes it told ten seconds."""
+
+    async def planned(**appearance) -> pb.Plan:
+        scene = collage(prompt="a {a}", layers=[layer("a", seed=77, appearance=appearance or None)])
+        request = pb.PlanCollageRequest(collage=scene, sampling={"steps": 2})
+        return (await system.stub.PlanCollage(request, timeout=LIMIT_S)).plan
+
+    # What other tests learned tells how long it takes.
+    await learned(
+        system, collage(prompt="a {a}", layers=[layer("a", seed=78, appearance={"learn": True})])
+    )
+    drawing, both = await planned(), await planned(learn=True)
+    assert both.estimated_seconds > drawing.estimated_seconds
+    assert both.estimated_seconds_high > drawing.estimated_seconds_high
+    await learned(
+        system, collage(prompt="a {a}", layers=[layer("a", seed=77, appearance={"learn": True})])
+    )
+    again = await planned(learn=True)
+    assert again.estimated_seconds < both.estimated_seconds
+
+
+async def test_words_that_cannot_be_learned_in_time_are_refused(tmp_path):
+    catalog = read_catalog(f"toy={toy.mini(tmp_path / 'toy')}")
+    (card,) = catalog.cards
+    engine = Engine(catalog, recipe=replace(Recipe(), steps=100), threads=1, joint_rows=8)
+    blobs = FolderBlobStore(tmp_path / "blobs")
+    servicer = InversionServicer(engine, blobs, Decoder(), limit_s=10.0)
+    learn = inversion_service_pb2.LearnWordsRequest(
+        job="job",
+        subjects=[
+            {
+                "layer": str(number),
+                "text": "x",
+                "vectors": 1,
+                "image": {"sha256": f"{number:064x}", "size_bytes": 9, "media_type": "image/png"},
+            }
+            for number in range(4)
+        ],
+    )
+    request = inversion_service_pb2.EstimateWordsRequest(learn=learn)
+    told = await servicer.EstimateWords(request, None)
+    assert (told.words, told.seconds) == (4, 0)
+    # Two together in 9 s, four in twice that: from 60 steps on they may end.
+    for _ in range(3):
+        for together in (1, 2):
+            engine._pace.record(engine._call(card, together), seconds=0.09)
+    with pytest.raises(InvalidRequest, match="expected to fit: 2 at a time") as refused:
+        await servicer.EstimateWords(request, None)
+    (violation,) = refused.value.violations
+    assert (refused.value.reason, violation.field) == ("TOO_LONG", "subjects[2]")
+    with pytest.raises(InvalidRequest, match="expected to fit: 2 at a time"):
+        await anext(aiter(servicer.LearnWords(learn, None)))
+    del learn.subjects[2:]
+    request.learn.CopyFrom(learn)
+    told = await servicer.EstimateWords(request, None)
+    assert (told.seconds_low, told.seconds) == (pytest.approx(5.4), pytest.approx(9))
+    await engine.close()
+
+
+@pytest.mark.parametrize("skips", [False, True])
+async def test_learning_past_the_limit_ends_it_for_that_reason(tmp_path, skips):
+    toy.mini(tmp_path / "one")
+    accepted.write_models(tmp_path, {"name": "one", "source": "one"})
+    async with accepted.serving(tmp_path, slots=1, inversion={"max_work_s": 1e-6}) as (system, _):
+        scene = collage(prompt="a {a}", layers=[layer("a", appearance={"learn": True})])
+        request = pb.CreateJobRequest(
+            generate={"collage": scene, "sampling": {"steps": 2}, "skip_failed_words": skips}
+        )
+        job = (await system.stub.CreateJob(request, timeout=LIMIT_S)).job
+        events = await system.watch(job.name)
+        told = (await system.stub.GetJob(pb.GetJobRequest(name=job.name), timeout=LIMIT_S)).job
+    assert told.attempts == 1
+    if skips:
+        assert events[-1].HasField("done")
+        assert "WORD_FAILED" in {event.warning.reason for event in events}
+    else:
+        error = from_status(told.error)
+        assert (type(error), error.reason) == (DeadlinePassed, "TOO_LONG")
 
 
 @contextlib.asynccontextmanager

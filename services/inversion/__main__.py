@@ -35,7 +35,7 @@ async def build(settings: Settings) -> Server:
     decoder = Decoder()
     server = Server("inversion", settings.address, drain=engine.drain)
     inversion_service_pb2_grpc.add_InversionServiceServicer_to_server(
-        InversionServicer(engine, blobs, decoder), server.grpc
+        InversionServicer(engine, blobs, decoder, limit_s=settings.max_work_s), server.grpc
     )
     server.add("collage.v1.InversionService")
     server.depends_on(engine.working)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.common.errors import (
+    TOO_LONG,
     CollageError,
     DeadlinePassed,
     DeviceLost,
@@ -31,6 +32,7 @@ from services.common.telemetry import log
 from services.common.weights import ModelError
 from services.diffusion import device
 from services.diffusion.catalog import Catalog
+from services.diffusion.pace import Call, Expected, Pace
 from services.diffusion.shelf import Shelf
 from services.diffusion.word import Word
 from services.inversion.learn import Progress, Recipe, Trainer
@@ -104,6 +106,9 @@ class Engine:
         self._draining = threading.Event()
         self._lost = asyncio.Event()
         self._last_s = FIRST_GUESS_S
+        # How long steps take here, and how many the last batch took that was done.
+        self._pace = Pace()
+        self._last_steps = recipe.steps
         # Of all batches, since the start.
         self._units = 0
         self._shelf: Shelf[LearningCard, Networks] = Shelf(load, memory_bytes=memory_bytes)
@@ -159,6 +164,23 @@ class Engine:
         rows = self._joint_rows or JOINT_PIXELS // Trainer.side(card.facts, self.recipe) ** 2
         return max(1, rows // self.recipe.rows)
 
+    def expected(self, card: LearningCard, subjects: int) -> Expected:
+        """How long an idle device learns one batch of so many; all 0 where it has learned none for the model yet.
+
+        From the fewest steps after which learning may end to the most. Waiting, and loading the model, are not in it.
+        """
+        step = self._pace.expected(self._call(card, subjects))
+        return Expected(
+            seconds=step.seconds * max(self._last_steps, self.recipe.fewest_steps),
+            low=step.low * self.recipe.fewest_steps,
+            high=step.high * self.recipe.steps,
+        )
+
+    def _call(self, card: LearningCard, subjects: int) -> Call:
+        cells = (Trainer.side(card.facts, self.recipe) // card.facts.latent_factor) ** 2
+        rows = subjects * self.recipe.rows
+        return Call(model=card.name, work="train", cells=cells, rows=rows)
+
     async def learn(
         self,
         card: LearningCard,
@@ -166,13 +188,15 @@ class Engine:
         *,
         state: bytes | None,
         deadline_s: float,
+        limit_s: float = math.inf,
     ) -> AsyncGenerator[Learned, None]:
         """Learns a batch; to be called within a `turn`, and to be closed (`contextlib.aclosing`).
 
         Closing it, or cancelling the task that reads it, ends the work within one unit.
 
         Raises:
-            DeadlinePassed: on the monotonic clock, the deadline passed first.
+            DeadlinePassed: on the monotonic clock, the deadline passed first; reason TOO_LONG: it was at work for
+                longer than `limit_s`.
             Unavailable: the engine drains; the last item held a state to go on from. DeviceLost: see `working`.
             ModelUnusable: the model's files make none. Internal: the work failed.
         """
@@ -188,7 +212,7 @@ class Engine:
         def work() -> None:
             failure: Exception | None = None
             try:
-                self._work(card, subjects, state, deadline_s, stop, post)
+                self._work(card, subjects, state, deadline_s, limit_s, stop, post)
             except CollageError:
                 raise
             except Exception as error:
@@ -257,6 +281,7 @@ class Engine:
         subjects: Sequence[Subject],
         state: bytes | None,
         deadline_s: float,
+        limit_s: float,
         stop: threading.Event,
         post: Callable[[Learned], None],
     ) -> None:
@@ -291,12 +316,20 @@ class Engine:
                     saved_s = now_s
             if trainer.is_done:
                 self._last_s = now_s - began_s
+                self._last_steps = trainer.steps_done
+                self._record(card, subjects, steps=trainer.steps_done - begun, since_s=began_s)
                 log.info(
                     "learned", steps=trainer.steps_done - begun, seconds=round(self._last_s, 2)
                 )
                 return
             if is_draining:
                 self._refuse_when_draining()
+            if now_s - began_s > limit_s:
+                raise DeadlinePassed(
+                    f"words were learned for {now_s - began_s:.0f} s, waiting apart, and are not done; the operator "
+                    "allows a request no more (COLLAGE_MAX_WORK_S): have fewer learned at a time",
+                    reason=TOO_LONG,
+                )
             if now_s > deadline_s:
                 raise DeadlinePassed("the deadline passed before the words were learned")
             before = trainer.steps_done
@@ -305,7 +338,18 @@ class Engine:
             if trainer.steps_done > before:
                 device.synchronize(card.device)
                 STEP_SECONDS.labels(card.name).observe(time.monotonic() - now_s)
+                steps = trainer.steps_done - begun
+                if steps % self.recipe.check_every == 0:
+                    self._record(card, subjects, steps=steps, since_s=began_s)
         BATCHES.labels("CANCELLED").inc()
+
+    def _record(
+        self, card: LearningCard, subjects: Sequence[Subject], *, steps: int, since_s: float
+    ) -> None:
+        """Takes in how long a step took, with its part of what is none: pictures encoded, looks at the loss."""
+        if steps:
+            seconds = (time.monotonic() - since_s) / steps
+            self._pace.record(self._call(card, len(subjects)), seconds=seconds)
 
 
 async def _finished(working: "asyncio.Future[Any]") -> None:

@@ -75,6 +75,11 @@ class Recipe:
     patience: int = 3
     gain: float = 0.002
 
+    @property
+    def fewest_steps(self) -> int:
+        """After so many steps, at the soonest, a subject may have learned what it can."""
+        return min(self.steps, self.patience * self.check_every)
+
     def inputs(self) -> str:
         """The recipe as part of a digest."""
         return json.dumps(asdict(self), sort_keys=True)

@@ -21,6 +21,7 @@ from services.common import limits, wire, words
 from services.common.blobs import BlobCorrupt, BlobMissing, BlobRef, BlobStore, BlobTooLarge
 from services.common.decoder import Decoder
 from services.common.errors import (
+    TOO_LONG,
     CollageError,
     DataLoss,
     Internal,
@@ -32,6 +33,7 @@ from services.common.errors import (
 from services.common.pictures import MAX_ENCODED_BYTES, InvalidPicture
 from services.common.rpc import bounded
 from services.common.telemetry import log
+from services.diffusion.pace import Expected
 from services.diffusion.word import MAX_FILE_BYTES, InvalidWord, Word
 from services.inversion.engine import Engine, Learned
 from services.inversion.learn import Progress, Trainer, seeds_in
@@ -67,13 +69,16 @@ class Wanted:
 
 
 class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
-    """Learns with `engine` from pictures in `blobs`."""
+    """Learns with `engine` from pictures in `blobs`, for `limit_s` seconds a request at most, waiting apart."""
 
-    def __init__(self, engine: Engine, blobs: BlobStore, decoder: Decoder) -> None:
+    def __init__(
+        self, engine: Engine, blobs: BlobStore, decoder: Decoder, *, limit_s: float
+    ) -> None:
         self._engine = engine
         self._blobs = blobs
         self._reading = asyncio.Semaphore(MAX_READING)
         self._decoder = decoder
+        self._limit_s = limit_s
 
     async def LearnWords(
         self, request: inversion_service_pb2.LearnWordsRequest, context: Any
@@ -92,6 +97,8 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                 missing.append(one)
         if not missing:
             return
+        self._expected(card, every, missing)
+        left_s = self._limit_s
         async with self._engine.turn() as wait:
             async for _ in wait:
                 yield inversion_service_pb2.LearnWordsResponse()
@@ -103,20 +110,35 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
                 else:
                     left.append(one)
             # Several batches where one would be too large. Which, follows from the whole call: not from what is stored.
-            digests = list(dict.fromkeys(one.digest for one in every))
-            size = self._engine.together(card)
-            for first in range(0, len(digests), size):
-                batch = set(digests[first : first + size])
+            for batch in self._batches(card, every):
+                began_s = time.monotonic()
                 answers = self._learn(
                     request.job,
                     card,
                     [one for one in every if one.digest in batch],
                     [one for one in left if one.digest in batch],
                     deadline_s,
+                    left_s,
                 )
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
                         yield answer
+                left_s -= time.monotonic() - began_s
+
+    async def EstimateWords(
+        self, request: inversion_service_pb2.EstimateWordsRequest, context: Any
+    ) -> inversion_service_pb2.EstimateWordsResponse:
+        """See inversion_service.proto."""
+        card = self._engine.catalog.find(request.learn.model, field="model")
+        every = self._parse(request.learn, card)
+        missing = [one for one in every if not await words.read(self._blobs, one.digest)]
+        expected = self._expected(card, every, missing)
+        return inversion_service_pb2.EstimateWordsResponse(
+            words=len(missing),
+            seconds=expected.seconds,
+            seconds_low=expected.low,
+            seconds_high=expected.high,
+        )
 
     async def AdoptWord(
         self, request: inversion_service_pb2.AdoptWordRequest, context: Any
@@ -142,6 +164,42 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
             word = await words.write(self._blobs, digest, file, _card(card, text, len(made)))
             WORDS.labels("import").inc()
         return inversion_service_pb2.AdoptWordResponse(word=word)
+
+    def _batches(self, card: LearningCard, every: Sequence[Wanted]) -> list[list[str]]:
+        """The digests of a request's words, as they are learned together."""
+        digests = list(dict.fromkeys(one.digest for one in every))
+        size = self._engine.together(card)
+        return [digests[first : first + size] for first in range(0, len(digests), size)]
+
+    def _expected(
+        self, card: LearningCard, every: Sequence[Wanted], missing: Sequence[Wanted]
+    ) -> Expected:
+        """How long learning takes what is missing of a request; what is stored costs nothing.
+
+        Raises:
+            InvalidRequest: longer than the operator allows, even at the low end of what is expected.
+        """
+        left = list(dict.fromkeys(one.digest for one in missing))
+        whole, fits = Expected(), 0
+        for batch in self._batches(card, every):
+            count = len(set(left).intersection(batch))
+            for more in range(1, count + 1):
+                if (whole + self._engine.expected(card, more)).seconds <= self._limit_s:
+                    fits += 1
+            if count:
+                whole += self._engine.expected(card, count)
+        if whole.low <= self._limit_s:
+            return whole
+        # The first one that does not fit.
+        beyond = left[min(fits, len(left) - 1)]
+        first = next(one for one in missing if one.digest == beyond)
+        raise InvalidRequest.of(
+            first.field,
+            f"is one of {len(left)} layers whose words are to be learned; that takes about {whole.seconds:.0f} s here "
+            f"({whole.low:.0f} to {whole.high:.0f}), and the operator allows a request {self._limit_s:g} s "
+            f"(COLLAGE_MAX_WORK_S); expected to fit: {fits} at a time",
+            reason=TOO_LONG,
+        )
 
     def _parse(
         self, request: inversion_service_pb2.LearnWordsRequest, card: LearningCard
@@ -198,6 +256,7 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         every: Sequence[Wanted],
         left: Sequence[Wanted],
         deadline_s: float,
+        limit_s: float,
     ) -> AsyncGenerator[inversion_service_pb2.LearnWordsResponse, None]:
         """Learns what is left of a batch; `every` names it, with what is stored already."""
         if not left:
@@ -235,7 +294,11 @@ class InversionServicer(inversion_service_pb2_grpc.InversionServiceServicer):
         if not batch:
             return
         events = self._engine.learn(
-            card, [subjects[digest] for digest in batch], state=state, deadline_s=deadline_s
+            card,
+            [subjects[digest] for digest in batch],
+            state=state,
+            deadline_s=deadline_s,
+            limit_s=limit_s,
         )
         ended: set[str] = set()
         async with contextlib.aclosing(events):

@@ -26,7 +26,7 @@ from collage.v1 import blob_pb2 as collage_dot_v1_dot_blob__pb2
 from collage.v1 import collage_service_pb2 as collage_dot_v1_dot_collage__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"collage/v1/inversion_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a collage/v1/collage_service.proto\"l\n\x11LearnWordsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08subjects\x18\x02 \x03(\x0b\x32\x13.collage.v1.Subject\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\"[\n\x07Subject\x12\r\n\x05layer\x18\x01 \x01(\t\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07vectors\x18\x04 \x01(\x05\"\x85\x01\n\x12LearnWordsResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x18.collage.v1.WordProgress\x12\x1e\n\x04word\x18\x02 \x01(\x0b\x32\x10.collage.v1.Word\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.collage.v1.JobError\"U\n\x10\x41\x64optWordRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x07vectors\x18\x03 \x01(\x0b\x32\x13.collage.v1.BlobRef\"3\n\x11\x41\x64optWordResponse\x12\x1e\n\x04word\x18\x01 \x01(\x0b\x32\x10.collage.v1.Word2\xab\x01\n\x10InversionService\x12M\n\nLearnWords\x12\x1d.collage.v1.LearnWordsRequest\x1a\x1e.collage.v1.LearnWordsResponse0\x01\x12H\n\tAdoptWord\x12\x1c.collage.v1.AdoptWordRequest\x1a\x1d.collage.v1.AdoptWordResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"collage/v1/inversion_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a collage/v1/collage_service.proto\"l\n\x11LearnWordsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08subjects\x18\x02 \x03(\x0b\x32\x13.collage.v1.Subject\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\"[\n\x07Subject\x12\r\n\x05layer\x18\x01 \x01(\t\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07vectors\x18\x04 \x01(\x05\"\x85\x01\n\x12LearnWordsResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x18.collage.v1.WordProgress\x12\x1e\n\x04word\x18\x02 \x01(\x0b\x32\x10.collage.v1.Word\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.collage.v1.JobError\"D\n\x14\x45stimateWordsRequest\x12,\n\x05learn\x18\x01 \x01(\x0b\x32\x1d.collage.v1.LearnWordsRequest\"b\n\x15\x45stimateWordsResponse\x12\r\n\x05words\x18\x01 \x01(\x05\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x13\n\x0bseconds_low\x18\x03 \x01(\x01\x12\x14\n\x0cseconds_high\x18\x04 \x01(\x01\"U\n\x10\x41\x64optWordRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x07vectors\x18\x03 \x01(\x0b\x32\x13.collage.v1.BlobRef\"3\n\x11\x41\x64optWordResponse\x12\x1e\n\x04word\x18\x01 \x01(\x0b\x32\x10.collage.v1.Word2\x81\x02\n\x10InversionService\x12M\n\nLearnWords\x12\x1d.collage.v1.LearnWordsRequest\x1a\x1e.collage.v1.LearnWordsResponse0\x01\x12T\n\rEstimateWords\x12 .collage.v1.EstimateWordsRequest\x1a!.collage.v1.EstimateWordsResponse\x12H\n\tAdoptWord\x12\x1c.collage.v1.AdoptWordRequest\x1a\x1d.collage.v1.AdoptWordResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,10 +39,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBJECT']._serialized_end=308
   _globals['_LEARNWORDSRESPONSE']._serialized_start=311
   _globals['_LEARNWORDSRESPONSE']._serialized_end=444
-  _globals['_ADOPTWORDREQUEST']._serialized_start=446
-  _globals['_ADOPTWORDREQUEST']._serialized_end=531
-  _globals['_ADOPTWORDRESPONSE']._serialized_start=533
-  _globals['_ADOPTWORDRESPONSE']._serialized_end=584
-  _globals['_INVERSIONSERVICE']._serialized_start=587
-  _globals['_INVERSIONSERVICE']._serialized_end=758
+  _globals['_ESTIMATEWORDSREQUEST']._serialized_start=446
+  _globals['_ESTIMATEWORDSREQUEST']._serialized_end=514
+  _globals['_ESTIMATEWORDSRESPONSE']._serialized_start=516
+  _globals['_ESTIMATEWORDSRESPONSE']._serialized_end=614
+  _globals['_ADOPTWORDREQUEST']._serialized_start=616
+  _globals['_ADOPTWORDREQUEST']._serialized_end=701
+  _globals['_ADOPTWORDRESPONSE']._serialized_start=703
+  _globals['_ADOPTWORDRESPONSE']._serialized_end=754
+  _globals['_INVERSIONSERVICE']._serialized_start=757
+  _globals['_INVERSIONSERVICE']._serialized_end=1014
 # @@protoc_insertion_point(module_scope)

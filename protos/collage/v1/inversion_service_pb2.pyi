@@ -42,6 +42,24 @@ class LearnWordsResponse(_message.Message):
     error: _collage_service_pb2.JobError
     def __init__(self, progress: _Optional[_Union[_collage_service_pb2.WordProgress, _Mapping]] = ..., word: _Optional[_Union[_collage_service_pb2.Word, _Mapping]] = ..., error: _Optional[_Union[_collage_service_pb2.JobError, _Mapping]] = ...) -> None: ...
 
+class EstimateWordsRequest(_message.Message):
+    __slots__ = ("learn",)
+    LEARN_FIELD_NUMBER: _ClassVar[int]
+    learn: LearnWordsRequest
+    def __init__(self, learn: _Optional[_Union[LearnWordsRequest, _Mapping]] = ...) -> None: ...
+
+class EstimateWordsResponse(_message.Message):
+    __slots__ = ("words", "seconds", "seconds_low", "seconds_high")
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LOW_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_HIGH_FIELD_NUMBER: _ClassVar[int]
+    words: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    def __init__(self, words: _Optional[int] = ..., seconds: _Optional[float] = ..., seconds_low: _Optional[float] = ..., seconds_high: _Optional[float] = ...) -> None: ...
+
 class AdoptWordRequest(_message.Message):
     __slots__ = ("model", "text", "vectors")
     MODEL_FIELD_NUMBER: _ClassVar[int]

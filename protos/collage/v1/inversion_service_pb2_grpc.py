@@ -40,6 +40,11 @@ class InversionServiceStub:
                 request_serializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsRequest.SerializeToString,
                 response_deserializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsResponse.FromString,
                 _registered_method=True)
+        self.EstimateWords = channel.unary_unary(
+                '/collage.v1.InversionService/EstimateWords',
+                request_serializer=collage_dot_v1_dot_inversion__service__pb2.EstimateWordsRequest.SerializeToString,
+                response_deserializer=collage_dot_v1_dot_inversion__service__pb2.EstimateWordsResponse.FromString,
+                _registered_method=True)
         self.AdoptWord = channel.unary_unary(
                 '/collage.v1.InversionService/AdoptWord',
                 request_serializer=collage_dot_v1_dot_inversion__service__pb2.AdoptWordRequest.SerializeToString,
@@ -60,6 +65,13 @@ class InversionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EstimateWords(self, request, context):
+        """What LearnWords would take, without running a model. What cannot end in time is refused, as by CollageService.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AdoptWord(self, request, context):
         """Takes in a word learned elsewhere, if its vectors fit the model.
         """
@@ -74,6 +86,11 @@ def add_InversionServiceServicer_to_server(servicer, server):
                     servicer.LearnWords,
                     request_deserializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsRequest.FromString,
                     response_serializer=collage_dot_v1_dot_inversion__service__pb2.LearnWordsResponse.SerializeToString,
+            ),
+            'EstimateWords': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateWords,
+                    request_deserializer=collage_dot_v1_dot_inversion__service__pb2.EstimateWordsRequest.FromString,
+                    response_serializer=collage_dot_v1_dot_inversion__service__pb2.EstimateWordsResponse.SerializeToString,
             ),
             'AdoptWord': grpc.unary_unary_rpc_method_handler(
                     servicer.AdoptWord,
@@ -109,6 +126,33 @@ class InversionService:
             '/collage.v1.InversionService/LearnWords',
             collage_dot_v1_dot_inversion__service__pb2.LearnWordsRequest.SerializeToString,
             collage_dot_v1_dot_inversion__service__pb2.LearnWordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateWords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collage.v1.InversionService/EstimateWords',
+            collage_dot_v1_dot_inversion__service__pb2.EstimateWordsRequest.SerializeToString,
+            collage_dot_v1_dot_inversion__service__pb2.EstimateWordsResponse.FromString,
             options,
             channel_credentials,
             insecure,

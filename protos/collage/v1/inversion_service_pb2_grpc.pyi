@@ -38,6 +38,8 @@ class InversionServiceStub:
     training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
     message comes at least every few steps, whoever's they are: silence means that the service hangs.
     """
+    EstimateWords: _grpc.UnaryUnaryMultiCallable[_inversion_service_pb2.EstimateWordsRequest, _inversion_service_pb2.EstimateWordsResponse]
+    """What LearnWords would take, without running a model. What cannot end in time is refused, as by CollageService."""
     AdoptWord: _grpc.UnaryUnaryMultiCallable[_inversion_service_pb2.AdoptWordRequest, _inversion_service_pb2.AdoptWordResponse]
     """Takes in a word learned elsewhere, if its vectors fit the model."""
 
@@ -51,6 +53,8 @@ class InversionServiceAsyncStub(InversionServiceStub):
     training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
     message comes at least every few steps, whoever's they are: silence means that the service hangs.
     """
+    EstimateWords: _aio.UnaryUnaryMultiCallable[_inversion_service_pb2.EstimateWordsRequest, _inversion_service_pb2.EstimateWordsResponse]  # type: ignore[assignment]
+    """What LearnWords would take, without running a model. What cannot end in time is refused, as by CollageService."""
     AdoptWord: _aio.UnaryUnaryMultiCallable[_inversion_service_pb2.AdoptWordRequest, _inversion_service_pb2.AdoptWordResponse]  # type: ignore[assignment]
     """Takes in a word learned elsewhere, if its vectors fit the model."""
 
@@ -67,6 +71,14 @@ class InversionServiceServicer(metaclass=_abc_1.ABCMeta):
         training step. A word that is stored is answered at once; a call made again goes on from its last checkpoint. A
         message comes at least every few steps, whoever's they are: silence means that the service hangs.
         """
+
+    @_abc_1.abstractmethod
+    def EstimateWords(
+        self,
+        request: _inversion_service_pb2.EstimateWordsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inversion_service_pb2.EstimateWordsResponse, _abc.Awaitable[_inversion_service_pb2.EstimateWordsResponse]]:
+        """What LearnWords would take, without running a model. What cannot end in time is refused, as by CollageService."""
 
     @_abc_1.abstractmethod
     def AdoptWord(
