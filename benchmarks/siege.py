@@ -47,7 +47,7 @@ LIMIT_S = 60.0
 BARS = {"latency": 2.0, "latency_s": 0.2, "memory": 1.2}
 SIDE = 4000
 # What memory is given to come back after the last call.
-SETTLING_S = 10.0
+SETTLING_S = 20.0
 # Until the hostile callers have made their pictures and begun.
 STARTING_S = 15.0
 
@@ -245,12 +245,12 @@ async def honest(address: str, seconds: float) -> list[float]:
 
 
 def memory_bytes(pid: int) -> int:
-    """What a process and its children have in memory, each page of a file counted for each."""
+    """What a process and its children have in memory; what they share counts once."""
     total = 0
     for each in (pid, *children(pid)):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            pages = int(Path(f"/proc/{each}/statm").read_text().split()[1])
-            total += pages * os.sysconf("SC_PAGE_SIZE")
+            told = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += 1024 * int(told.split("\nPss:")[1].split()[0])
     return total
 
 

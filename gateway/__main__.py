@@ -16,6 +16,7 @@ from gateway.stages import Stages
 from gateway.storage import Storage
 from gateway.words import Words
 from gateway.worker import Worker, exhausted_event
+from services.common.memory import give_back
 from services.common.rpc import Server, connect
 from services.common.settings import GatewaySettings as Settings
 from services.common.settings import InvalidSetting, open_blobs, read, run
@@ -75,6 +76,8 @@ async def build(settings: Settings) -> Server:
     server.add(SERVICE)
     storage = Storage(blobs, jobs, tell=functools.partial(server.able, SERVICE))
     server.depends_on(storage.watch)
+    # Here the large messages come in.
+    server.depends_on(give_back)
     for close in (
         blobs.close,
         jobs.close,

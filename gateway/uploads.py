@@ -78,16 +78,21 @@ class Blobs:
 
         Raises:
             NotFound: there is no such blob.
+            BlobCorrupt: there was one, and it is damaged.
         """
         key = _key(digest, Field("sha256"))
-        stat = await self._store.stat(key)
-        if stat is None:
-            raise _no_blob(digest)
-        header = BlobRef(sha256=digest, size_bytes=stat.size_bytes, media_type=stat.media_type)
-        yield collage_service_pb2.GetBlobResponse(header=wire.render_blob(header))
+        chunks = self._store.read(key)
         try:
-            async for chunk in self._store.read(key):
+            # Read before it is looked at: what is damaged is missing to whoever only looks.
+            chunk = await anext(chunks, None)
+            stat = await self._store.stat(key)
+            if stat is None:
+                raise BlobMissing(key)
+            header = BlobRef(sha256=digest, size_bytes=stat.size_bytes, media_type=stat.media_type)
+            yield collage_service_pb2.GetBlobResponse(header=wire.render_blob(header))
+            while chunk is not None:
                 yield collage_service_pb2.GetBlobResponse(chunk=chunk)
+                chunk = await anext(chunks, None)
         except BlobMissing:
             raise _no_blob(digest) from None
 

@@ -10,7 +10,6 @@ a child.
 
 import asyncio
 import contextlib
-import ctypes
 import importlib
 import os
 import resource
@@ -33,6 +32,7 @@ from services.common.errors import (
     Unavailable,
     from_status,
 )
+from services.common.memory import trim
 from services.common.telemetry import log
 
 # What a child does: bytes in, bytes out. It calls the function it is given with the field path of what it begins on.
@@ -300,8 +300,6 @@ def _serve(
     work: Work = getattr(importlib.import_module(module), function)(*arguments)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     _write(answered, _ANSWER, [])
-    # glibc keeps what was freed; pictures come and go in hundreds of megabytes.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while True:
         try:
             _, parts = _read(given)
@@ -314,8 +312,8 @@ def _serve(
         )
         signal.alarm(0)
         del parts
-        if trim is not None:
-            trim(0)
+        # Pictures come and go in hundreds of megabytes.
+        trim(0)
 
 
 def _answer(

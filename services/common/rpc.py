@@ -14,8 +14,8 @@ import re
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +89,8 @@ _SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     # More than a connection may have under way, so that what is over is refused in words instead of kept waiting.
     ("grpc.max_concurrent_streams", 2 * EDGE.peer_calls),
+    # What lies unread is bounded by 64 KiB a call; with this gRPC takes in megabytes of each before anybody reads.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.so_reuseport", 0),
 ]
 # Only UNAVAILABLE, and only where a call may be repeated (AIP-194): every call of ours is idempotent but PutBlob's
@@ -262,23 +264,26 @@ def _message_fields(kind: Descriptor) -> tuple[tuple[str, bool], ...]:
     )
 
 
+# An abort is raised where no frame holds the message: gRPC keeps the error, and with it whatever its frames hold.
 def _serve_unary(behaviour: Any, begin: Callable[[Any], "_Call"], *, is_streamed: bool) -> Any:
-    async def serve(requests: AsyncIterator[_Received], context: Any) -> Any:
-        async with begin(context) as call, call.request(requests, is_streamed) as request:
-            return await behaviour(request, context)
+    async def serve(_: Any, context: Any) -> Any:
+        call = begin(context)
+        answer = await call.answer(behaviour, is_streamed)
+        if call.status is not None:
+            await context.abort_with_status(call.status)
+        return answer
 
     return serve
 
 
 def _serve_stream(behaviour: Any, begin: Callable[[Any], "_Call"], *, is_streamed: bool) -> Any:
-    async def serve(requests: AsyncIterator[_Received], context: Any) -> Any:
-        async with begin(context) as call, call.request(requests, is_streamed) as request:
-            answers = behaviour(request, context)
-            try:
-                async for answer in answers:
-                    yield answer
-            finally:
-                await answers.aclose()
+    async def serve(_: Any, context: Any) -> Any:
+        call = begin(context)
+        async with aclosing(call.answers(behaviour, is_streamed)) as answers:
+            async for answer in answers:
+                yield answer
+        if call.status is not None:
+            await context.abort_with_status(call.status)
 
     return serve
 
@@ -289,20 +294,22 @@ def _checked(received: _Received) -> Any:
     return received.message
 
 
-async def _each_checked(requests: AsyncIterator[_Received]) -> AsyncIterator[Any]:
-    async for received in requests:
+# Messages are read from the context: gRPC's own iterator, left before its end, keeps what it read for good.
+async def _each_checked(context: Any) -> AsyncIterator[Any]:
+    while (received := await context.read()) is not grpc.aio.EOF:
         yield _checked(received)
 
 
-async def _first(requests: AsyncIterator[_Received]) -> _Received:
+async def _only(context: Any) -> _Received:
     """The one message of a call."""
     try:
         async with asyncio.timeout(MESSAGE_S):
-            return await anext(requests)
-    except StopAsyncIteration:
-        raise InvalidRequest.of("request", "is missing; required: one message") from None
+            received: _Received = await context.read()
     except TimeoutError:
         raise DeadlinePassed(f"the message did not arrive within {MESSAGE_S:g} s") from None
+    if received is grpc.aio.EOF:
+        raise InvalidRequest.of("request", "is missing; required: one message")
+    return received
 
 
 class _Call:
@@ -317,19 +324,56 @@ class _Call:
         self.peer = str(context.peer())
         self.caller = caller or self.peer
         self.start = time.monotonic()
+        # How it failed, once it has.
+        self.status: Any = None
         self._admission = admission
 
-    async def __aenter__(self) -> "_Call":
+    async def answer(self, behaviour: Any, is_streamed: bool) -> Any:
+        """The one answer of a behaviour; None where it failed."""
+        async with self._span(), self._request(is_streamed) as request:
+            return await behaviour(request, self.context)
+
+    async def answers(self, behaviour: Any, is_streamed: bool) -> AsyncGenerator[Any, None]:
+        """The answers of a behaviour, until it fails."""
+        async with (
+            self._span(),
+            self._request(is_streamed) as request,
+            aclosing(behaviour(request, self.context)) as answers,
+        ):
+            async for answer in answers:
+                yield answer
+
+    @asynccontextmanager
+    async def _span(self) -> AsyncIterator[None]:
         request_id.set(self.request_id)
         caller.set(self.caller)
         left_s = self.context.time_remaining()
         _deadline_s.set(math.inf if left_s is None else self.start + left_s)
-        return self
+        code = "OK"
+        try:
+            yield
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        except Exception as error:
+            told = told_error(error)
+            code = str(grpc_code(told.code).name)
+            self._log(told, error)
+            self.status = rpc_status.to_status(told.to_status())
+        finally:
+            CALL_SECONDS.labels(self.method).observe(time.monotonic() - self.start)
+            CALLS.labels(self.method, code).inc()
+
+    def _log(self, told: CollageError, error: Exception) -> None:
+        level = log.error if isinstance(told, Internal) else log.info
+        # Whoever floods a server must not flood its log: the metric counts them.
+        level = log.debug if isinstance(told, Overloaded) else level
+        level("call failed", method=self.method, reason=told.reason, message=told.message)
+        if isinstance(told, Internal):
+            log.error("traceback", exc_info=error)
 
     @asynccontextmanager
-    async def request(
-        self, requests: AsyncIterator[_Received], is_streamed: bool
-    ) -> AsyncIterator[Any]:
+    async def _request(self, is_streamed: bool) -> AsyncIterator[Any]:
         """What the behaviour is given: the one message, or the messages as they come.
 
         Raises:
@@ -339,30 +383,12 @@ class _Call:
         """
         with self._admission.call(self.peer):
             if is_streamed:
-                yield _each_checked(requests)
+                yield _each_checked(self.context)
                 return
             async with self._admission.reading(self.peer):
-                received = await _first(requests)
+                received = await _only(self.context)
             with self._admission.message(self.peer, received.size_bytes):
                 yield _checked(received)
-
-    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        CALL_SECONDS.labels(self.method).observe(time.monotonic() - self.start)
-        if error is None or isinstance(error, GeneratorExit):
-            CALLS.labels(self.method, "OK").inc()
-            return
-        if isinstance(error, asyncio.CancelledError):
-            CALLS.labels(self.method, "CANCELLED").inc()
-            return
-        told = told_error(error)
-        CALLS.labels(self.method, str(grpc_code(told.code).name)).inc()
-        level = log.error if isinstance(told, Internal) else log.info
-        # Whoever floods a server must not flood its log: the metric counts them.
-        level = log.debug if isinstance(told, Overloaded) else level
-        level("call failed", method=self.method, reason=told.reason, message=told.message)
-        if isinstance(told, Internal):
-            log.error("traceback", exc_info=error)
-        await self.context.abort_with_status(rpc_status.to_status(told.to_status()))
 
 
 def grpc_code(code: int) -> grpc.StatusCode:
