@@ -356,21 +356,23 @@ class _Call:
             code = "CANCELLED"
             raise
         except Exception as error:
-            told = told_error(error)
-            code = str(grpc_code(told.code).name)
-            self._log(told, error)
-            self.status = rpc_status.to_status(told.to_status())
+            # What it is told as is none of this frame's: the error's trace holds the frame, and that what it knows.
+            code = self._fail(error)
         finally:
             CALL_SECONDS.labels(self.method).observe(time.monotonic() - self.start)
             CALLS.labels(self.method, code).inc()
 
-    def _log(self, told: CollageError, error: Exception) -> None:
+    def _fail(self, error: Exception) -> str:
+        """Takes note of how it failed; the code's name."""
+        told = told_error(error)
+        self.status = rpc_status.to_status(told.to_status())
         level = log.error if isinstance(told, Internal) else log.info
         # Whoever floods a server must not flood its log: the metric counts them.
         level = log.debug if isinstance(told, Overloaded) else level
         level("call failed", method=self.method, reason=told.reason, message=told.message)
         if isinstance(told, Internal):
             log.error("traceback", exc_info=error)
+        return str(grpc_code(told.code).name)
 
     @asynccontextmanager
     async def _request(self, is_streamed: bool) -> AsyncIterator[Any]:
