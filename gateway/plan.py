@@ -29,8 +29,9 @@ from services.common.field import Field
 from services.common.rpc import caller
 from services.common.turns import Turns
 
-# Plans under way, of all callers and of one; so many of one keep both of a compositor's places busy.
-MAX_RUNNING, MAX_CALLER_RUNNING = 32, 3
+# Plans under way, of all callers and of one, beside those of callers whose plans are short; so many keep a compositor
+# busy, and more would only be more for the others to wait for.
+MAX_RUNNING, MAX_CALLER_RUNNING, KEPT = 8, 3, 2
 # More than a server's calls: what waits is bounded there.
 MAX_WAITING = 10_000
 
@@ -46,7 +47,7 @@ class Planner:
         self._turns = Turns(
             "requests to be planned",
             running=MAX_RUNNING,
-            kept=1,
+            kept=KEPT,
             caller_running=MAX_CALLER_RUNNING,
             waiting=MAX_WAITING,
             caller_waiting=MAX_WAITING,

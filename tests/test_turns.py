@@ -6,7 +6,7 @@ import pytest
 
 from services.common import turns
 from services.common.errors import Overloaded
-from services.common.turns import HALF_LIFE_S, LITTLE_S, Turns
+from services.common.turns import HALF_LIFE_S, SHORT_S, Turns
 
 
 class Clock:
@@ -124,16 +124,23 @@ async def heavy(room, caller, used_s=20.0):
     room.begun.clear()
 
 
-async def test_what_was_used_is_forgotten_with_time(room):
-    await heavy(room, "a", 8 * LITTLE_S)
+async def test_short_turns_are_short_however_many_they_are(room):
+    for _ in range(200):
+        await room.come("a")
+        await room.end("a", SHORT_S / 2)
     await room.come("a")
-    await room.end("a")
-    room.clock.now_s += 2 * HALF_LIFE_S
+    assert set(room.begun) == {"a kept"}
+
+
+async def test_one_whose_turns_become_short_is_let_in_again(room):
+    await heavy(room, "a", 8.0)
+    for _ in range(6):
+        await room.come("a")
+        await room.end("a")
+        room.clock.now_s += HALF_LIFE_S
     await room.come("a")
-    await room.end("a")
-    room.clock.now_s += 2 * HALF_LIFE_S
-    await room.come("a")
-    assert room.begun == ["a open", "a open", "a kept"]
+    assert room.begun[0] == "a open"
+    assert room.begun[-1] == "a kept"
 
 
 async def test_callers_that_have_gone_are_forgotten(room):

@@ -1,7 +1,7 @@
 """Whose work is next: `Turns`.
 
-Of the callers that wait it is the one who has used least of late, and some places are kept for those who have used
-little: whoever floods a server waits for himself. This module knows no work.
+Of the callers that wait it is the one who has used least of late, and some places are kept for those whose turns are
+short: whoever sends much waits for himself, and nobody waits long behind it. This module knows no work.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from services.common.errors import Overloaded
 
 # What was used counts half after so many seconds.
 HALF_LIFE_S = 30.0
-# Who has used less than so many seconds has used little.
-LITTLE_S = 1.0
+# Turns that take less on an average are short, seconds.
+SHORT_S = 0.25
 # What is left of a use that is as good as forgotten.
 _FORGOTTEN_S = 0.01
 
 
 class Place(Enum):
-    """Where a turn is spent: in a place that is kept for callers who have used little, or in one for all."""
+    """Where a turn is spent: in a place that is kept for callers whose turns are short, or in one for all."""
 
     KEPT = "kept"
     OPEN = "open"
@@ -39,15 +39,29 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Caller:
-    """used_s: what it used, as of `at_s`. waiting: its calls, the oldest first."""
+    """used_s, turns: what it used, and in how many turns, as of `at_s`. waiting: its calls, the oldest first."""
 
     used_s: float = 0.0
+    turns: float = 0.0
     at_s: float = 0.0
     running: int = 0
     waiting: list[_Waiting] = field(default_factory=list)
 
     def used(self, now_s: float) -> float:
-        return self.used_s * math.exp2((self.at_s - now_s) / HALF_LIFE_S)
+        return self.used_s * self._left(now_s)
+
+    def use(self, used_s: float, now_s: float) -> None:
+        self.used_s = self.used(now_s) + used_s
+        self.turns = self.turns * self._left(now_s) + 1
+        self.at_s = now_s
+
+    @property
+    def is_short(self) -> bool:
+        """Whether its turns are; those of whom nothing is known are taken to be."""
+        return self.used_s < SHORT_S * max(1.0, self.turns)
+
+    def _left(self, now_s: float) -> float:
+        return math.exp2((self.at_s - now_s) / HALF_LIFE_S)
 
 
 class Turns:
@@ -56,7 +70,7 @@ class Turns:
     Args:
         what: waits, for refusals: "collages to be composed".
         running: places for all.
-        kept: places for callers who have used little, one each. They stand in them first, so that the others stay free.
+        kept: places for callers whose turns are short, one each. They are the first to be given to these.
         caller_running: turns of one caller at once.
         waiting: calls that may wait, of all callers.
         caller_waiting: the same, of one.
@@ -121,7 +135,7 @@ class Turns:
 
     def _end(self, caller: _Caller, place: Place, used_s: float) -> None:
         now_s = time.monotonic()
-        caller.used_s, caller.at_s = caller.used(now_s) + used_s, now_s
+        caller.use(used_s, now_s)
         caller.running -= 1
         self._free[place] += 1
         self._next()
@@ -135,7 +149,7 @@ class Turns:
                 waiting = [
                     each
                     for each in self._callers.values()
-                    if each.waiting and self._may(each, place, now_s)
+                    if each.waiting and self._may(each, place)
                 ]
                 if not waiting:
                     break
@@ -147,11 +161,11 @@ class Turns:
                 call.place = place
                 call.come.set()
 
-    def _may(self, caller: _Caller, place: Place, now_s: float) -> bool:
+    def _may(self, caller: _Caller, place: Place) -> bool:
         if place is Place.OPEN:
             return caller.running < self._caller_running
         # What runs counts too, or whoever comes with many at once would have all that are kept.
-        return not caller.running and caller.used(now_s) < LITTLE_S
+        return not caller.running and caller.is_short
 
     def _forget(self, now_s: float) -> None:
         self._callers = {

@@ -29,7 +29,7 @@ from services.common.rpc import caller
 from services.common.turns import Place, Turns
 from services.compositor.work import Work, parse
 
-# Compositions worked out at once, beside one of a caller who has asked for little of late. Each takes a core and, at
+# Compositions worked out at once, beside one of a caller whose compositions are short. Each takes a core and, at
 # worst, about 1.3 GiB, and what a detector's network takes.
 MAX_RUNNING, KEPT = 2, 1
 # Callers may have so many more wait for their turn, each of them and all together.
