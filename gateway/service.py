@@ -409,7 +409,8 @@ def render_job(record: JobRecord) -> collage_service_pb2.Job:
         request_id=record.request_id,
         state=_STATES[record.state],
         create_time=_timestamp(record.created_at),
-        attempts=record.attempt,
+        # The claim at work, and one more for each that was lost; what was given back is none.
+        attempts=min(record.attempt, record.lost + 1),
     )
     if record.started_at is not None:
         job.start_time.CopyFrom(_timestamp(record.started_at))
