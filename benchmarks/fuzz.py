@@ -2,11 +2,14 @@
 
 An embedded system runs in a process of its own, over a toy model. For a number of minutes every RPC of all four
 services is sent random bytes, valid messages with flipped bits, cut, spliced and repeated, with fields that hold what
-is extreme, messages of other methods, streams of a wrong shape, streams that never end, calls that are given up, large
-headers; and its ports bytes that are no HTTP/2 at all. Meanwhile a right request is drawn every 30 s, and jobs that the
-fuzz made by chance are cancelled. Holds:
+is extreme or that nobody knows, messages of other methods, streams of a wrong shape, streams that never end, calls that
+are given up, large headers; pictures, texts and word files as strangers send them (`testing/strangers.py`), in messages
+and as stored blobs, some of which are then damaged in the store; uploads sent slowly, or half; a hundred and fifty
+plans at once; and its ports bytes that are no HTTP/2 at all. Meanwhile a right request is drawn every 30 s, and jobs
+that the fuzz made by chance are cancelled. Holds:
 
-    codes     no call ends with INTERNAL or UNKNOWN, and the server's log has no error
+    codes     no call ends with INTERNAL or UNKNOWN, nor with DATA_LOSS where nothing was damaged, and the server's log
+              has no error
     health    every right request is done, and every server's health is SERVING after it
     memory    resident memory at the end is at most 1.2 times that after the warm-up, which is a minute of the same
     end       the server ends on SIGTERM by itself, with status 0
@@ -22,6 +25,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import hashlib
 import json
 import random
 import re
@@ -42,6 +46,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import save
 
 from collage.v1 import (
+    blob_pb2,
     collage_service_pb2,
     collage_service_pb2_grpc,
     compositor_service_pb2,
@@ -52,7 +57,7 @@ from collage.v1 import (
 from collage.v1 import collage_service_pb2 as pb
 from local.processes import Process
 from services.common.rpc import connect
-from testing import toy
+from testing import strangers, toy
 from testing.system import collage, cutout, png, upload
 
 MEMORY_RATIO = 1.2
@@ -69,6 +74,8 @@ WORKERS = 6
 FAULTS = ("INTERNAL", "UNKNOWN", "DATA_LOSS")
 # What gRPC's own client says, in place of the server's answer, when that came while a message was being written.
 CLIENT_FAULT = "Internal error from Core"
+# Plans at once.
+MANY = 150
 # Failures that are printed with their requests.
 SHOWN = 20
 
@@ -103,6 +110,7 @@ class Target:
     """The system under fuzz, in a process of its own, and channels to its four servers."""
 
     def __init__(self, folder: Path) -> None:
+        self._data = folder / "data"
         self._process = Process(
             "collage",
             (
@@ -140,6 +148,13 @@ class Target:
         text = Path(f"/proc/{self._process.pid}/status").read_text()
         found = re.search(rf"^{name}:\s+(\d+)", text, re.MULTILINE)
         return int(found[1]) if found else 0
+
+    def damage(self, sha256: str, rng: random.Random) -> None:
+        """A stored blob is cut, emptied, or holds another byte."""
+        for file in self._data.rglob(f"*{sha256}*"):
+            if file.is_file() and (data := bytearray(file.read_bytes())):
+                data[rng.randrange(len(data))] ^= 1
+                file.write_bytes(rng.choice((data, data[: len(data) // 2], b"")))
 
     def files(self) -> int:
         """Open files and connections."""
@@ -229,7 +244,16 @@ async def examples(target: Target) -> dict[str, list[Any]]:
         ),
         generator_service_pb2.DescribeModelsRequest(),
         inversion_service_pb2.LearnWordsRequest(
-            model="toy", subjects=[{"layer": "a", "image": blob, "text": "cake"}], job="fuzz"
+            model="toy",
+            subjects=[{"layer": "a", "image": blob, "text": "cake", "vectors": 1}],
+            job="fuzz",
+        ),
+        inversion_service_pb2.EstimateWordsRequest(
+            learn={
+                "model": "toy",
+                "subjects": [{"layer": "a", "image": blob, "text": "cake", "vectors": 2}],
+                "job": "fuzz",
+            }
         ),
         inversion_service_pb2.AdoptWordRequest(model="toy", text="cake", vectors=word),
     ]
@@ -305,8 +329,16 @@ class Mutator:
             for _ in range(rng.choice((1, 32, 300))):
                 value.append(part)
         elif field.message_type is None:
+            new = rng.choice(EXTREMES[type(value)])
+            if isinstance(value, str) and rng.random() < 0.5:
+                new = strangers.text(rng)
+            elif isinstance(value, bytes) and rng.random() < 0.7:
+                new = strangers.picture(rng)
             with contextlib.suppress(ValueError):
-                setattr(owner, field.name, rng.choice(EXTREMES[type(value)]))
+                setattr(owner, field.name, new)
+        else:
+            # Fields that nobody has, at any depth.
+            value.MergeFromString(rng.choice((b"\x98\x75\x01", b"\xaa\x75\x03abc")))
 
     def noise(self) -> bytes:
         """Bytes that are nothing."""
@@ -410,8 +442,13 @@ class Fuzz:
         mutator = Mutator(rng, self._corpus)
         while True:
             start = time.monotonic()
-            if rng.random() < 0.02:
+            chance = rng.random()
+            if chance < 0.02:
                 await self._connect(rng, mutator)
+            elif chance < 0.12:
+                await self._stranger(rng)
+            elif chance < 0.121:
+                await self._many(rng)
             else:
                 await self._call(rng, mutator, rng.choice(self._methods))
             await asyncio.sleep(max(0.0, self._pause_s - (time.monotonic() - start)))
@@ -460,12 +497,14 @@ class Fuzz:
         async def sent() -> AsyncIterator[bytes]:
             for message in messages:
                 yield message
-            if endless:
+                if shape == "slow":
+                    await asyncio.sleep(0.5)
+            if endless or shape == "half":
                 await asyncio.sleep(2 * CALL_S)
 
         call = getattr(channel, kind)(method.path)(sent() if streams else messages[0], **options)
         try:
-            async with asyncio.timeout(0.05 if shape == "given up" else CALL_S + 10):
+            async with asyncio.timeout(0.05 if shape == "given up" else options["timeout"] + 10):
                 if method.server_streams:
                     async for _ in call:
                         pass
@@ -482,6 +521,68 @@ class Fuzz:
             return "GIVEN_UP", ""
         finally:
             call.cancel()
+
+    async def _stranger(self, rng: random.Random) -> None:
+        """Stores what a stranger sends, whole, slowly or half, has it used, and now and then damages it before."""
+        is_word = rng.random() < 0.3
+        data = (strangers.word if is_word else strangers.picture)(rng)
+        messages = [each.SerializeToString() for each in upload(data)]
+        shape = rng.choices(("right", "slow", "half"), (8, 1, 1))[0]
+        if shape == "half":
+            messages = messages[: rng.randrange(len(messages))]
+        await self._told("PutBlob", messages, shape)
+        if shape == "half":
+            return
+        blob = {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+        damages = rng.random() < 0.15
+        if damages:
+            self._target.damage(blob["sha256"], rng)
+        scene = collage()
+        scene.prompt = strangers.text(rng)
+        layer = scene.layers[rng.randrange(2)]
+        layer.image.Clear()
+        layer.image.blob.CopyFrom(blob_pb2.BlobRef(**blob))
+        layer.text = strangers.text(rng)
+        layer.appearance.learn = rng.random() < 0.3
+        drawing = {"collage": scene, "sampling": {"steps": 1}}
+        asked = {
+            "ImportWord": pb.ImportWordRequest(text=strangers.text(rng), vectors=blob),
+            "PlanCollage": pb.PlanCollageRequest(**drawing),
+            "GenerateImages": pb.GenerateImagesRequest(**drawing),
+            "CreateJob": pb.CreateJobRequest(learn={"collage": scene}),
+        }
+        name = (
+            "ImportWord"
+            if is_word
+            else rng.choice([each for each in asked if each != "ImportWord"])
+        )
+        await self._told(name, [asked[name].SerializeToString()], "right", may_lose=damages)
+
+    async def _told(
+        self, name: str, messages: list[bytes], shape: str, *, may_lose: bool = False
+    ) -> None:
+        """One call of the gateway's, its code noted."""
+        path = f"/collage.v1.CollageService/{name}"
+        method = next(each for each in self._methods if each.path == path)
+        code, details = await self._send(method, messages, shape, {"timeout": 3 * CALL_S})
+        self.record.codes[f"CollageService/{name}"][code] += 1
+        if code in FAULTS and not (may_lose and code == "DATA_LOSS"):
+            self._fail(f"{code} ({details}) from {name}, {shape}: {_shown(method, messages)}")
+
+    async def _many(self, rng: random.Random) -> None:
+        """More plans at once, from a connection of their own, than anybody may have."""
+        path = "/collage.v1.CollageService/PlanCollage"
+        (method,) = (each for each in self._methods if each.path == path)
+        async with connect(self._target.addresses["gateway"]) as channel:
+            calls = [
+                channel.unary_unary(path)(rng.choice(method.examples), timeout=CALL_S)
+                for _ in range(MANY)
+            ]
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                code = outcome.code().name if isinstance(outcome, grpc.RpcError) else "OK"
+                self.record.codes["CollageService/PlanCollage"][code] += 1
+                if code in FAULTS:
+                    self._fail(f"{code} ({outcome}) from one of {MANY} plans at once")
 
     async def _connect(self, rng: random.Random, mutator: Mutator) -> None:
         """Speaks to a port as if it were something else."""
@@ -528,12 +629,18 @@ class Fuzz:
             collage=collage(),
             sampling={"steps": 2, "seed": self.record.right},
         )
-        last = "no event"
-        try:
-            async for answer in self._gateway.GenerateImages(request, timeout=RIGHT_S):
-                last = str(answer.event.WhichOneof("kind"))
-        except grpc.aio.AioRpcError as error:
-            last = f"{error.code().name}: {error.details()}"
+        last, end_s = "no event", time.monotonic() + RIGHT_S
+        while True:
+            try:
+                async for answer in self._gateway.GenerateImages(request, timeout=RIGHT_S):
+                    last = str(answer.event.WhichOneof("kind"))
+            except grpc.aio.AioRpcError as error:
+                last = f"{error.code().name}: {error.details()}"
+                # Of the many at once: it is to come again, and does.
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and time.monotonic() < end_s:
+                    await asyncio.sleep(1)
+                    continue
+            break
         if last != "done":
             self._fail(f"right request {self.record.right} ended with {last}")
         for name, channel in self._target.channels.items():

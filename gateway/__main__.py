@@ -85,6 +85,7 @@ async def build(settings: Settings) -> Server:
         inversion.close,
         generator.close,
         worker.stop,
+        servicer.close,
     ):
         server.on_stopped(close)
     server.before_serving(blobs.ready)

@@ -88,7 +88,8 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self._jobs = jobs
         self._planner = planner
         self._models = models
-        # Cancels that must outlive the stream whose end asked for them.
+        # Streams at whose end a job is cancelled, and cancels that must outlive the stream whose end asked for them.
+        self._owed: dict[object, str] = {}
         self._cancels: set[asyncio.Task[Any]] = set()
 
     async def PlanCollage(
@@ -180,21 +181,24 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
             )
         cancels = request.on_disconnect == collage_service_pb2.DISCONNECT_POLICY_CANCEL
         create, field = _as_job(request)
+        job_id = job_id_of(create.request_id)
         try:
             record = await self._submit(create, field=field)
         except asyncio.CancelledError:
             # Gone while the job was being queued: it may have been.
             if cancels:
-                self._cancel_later(job_id_of(create.request_id))
+                self._cancel_later(job_id)
             raise
-        ended = False
+        ended, stream = False, object()
+        if cancels:
+            self._owed[stream] = job_id
         try:
             async for event in self._watch(record, 0):
                 ended = event.WhichOneof("kind") in ("done", "failed", "cancelled")
                 yield collage_service_pb2.GenerateImagesResponse(event=event)
         finally:
-            if cancels and not ended:
-                self._cancel_later(record.id)
+            if self._owed.pop(stream, None) and not ended:
+                self._cancel_later(job_id)
 
     async def CheckBlobs(
         self, request: collage_service_pb2.CheckBlobsRequest, context: Any
@@ -320,6 +324,15 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
             f"is {quote(request_id)}, already used for another request; allowed: a new UUID",
             reason="REQUEST_ID_REUSED",
         )
+
+    async def close(self) -> None:
+        """Returns when the jobs of callers who are gone are cancelled: while the queue is still open.
+
+        A stream that the server's end has cut off need not have come to its own end by now.
+        """
+        while self._owed:
+            self._cancel_later(self._owed.popitem()[1])
+        await asyncio.gather(*self._cancels)
 
     def _cancel_later(self, job_id: str) -> None:
         """Cancels a job whose caller is gone, and outlives the caller's stream."""

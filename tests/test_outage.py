@@ -208,6 +208,27 @@ async def everything(system, name: str) -> list[pb.JobEvent]:
     return [answer.event async for answer in system.stub.WatchJob(request, timeout=LIMIT_S)]
 
 
+async def test_a_gateway_that_stops_cancels_first_what_lost_its_caller(folder, monkeypatch):
+    """Its queue was closed under the cancel, and the job was drawn for nobody."""
+    cancel = SqliteJobs.cancel
+
+    async def slow(self, job_id, *, payload):
+        await asyncio.sleep(0.3)
+        return await cancel(self, job_id, payload=payload)
+
+    monkeypatch.setattr(SqliteJobs, "cancel", slow)
+    async with serving(folder, slots=0) as (system, servers):
+        asked = pb.GenerateImagesRequest(
+            collage=collage(), on_disconnect=pb.DISCONNECT_POLICY_CANCEL
+        )
+        call = system.stub.GenerateImages(asked, timeout=LIMIT_S)
+        name = (await call.read()).event.job
+        await servers.pop().stop(drain_s=0)
+        call.cancel()
+    async with serving(folder, slots=0) as (system, _):
+        assert (await told_of(system, name)).state == pb.JOB_STATE_CANCELLED
+
+
 async def test_a_finished_job_is_told_without_its_log(folder, monkeypatch):
     async with serving(folder, slots=1) as (system, _):
         created = await system.stub.CreateJob(
