@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import math
 import threading
 import time
 import weakref
@@ -178,6 +179,39 @@ async def test_cancel_frees_the_device_within_one_step(catalog, torch_stages):
         await collect(engine, plates.job(steps=2))
     # The step under way may end, then only the second job's one step is left.
     assert len(stages.rows) <= calls + 2
+
+
+@pytest.mark.parametrize("ends", ["cancel", "deadline"])
+async def test_what_nobody_wants_ends_between_two_calls_of_its_beginning(
+    catalog, torch_stages, ends
+):
+    """Encoders, ControlNets and the first step were gone through, whoever had left."""
+    stages, begun, goes_on = WatchedStages(torch_stages), threading.Event(), threading.Event()
+
+    def held(texts, adapters=()):
+        begun.set()
+        goes_on.wait(WAIT_S)
+        return torch_stages.encode_text(texts, adapters)
+
+    def never(*_):
+        raise AssertionError("the picture of a job that nobody wants is encoded")
+
+    async with running(catalog, stages) as engine:
+        stages.encode_text, stages.encode_image = held, never
+        deadline_s = time.monotonic() + 0.5 if ends == "deadline" else math.inf
+        job = asyncio.create_task(collect(engine, plates.job(steps=9, deadline_s=deadline_s)))
+        await asyncio.to_thread(begun.wait, WAIT_S)
+        if ends == "cancel":
+            job.cancel()
+        with pytest.raises((asyncio.CancelledError, DeadlinePassed)):
+            await job
+        goes_on.set()
+        stages.encode_text, stages.encode_image = (
+            torch_stages.encode_text,
+            torch_stages.encode_image,
+        )
+        assert len(images(await collect(engine, plates.job()))) == 1
+    assert len(stages.rows) == 3
 
 
 async def test_closing_the_stream_cancels(catalog, torch_stages):

@@ -336,6 +336,8 @@ class Runner(Generic[Card]):
                 layers=job.layers,
                 adapters=job.sampling.active_adapters,
             )
+        if not self._wants(entry):
+            return
         with self._stage(entry, stages, "encode_image"):
             run = Run.begin(
                 stages, plate=job.plate, conditioning=conditioning, sampling=job.sampling
@@ -344,12 +346,21 @@ class Runner(Generic[Card]):
             Call(model=job.sampling.model, work="encode", cells=cells),
             seconds=time.monotonic() - start_s,
         )
-        if kinds := run.control_kinds:
-            # Before the first step, whose time is what all that follow are estimated by.
+        # Before the first step, whose time is what all that follow are estimated by.
+        for kind in run.control_kinds:
+            if not self._wants(entry):
+                return
             with self._stage(entry, stages, "load_controlnets"):
-                stages.load_controlnets(kinds)
+                stages.load_controlnets([kind])
+        if not self._wants(entry):
+            return
         entry.runs = run.split() if entry.ticket.parts > 1 else [run]
         entry.worked_s += time.monotonic() - start_s
+
+    def _wants(self, entry: _Entry) -> bool:
+        """Whether anybody still wants a job's pictures; one that nobody does is dropped with the next turn."""
+        with self._changed:
+            return self._scheduler.wants(entry.ticket, now_s=time.monotonic())
 
     def _stages_of(self, entry: _Entry) -> Stages:
         return self._shelf.take(self._card(entry))
@@ -530,6 +541,8 @@ class Runner(Generic[Card]):
         with self._stage(entry, stages, "decode"):
             for index, pixels_HWC in enumerate(run.finish(stages), start=first):
                 entry.mailbox.post(RawImage(index=index, pixels_HWC=pixels_HWC))
+                if not self._is_here(entry):
+                    return
         if run.steps_total > 0:
             pictures = entry.job.sampling.images // entry.ticket.parts
             together = decoded_together(pictures, pixels=entry.job.plate.release_HW.size)

@@ -223,6 +223,10 @@ class Scheduler:
         if ticket_id in self._tickets:
             self._cancelled.add(ticket_id)
 
+    def wants(self, ticket: Ticket, *, now_s: float) -> bool:
+        """Whether a job is here and neither cancelled nor expired: asked between two long pieces of its own work."""
+        return ticket.id in self._tickets and self._drop_reason(ticket, now_s) is None
+
     def turn(self, *, now_s: float, in_memory: Container[str], coming: Container[str] = ()) -> Turn:
         """Drops what is cancelled or expired, and says what the next step holds.
 
