@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from collage.v1 import collage_service_pb2 as pb
 from gateway import storage
@@ -116,59 +117,59 @@ async def until(system: System, status: str) -> None:
             return
 
 
-async def test_a_system_on_a_full_disk_says_so_and_recovers(disk, tmp_path, monkeypatch, capsys):
+async def test_a_system_on_a_full_disk_says_so_and_recovers(disk, monkeypatch):
     """It said "does not answer" and SERVING, and the log had a line a second for each slot."""
     monkeypatch.setattr(storage, "LOOK_S", 0.2)
-    async with running(disk) as system:
-        request = pb.CreateJobRequest(
-            request_id=str(uuid.uuid4()),
-            generate={"collage": collage(), "sampling": {"steps": 2, "seed": 3}},
-        )
-        job = (await system.stub.CreateJob(request, timeout=LIMIT_S)).job
-        done = (await system.watch(job.name))[-1]
-        assert done.HasField("done")
-        told = await system.stub.GetJob(pb.GetJobRequest(name=job.name), timeout=LIMIT_S)
-        long = pb.CreateJobRequest(
-            request_id=str(uuid.uuid4()),
-            generate={"collage": collage(), "sampling": {"steps": 60, "seed": 4}},
-        )
-        waiting = (await system.stub.CreateJob(long, timeout=LIMIT_S)).job
-        filler = fill(disk)
-        capsys.readouterr()
-        began = time.monotonic()
-        await until(system, "NOT_SERVING")
-        assert await health(system, "") == "SERVING"
-        other = collage(layers=[*collage().layers[:1]], prompt="a {a}")
-        for call in (
-            system.stub.PutBlob(upload(os.urandom(300_000)), timeout=LIMIT_S),
-            system.stub.PlanCollage(pb.PlanCollageRequest(collage=other), timeout=LIMIT_S),
-            system.stub.CreateJob(
-                pb.CreateJobRequest(
-                    request_id=str(uuid.uuid4()),
-                    generate={"collage": other, "sampling": {"seed": 5}},
+    # Wherever an earlier test has sent the log.
+    with capture_logs() as logged:
+        async with running(disk) as system:
+            request = pb.CreateJobRequest(
+                request_id=str(uuid.uuid4()),
+                generate={"collage": collage(), "sampling": {"steps": 2, "seed": 3}},
+            )
+            job = (await system.stub.CreateJob(request, timeout=LIMIT_S)).job
+            done = (await system.watch(job.name))[-1]
+            assert done.HasField("done")
+            told = await system.stub.GetJob(pb.GetJobRequest(name=job.name), timeout=LIMIT_S)
+            long = pb.CreateJobRequest(
+                request_id=str(uuid.uuid4()),
+                generate={"collage": collage(), "sampling": {"steps": 60, "seed": 4}},
+            )
+            waiting = (await system.stub.CreateJob(long, timeout=LIMIT_S)).job
+            filler = fill(disk)
+            logged.clear()
+            began = time.monotonic()
+            await until(system, "NOT_SERVING")
+            assert await health(system, "") == "SERVING"
+            other = collage(layers=[*collage().layers[:1]], prompt="a {a}")
+            for call in (
+                system.stub.PutBlob(upload(os.urandom(300_000)), timeout=LIMIT_S),
+                system.stub.PlanCollage(pb.PlanCollageRequest(collage=other), timeout=LIMIT_S),
+                system.stub.CreateJob(
+                    pb.CreateJobRequest(
+                        request_id=str(uuid.uuid4()),
+                        generate={"collage": other, "sampling": {"seed": 5}},
+                    ),
+                    timeout=LIMIT_S,
                 ),
-                timeout=LIMIT_S,
-            ),
-        ):
-            code, reason, message = await refused(call)
-            assert (code, reason) == ("RESOURCE_EXHAUSTED", "STORAGE_FULL"), message
-            assert "is full" in message
-            assert "free space" in message
-        # What is stored can be read.
-        same = await system.stub.GetJob(pb.GetJobRequest(name=job.name), timeout=LIMIT_S)
-        assert same.job.images == told.job.images
-        await system.fetch(told.job.images[0].blob)
-        assert (await system.stub.ListJobs(pb.ListJobsRequest(), timeout=LIMIT_S)).jobs
-        await asyncio.sleep(max(0.0, began + 4 - time.monotonic()))
-        lines = [
-            line for line in capsys.readouterr().out.splitlines() if "no space is left" in line
-        ]
-        assert 1 <= len(lines) <= 8, lines
-        filler.unlink()
-        await until(system, "SERVING")
-        assert (await system.watch(waiting.name))[-1].HasField("done")
-        await system.stub.PutBlob(upload(cutout(9)), timeout=LIMIT_S)
-        assert "storage works again" in capsys.readouterr().out
+            ):
+                code, reason, message = await refused(call)
+                assert (code, reason) == ("RESOURCE_EXHAUSTED", "STORAGE_FULL"), message
+                assert "is full" in message
+                assert "free space" in message
+            # What is stored can be read.
+            same = await system.stub.GetJob(pb.GetJobRequest(name=job.name), timeout=LIMIT_S)
+            assert same.job.images == told.job.images
+            await system.fetch(told.job.images[0].blob)
+            assert (await system.stub.ListJobs(pb.ListJobsRequest(), timeout=LIMIT_S)).jobs
+            await asyncio.sleep(max(0.0, began + 4 - time.monotonic()))
+            lines = [each for each in logged if "no space is left" in str(each)]
+            assert 1 <= len(lines) <= 8, lines
+            filler.unlink()
+            await until(system, "SERVING")
+            assert (await system.watch(waiting.name))[-1].HasField("done")
+            await system.stub.PutBlob(upload(cutout(9)), timeout=LIMIT_S)
+            assert "storage works again" in str(logged)
 
 
 @pytest.mark.parametrize("is_used_before", [False, True])
