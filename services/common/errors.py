@@ -382,7 +382,8 @@ def _told(violations: Sequence[Violation]) -> tuple[Violation, ...]:
 
 def _pack(message: Any) -> AnyMessage:
     packed = AnyMessage()
-    packed.Pack(message)
+    # Equal errors have equal bytes: a map has no order of its own.
+    packed.Pack(message, deterministic=True)
     return packed
 
 
