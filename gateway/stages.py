@@ -194,7 +194,11 @@ class Stages:
                 if answer.HasField("word"):
                     words[layer] = answer.word
         except (
-            *(InvalidRequest, MissingBlobs, DataLoss, NotSupported, Internal),
+            InvalidRequest,
+            MissingBlobs,
+            DataLoss,
+            NotSupported,
+            Internal,
             DeadlinePassed,
         ) as error:
             if isinstance(error, DeadlinePassed) and error.reason != TOO_LONG:

@@ -16,6 +16,7 @@ from services.common.admission import EDGE, Admission
 from services.common.blobs import FolderBlobStore
 from services.common.errors import InvalidRequest, NotFound, Overloaded, from_rpc
 from testing.system import upload
+from testing.waiting import until
 
 METHOD = "/collage.v1.CompositorService/Compose"
 DATA = b"some bytes"
@@ -60,12 +61,6 @@ def compose(channel, collage=None, **options):
     stub = compositor_service_pb2_grpc.CompositorServiceStub(channel)
     request = compositor_service_pb2.ComposeRequest(collage=collage)
     return stub.Compose(request, timeout=20, **options)
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 a budget tells nobody
-            await asyncio.sleep(0.01)
 
 
 async def refused(call):

@@ -19,6 +19,7 @@ from services.common.rpc import connect
 from services.common.wire import render_blob
 from services.compositor import service
 from services.compositor.__main__ import Settings, build
+from testing.waiting import until
 
 RNG = np.random.default_rng(3)
 
@@ -88,12 +89,6 @@ class Watched(Confined):
         super().__init__(*args, **options)
         # The first of a compositor's, which has the work of a lone caller.
         Watched.first = Watched.first or self
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 a process tells nobody
-            await asyncio.sleep(0.01)
 
 
 def plain(side):

@@ -12,6 +12,7 @@ import pytest
 
 from services.common.confined import Confined
 from services.common.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from testing.waiting import until
 from testing.works import MEMORY_BYTES
 
 
@@ -24,12 +25,6 @@ async def confined(*arguments, work="testing.works:doing", processes=1, limit_s=
         yield pool
     finally:
         await pool.close()
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 a process tells nobody
-            await asyncio.sleep(0.01)
 
 
 def is_there(pid):

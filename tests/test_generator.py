@@ -443,11 +443,13 @@ def test_the_field_to_change_is_the_one_furthest_above_the_models_default(
         return Expected(seconds=seconds, low=seconds / 2, high=2 * seconds)
 
     width, height = size
+    extent, sampling = Extent(width=width, height=height), plates.sampling(**changes)
     duration = Duration(
         card=card,
-        size=Extent(width=width, height=height),
-        sampling=plates.sampling(**changes),
+        size=extent,
+        sampling=sampling,
         limit_s=4.0,
+        expected=of(extent, sampling.images, sampling.steps),
         of=of,
     )
     with pytest.raises(InvalidRequest) as refused:

@@ -37,6 +37,19 @@ def read_config(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise NotAModel(f"{name} cannot be read: {error.strerror}") from error
+    return parse_config(content, name)
+
+
+def parse_config(content: bytes, name: str) -> dict[str, Any]:
+    """A config's values.
+
+    Args:
+        content: as it was read.
+        name: what messages call it.
+
+    Raises:
+        NotAModel: it is something else.
+    """
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,6 @@ no job and no device policy.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -32,8 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from services.common.collage import Adapter
-from services.common.weights import ModelError, NotAModel, digest_file, find, tensors
-from services.diffusion.folder import quiet, read_config
+from services.common.weights import ModelError, digest_file, find, tensors
+from services.diffusion.folder import parse_config, quiet, read_config
 
 # Parts of a model that an adapter may change.
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -315,12 +314,7 @@ def _config(file: Path, names: Mapping[str, Any]) -> Mapping[str, Any] | None:
         text = (opened.metadata() or {}).get(_METADATA)
     if text is None:
         return None
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise NotAModel(f"{file.name}: its {_METADATA} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise NotAModel(f"{file.name}: its {_METADATA} is not a JSON object")
+    config = parse_config(text.encode(), f"{file.name}: its {_METADATA}")
     for part in _PARTS:
         _check_asked(file, _of_part(config, part))
     return config

@@ -20,19 +20,15 @@ from services.generator.card import GeneratorCard
 class Duration:
     """How long a request is expected to take, and is allowed to.
 
-    of: the same for a request of this size, so many pictures, so many steps.
+    expected: of the request itself. of: the same for a request of this size, so many pictures, so many steps.
     """
 
     card: GeneratorCard
     size: Extent
     sampling: Sampling
     limit_s: float
+    expected: Expected
     of: Callable[[Extent, int, int], Expected]
-
-    @property
-    def expected(self) -> Expected:
-        """Of the request itself."""
-        return self.of(self.size, self.sampling.images, self.sampling.steps)
 
     def check(self, *, canvas: str) -> None:
         """Refuses what cannot end in time.

@@ -3,7 +3,6 @@
 Main type: `FolderCard`; `read_catalog` makes those of a setting and `load_stages` puts one's networks on its device.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from services.common.weights import (
 from services.diffusion import device
 from services.diffusion.catalog import Catalog, weights_bytes
 from services.diffusion.facts import read_facts
+from services.diffusion.folder import read_config
 from services.diffusion.memory import device_bytes
 from services.diffusion.networks import load
 from services.generator import schedule
@@ -130,7 +130,7 @@ def _find_adapter(name: str, where: Path | str, folder: Path, text_widths: Seque
     """Finds an adapter's file and looks whether it fits the model in `folder`."""
     try:
         file = locate_adapter(where)
-        config = json.loads((folder / "unet" / "config.json").read_text())
+        config = read_config(folder / "unet" / "config.json")
         widths = dict(zip(("text_encoder", "text_encoder_2"), text_widths, strict=False))
         # diffusers reads it both as a mapping and by attributes.
         AdapterFile.read(file, FrozenDict(config), widths).check(folder)
@@ -160,4 +160,4 @@ def _dtype(name: str, on: torch.device) -> torch.dtype:
 
 def _first_block_channels(part: Path) -> int:
     """Channels at full resolution, from the part's config."""
-    return int(json.loads((part / "config.json").read_text())["block_out_channels"][0])
+    return int(read_config(part / "config.json")["block_out_channels"][0])

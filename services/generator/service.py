@@ -243,7 +243,14 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 has_emphasis=has_emphasis,
             )
 
-        return Duration(card=card, size=size, sampling=sampling, limit_s=self._limit_s, of=of)
+        return Duration(
+            card=card,
+            size=size,
+            sampling=sampling,
+            limit_s=self._limit_s,
+            expected=of(size, sampling.images, sampling.steps),
+            of=of,
+        )
 
     def _render_model(self, card: GeneratorCard) -> collage_service_pb2.Model:
         model = _render_model(card)
