@@ -132,6 +132,20 @@ async def test_short_turns_are_short_however_many_they_are(room):
     assert set(room.begun) == {"a kept"}
 
 
+async def test_many_short_turns_are_no_claim_to_what_is_kept_for_others(room):
+    for _ in range(20):
+        await room.come("a")
+        await room.end("a", SHORT_S / 2)
+    await room.come("b")
+    await room.end("b", SHORT_S / 2)
+    room.begun.clear()
+    # It is the one who used more than the mean: the kept place stays free for the other.
+    await room.come("a", 3)
+    assert room.begun == ["a open", "a open"]
+    await room.come("b")
+    assert room.begun[2:] == ["b kept"]
+
+
 async def test_one_whose_turns_become_short_is_let_in_again(room):
     await heavy(room, "a", 8.0)
     for _ in range(6):

@@ -1,7 +1,8 @@
 """Whose work is next: `Turns`.
 
 Of the callers that wait it is the one who has used least of late, and some places are kept for those whose turns are
-short: whoever sends much waits for himself, and nobody waits long behind it. This module knows no work.
+short and who used no more than their share: whoever sends much waits for himself, and nobody waits long behind it. This
+module knows no work.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ _FORGOTTEN_S = 0.01
 
 
 class Place(Enum):
-    """Where a turn is spent: in a place that is kept for callers whose turns are short, or in one for all."""
+    """Where a turn is spent: in a place that is kept for callers of short turns and few, or in one for all."""
 
     KEPT = "kept"
     OPEN = "open"
@@ -70,7 +71,8 @@ class Turns:
     Args:
         what: waits, for refusals: "collages to be composed".
         running: places for all.
-        kept: places for callers whose turns are short, one each. They are the first to be given to these.
+        kept: places for callers whose turns are short and who used at most the mean of all that are known, one each.
+            They are the first to be given to these.
         caller_running: turns of one caller at once.
         waiting: calls that may wait, of all callers.
         caller_waiting: the same, of one.
@@ -149,7 +151,7 @@ class Turns:
                 waiting = [
                     each
                     for each in self._callers.values()
-                    if each.waiting and self._may(each, place)
+                    if each.waiting and self._may(each, place, now_s)
                 ]
                 if not waiting:
                     break
@@ -161,11 +163,16 @@ class Turns:
                 call.place = place
                 call.come.set()
 
-    def _may(self, caller: _Caller, place: Place) -> bool:
+    def _may(self, caller: _Caller, place: Place, now_s: float) -> bool:
         if place is Place.OPEN:
             return caller.running < self._caller_running
         # What runs counts too, or whoever comes with many at once would have all that are kept.
-        return not caller.running and caller.is_short
+        return not caller.running and caller.is_short and self._has_share_left(caller, now_s)
+
+    def _has_share_left(self, caller: _Caller, now_s: float) -> bool:
+        """Whether it used at most the mean of all: many short turns are as much as few long ones."""
+        total_s = sum(each.used(now_s) for each in self._callers.values())
+        return caller.used(now_s) * len(self._callers) <= total_s + _FORGOTTEN_S
 
     def _forget(self, now_s: float) -> None:
         self._callers = {
