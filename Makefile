@@ -3,7 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test slow installed mini setup proto docs format lint types check cluster clean
+.PHONY: demo test slow installed mini setup proto docs format lint types check studio studio-check \
+	cluster clean
 
 demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
@@ -36,6 +37,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml packages/client/pyproject.toml
 check: setup lint types
 	@$(MAKE) --no-print-directory proto
 	@git diff --exit-code --stat -- protos || (echo "stubs differ from the protos: commit what make proto wrote" && false)
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory studio-check; \
+	else echo "no node here: studio/dist is not checked against its sources"; fi
 
 # The stubs stand beside the contract; --grpc_python_out only where there is a service.
 proto: setup
@@ -69,6 +72,21 @@ lint: setup
 
 types: setup
 	mypy
+
+# The page, into studio/dist, which is committed: who serves it needs no node. Types of the messages come from the protos.
+studio: setup studio/node_modules/.ready
+	cd studio && npm run --silent gen && npm run --silent build
+studio/node_modules/.ready: studio/package-lock.json
+	cd studio && npm ci --silent
+	touch $@
+
+# That the sources give the committed page, which is small and names no other origin.
+studio-check: setup studio/node_modules/.ready
+	cd studio && npm run --silent gen && npm run --silent lint && npm run --silent types && npm test --silent
+	@git diff --exit-code --stat -- studio/src/gen || (echo "types differ from the protos: commit what make studio wrote" && false)
+	cd studio && npm run --silent build -- --outDir ../out/studio --emptyOutDir --logLevel warn
+	@diff -r out/studio studio/dist || (echo "studio/dist is not what its sources give: commit what make studio wrote" && false)
+	cd studio && node scripts/bundle.mjs dist
 
 # The production shape as processes on loopback; Ctrl-C stops them in order.
 cluster: setup

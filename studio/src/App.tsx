@@ -1,0 +1,49 @@
+import { useEffect, useState } from "react"
+import { useNarrow } from "./ui/useNarrow"
+import { Live, Messages } from "./ui/Voice"
+import { Draw } from "./versions/Draw"
+import { Versions } from "./versions/Versions"
+import { words } from "./words"
+
+type Tab = keyof typeof words.tabs
+
+/** The page: tools above, layers left, canvas in the middle, settings right, versions below; on narrow screens the canvas and one panel at a time. */
+export function App() {
+  const isNarrow = useNarrow()
+  const [tab, setTab] = useState<Tab>("layers")
+  useEffect(() => {
+    document.title = words.title
+  }, [])
+  return (
+    <div className={isNarrow ? "page narrow" : "page"} data-tab={tab}>
+      <header className="tools">
+        <h1>{words.title}</h1>
+      </header>
+      <nav className="panel layers" aria-label={words.regions.layers} />
+      <main className="canvas" aria-label={words.regions.canvas} />
+      <aside className="panel inspector" aria-label={words.regions.inspector}>
+        <Draw />
+      </aside>
+      <section className="panel versions" aria-label={words.regions.versions}>
+        <Versions />
+      </section>
+      {isNarrow && (
+        <div className="tabs" role="tablist">
+          {(Object.keys(words.tabs) as Tab[]).map((key) => (
+            <button
+              key={key}
+              type="button"
+              role="tab"
+              aria-selected={tab === key}
+              onClick={() => setTab(key)}
+            >
+              {words.tabs[key]}
+            </button>
+          ))}
+        </div>
+      )}
+      <Messages />
+      <Live />
+    </div>
+  )
+}
