@@ -10,8 +10,9 @@ demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
 	@echo "Look at out/demo/sheet.png: the composite, then the pictures."
 
+# A process a core, each with the tests of whole files; more than four want more memory than they save time.
 test: setup check
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # Models of real sizes: 8 GB of disk, 20 GiB of memory, and on two CPU cores a quarter of an hour.
 slow: setup

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.jobs import Jobs, JobState, JobsUnavailable, JobsUnusable, QueuePolicy
 from gateway.jobs import database as module
@@ -96,14 +97,13 @@ async def test_a_folder_in_the_files_place_is_told_at_the_start(tmp_path) -> Non
         await fresh(tmp_path / "file" / "jobs.sqlite")
 
 
-async def test_an_emptied_file_is_a_new_queue_and_says_so(
-    path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_an_emptied_file_is_a_new_queue_and_says_so(path) -> None:
     path.write_bytes(b"")
-    jobs = await fresh(path)
+    with capture_logs() as logs:
+        jobs = await fresh(path)
     assert (await jobs.counts())[JobState.QUEUED] == 0
     await jobs.close()
-    assert "the jobs database is empty: a new queue begins" in capsys.readouterr().out
+    assert "the jobs database is empty: a new queue begins" in [log["event"] for log in logs]
 
 
 def emptied(path: Path) -> None:
