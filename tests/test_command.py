@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -390,6 +391,27 @@ async def test_only_what_a_result_wrote_is_deleted(collage, folder):
     assert code == 2
     assert "masks/three.png is not of an earlier result" in err
     assert (mine / "masks" / "three.png").read_text() == "kept"
+
+
+async def test_links_in_a_results_folder_lead_nowhere(collage, folder):
+    out, elsewhere = folder / "out", folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "one.png").write_text("kept")
+    (folder / "victim").write_text("kept")
+    out.mkdir()
+    mark = out / ".collage.json"
+    mark.write_text(json.dumps({"files": ["masks/one.png"]}))
+    (out / "masks").symlink_to(elsewhere)
+    code, _, err = await collage("plan", folder, "--out", out)
+    assert code == 2
+    assert "masks leads elsewhere" in err
+    (out / "masks").unlink()
+    (out / ".collage.draft").symlink_to(folder / "victim")
+    assert (await collage("plan", folder, "--out", out))[0] == 0
+    assert (elsewhere / "one.png").read_text() == (folder / "victim").read_text() == "kept"
+    mark.unlink()
+    os.mkfifo(mark)
+    assert (await collage("plan", folder, "--out", out))[0] == 2
 
 
 async def test_a_list_that_names_other_places_deletes_nothing_there(collage, folder):

@@ -1,6 +1,7 @@
 """The operator's models.yaml: what it may say, and that every mistake in it is told with its place."""
 
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -232,6 +233,15 @@ def test_a_hostile_file_is_refused_soon(tmp_path, text):
         read(tmp_path, text)
     assert len(str(caught.value)) < 2000
     assert time.process_time() - start < 5
+
+
+def test_a_device_or_a_pipe_is_no_file_of_models(tmp_path):
+    pipe, device = tmp_path / "pipe.yaml", tmp_path / "device.yaml"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for file in (pipe, device):
+        with pytest.raises(InvalidSetting, match="is no ordinary file"):
+            read_sources(str(file))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from collage_client import InvalidInput
+from collage_client import InvalidInput, _disk
 
 MARK = ".collage.json"
 # Every name that results may have: a file of such a name that is not in the list would be written over.
@@ -36,6 +36,11 @@ class Folder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise _refused(f"{path} is not a folder")
+        for inner in ("masks", "layers"):
+            if (path / inner).is_symlink():
+                raise _refused(
+                    f"{path / inner} leads elsewhere: results are written into {path} alone"
+                )
         listed = self._listed()
         self._names = listed or []
         if listed is None:
@@ -72,6 +77,8 @@ class Folder:
     def _keep(self) -> None:
         mark = self.path / MARK
         draft = mark.with_suffix(".draft")
+        # Written through a link it would be another file.
+        draft.unlink(missing_ok=True)
         draft.write_text(json.dumps({"written_by": "collage", "files": self._names}, indent=1))
         draft.replace(mark)
 
@@ -81,9 +88,9 @@ class Folder:
         if not mark.exists():
             return None
         try:
-            names = json.loads(mark.read_text(encoding="utf-8"))["files"]
+            names = json.loads(_disk.text(mark))["files"]
             return [name for name in names if _OURS.fullmatch(name)]
-        except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
+        except (_disk.Unreadable, RecursionError, ValueError, KeyError, TypeError) as error:
             raise _refused(f"{mark} cannot be read ({error}); name another folder") from error
 
     def _present(self) -> Iterator[str]:

@@ -4,6 +4,7 @@ Main type: `Place`, a value and the path to it. It knows no file's meaning; only
 """
 
 import re
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,11 @@ def read_file(file: Path) -> "Place":
         InvalidSetting: no such file, no YAML, or a key that stands twice.
     """
     try:
-        if file.stat().st_size > _MAX_BYTES:
+        found = file.stat()
+        # Before it is opened: a pipe would wait, a device has no end.
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise InvalidSetting(f"{file}: is no ordinary file")
+        if found.st_size > _MAX_BYTES:
             raise InvalidSetting(f"{file}: has more than {_MAX_BYTES} bytes")
         text = file.read_text(encoding="utf-8")
         # Of a key that stands twice the content holds only the last.
