@@ -1,7 +1,9 @@
 import { useEffect, useState } from "react"
+import { Draw } from "./draw/Draw"
+import { Results } from "./draw/Results"
+import { Export } from "./export/Export"
 import { useNarrow } from "./ui/useNarrow"
 import { Live, Messages } from "./ui/Voice"
-import { Draw } from "./versions/Draw"
 import { Versions } from "./versions/Versions"
 import { words } from "./words"
 
@@ -18,12 +20,16 @@ export function App() {
     <div className={isNarrow ? "page narrow" : "page"} data-tab={tab}>
       <header className="tools">
         <h1>{words.title}</h1>
+        <Export />
       </header>
       <nav className="panel layers" aria-label={words.regions.layers} />
-      <main className="canvas" aria-label={words.regions.canvas} />
-      <aside className="panel inspector" aria-label={words.regions.inspector}>
+      <main className="canvas" aria-label={words.regions.canvas}>
+        <Results />
+      </main>
+      <aside className="panel inspector" aria-label={words.regions.inspector} />
+      <section className="panel draw" aria-label={words.regions.draw}>
         <Draw />
-      </aside>
+      </section>
       <section className="panel versions" aria-label={words.regions.versions}>
         <Versions />
       </section>

@@ -39,6 +39,15 @@ export interface Document {
   /** Back to front. */
   readonly pieces: readonly Piece[]
   readonly sampling: Sampling
+  /** The drawn picture that was picked to go on from; undefined before the first. */
+  readonly drawn?: Option
+}
+
+/** One picture of a version (versions/version.ts). */
+export interface Option {
+  readonly version: string
+  /** 0 to the number of its pictures - 1. */
+  readonly index: number
 }
 
 /** A transform with every number set. */

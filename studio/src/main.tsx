@@ -2,6 +2,7 @@ import { StrictMode } from "react"
 import { createRoot } from "react-dom/client"
 import { App } from "./App"
 import { start } from "./start"
+import { begin } from "./versions/begin"
 import "./style/tokens.css"
 import "./style/page.css"
 
@@ -10,4 +11,4 @@ createRoot(document.getElementById("root") as HTMLElement).render(
     <App />
   </StrictMode>,
 )
-void start()
+void start().then(begin)

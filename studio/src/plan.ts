@@ -43,7 +43,7 @@ async function ask(document: Document): Promise<void> {
   asking = own
   usePlan.setState({ isAsking: true })
   try {
-    const plan = await withPictures(document, own.signal, () =>
+    const plan = await withPictures(picturesOf(document), own.signal, () =>
       service.planCollage(
         { collage: toCollage(document), sampling: document.sampling },
         { signal: own.signal },
@@ -66,20 +66,20 @@ async function ask(document: Document): Promise<void> {
 }
 
 /**
- * A call that names the document's pictures: they are uploaded first, and once more where the server has lost them.
+ * A call that names pictures: they are uploaded first, and once more where the server has lost them.
  */
 export async function withPictures<T>(
-  document: Document,
+  pictures: readonly string[],
   signal: AbortSignal | undefined,
   call: () => Promise<T>,
 ): Promise<T> {
-  await upload(picturesOf(document), pictureBlob, signal)
+  await upload(pictures, pictureBlob, signal)
   try {
     return await call()
   } catch (error) {
     if (trouble(error).missing.length === 0) throw error
     forget()
-    await upload(picturesOf(document), pictureBlob, signal)
+    await upload(pictures, pictureBlob, signal)
     return call()
   }
 }

@@ -7,7 +7,7 @@ import { picturesOf } from "./document"
 import { awaitModels, useModels } from "./models"
 import { load } from "./pictures"
 import { replan } from "./plan"
-import { Autosave, claim } from "./saved"
+import { Autosave, claim, saveSetting, setting } from "./saved"
 import { useStudio } from "./store"
 import { tell } from "./voice"
 import { words } from "./words"
@@ -19,8 +19,10 @@ export const useTab = create<{ id: string }>()(() => ({ id: "" }))
 const FIRST_SIDE = 128
 // How long the example waits for the server to say which canvas it likes.
 const MODELS_MS = 1500
+const VISITED = "visited"
 
-export async function start(): Promise<void> {
+/** Answers once this tab's document stands; `isFirst`: whether it is the example, at somebody's first visit. */
+export async function start(): Promise<{ isFirst: boolean }> {
   const models = awaitModels()
   const saved = await claim().catch(() => undefined)
   if (!saved) tell(words.status.unsaved, "error")
@@ -39,4 +41,7 @@ export async function start(): Promise<void> {
     useStudio.getState().restore(first)
   }
   useTab.setState({ id: saved?.id ?? "unsaved" })
+  const visited = await setting<boolean>(VISITED).catch(() => undefined)
+  if (!visited) await saveSetting(VISITED, true).catch(() => undefined)
+  return { isFirst: !visited && !saved?.document }
 }

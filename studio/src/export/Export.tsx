@@ -1,0 +1,3 @@
+export function Export() {
+  return null
+}
