@@ -1,7 +1,12 @@
 import { useEffect, useState } from "react"
+import { Canvas } from "./canvas/Canvas"
+import { SelectionTools, Tools, ViewTools } from "./canvas/Tools"
+import { useKeys } from "./canvas/useKeys"
 import { Draw } from "./draw/Draw"
 import { Results } from "./draw/Results"
 import { Export } from "./export/Export"
+import { Inspector } from "./inspector/Inspector"
+import { Layers } from "./layers/Layers"
 import { useNarrow } from "./ui/useNarrow"
 import { Live, Messages } from "./ui/Voice"
 import { Versions } from "./versions/Versions"
@@ -13,6 +18,7 @@ type Tab = keyof typeof words.tabs
 export function App() {
   const isNarrow = useNarrow()
   const [tab, setTab] = useState<Tab>("layers")
+  useKeys()
   useEffect(() => {
     document.title = words.title
   }, [])
@@ -20,13 +26,21 @@ export function App() {
     <div className={isNarrow ? "page narrow" : "page"} data-tab={tab}>
       <header className="tools">
         <h1>{words.title}</h1>
+        <Tools />
         <Export />
       </header>
-      <nav className="panel layers" aria-label={words.regions.layers} />
+      <nav className="panel layers" aria-label={words.regions.layers}>
+        <Layers />
+      </nav>
       <main className="canvas" aria-label={words.regions.canvas}>
+        <Canvas />
+        <SelectionTools />
+        <ViewTools />
         <Results />
       </main>
-      <aside className="panel inspector" aria-label={words.regions.inspector} />
+      <aside className="panel inspector" aria-label={words.regions.inspector}>
+        <Inspector />
+      </aside>
       <section className="panel draw" aria-label={words.regions.draw}>
         <Draw />
       </section>

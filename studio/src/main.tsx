@@ -5,6 +5,7 @@ import { start } from "./start"
 import { begin } from "./versions/begin"
 import "./style/tokens.css"
 import "./style/page.css"
+import "./style/editor.css"
 
 createRoot(document.getElementById("root") as HTMLElement).render(
   <StrictMode>
