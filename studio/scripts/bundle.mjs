@@ -11,6 +11,7 @@ const NAMES = [
   "https://react.dev/errors/", // in the text of React's errors
   "https://git.io/", // in the text of a Konva warning
   "https://konvajs.org/",
+  "https://konvajs.github.io/",
   "https://github.com/konvajs/",
 ]
 const [folder] = process.argv.slice(2)
