@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
+        ("door.server", ("torch", "diffusers", "transformers", "PIL", "gateway", "collage_client")),
         ("gateway.__main__", ("torch", "diffusers", "transformers", "PIL")),
         (
             "services.compositor.__main__",

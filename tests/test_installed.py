@@ -96,6 +96,11 @@ def test_the_servers_wheel_holds_the_model_and_no_cache(wheels):
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
+def test_the_servers_wheel_holds_the_page(wheels):
+    built = {str(path.relative_to(ROOT)) for path in (ROOT / "studio/dist").rglob("*.*")}
+    assert built and {f"collage_diffusion/{path}" for path in built} <= names_in(wheels[1])
+
+
 def test_both_have_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"collage-client=={collage_client.__version__}" in project["dependencies"]

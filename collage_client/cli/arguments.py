@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from collage_client._collage import DIALS
-from collage_client.cli import completion, drawing, listing, server
+from collage_client.cli import completion, drawing, listing, server, studio
 from collage_client.cli.options import (
     SWEPT_DIALS,
     add_data,
+    add_door,
     add_out,
     add_output,
     add_path,
@@ -280,9 +281,34 @@ def _add_serving(commands: Any) -> None:
         default="127.0.0.1:50051",
         help="host:port (default: %(default)s)",
     )
+    add_door(sub, default="")
     add_served(sub)
     add_data(sub)
     sub.set_defaults(server="")
+
+    sub = _command(
+        commands,
+        "studio",
+        studio.studio,
+        "Open the page on which collages are made, until Ctrl-C.",
+        "Uses the server of the data folder, or starts it. What is made is kept by the browser, under the\n"
+        "page's address.",
+    )
+    sub.add_argument(
+        "path", metavar="PATH", type=Path, nargs="?", help="a collage.yaml, or its folder, to open"
+    )
+    sub.add_argument(
+        "--allow",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="let the collage name pictures of this folder too, beside its own; may be repeated",
+    )
+    sub.add_argument("--no-open", action="store_true", help="do not open a browser")
+    add_door(sub, default="127.0.0.1:8080")
+    add_served(sub)
+    add_server(sub)
 
     sub = _command(
         commands,

@@ -53,6 +53,15 @@ def port(text: str) -> int:
     return int(text)
 
 
+def address(text: str) -> str:
+    """Reads host:port."""
+    host, _, number = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, for example 127.0.0.1:8080")
+    port(number)
+    return text
+
+
 def add_path(parser: argparse.ArgumentParser) -> None:
     """The collage."""
     parser.add_argument("path", metavar="PATH", type=Path, help="a collage.yaml, or its folder")
@@ -147,6 +156,34 @@ def add_served(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=0,
         help="CPU threads of one operation of a network (default: one a core)",
+    )
+
+
+def add_door(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Where browsers and scripts come in, and who of them."""
+    group = parser.add_argument_group(
+        "HTTP", "The page, gRPC-Web, JSON and blobs; see docs/http.md."
+    )
+    group.add_argument(
+        "--http",
+        metavar="ADDR",
+        type=address,
+        default=default,
+        help=f"host:port to answer HTTP on (default: {default or 'none'})",
+    )
+    group.add_argument(
+        "--host-name",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="answer to this host name too, beside this machine's own and the one listened on; may be repeated",
+    )
+    group.add_argument(
+        "--origin",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="let pages of this other origin in (https://HOST); may be repeated",
     )
 
 

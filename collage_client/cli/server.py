@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,15 @@ async def connected(
 
     Whoever `draws` needs a server of the model that --model names; others take any that is at hand.
     """
+    async with reached(args, draws=draws) as address, AsyncCollageClient(address) as client:
+        yield client
+
+
+@asynccontextmanager
+async def reached(args: argparse.Namespace, *, draws: bool) -> AsyncIterator[str]:
+    """The address of the server that `connected` calls."""
     if args.server:
-        async with AsyncCollageClient(args.server) as client:
-            yield client
+        yield args.server
         return
     async with AsyncExitStack() as stack:
         background = _local()
@@ -54,7 +60,7 @@ async def connected(
             if error.is_setting:
                 raise InvalidInput.in_field("", str(error), reason="SETTING") from error
             raise CollageError(str(error), code=grpc.StatusCode.UNAVAILABLE) from error
-        yield await stack.enter_async_context(AsyncCollageClient(address))
+        yield address
 
 
 def served_model(args: argparse.Namespace) -> str:
@@ -64,16 +70,20 @@ def served_model(args: argparse.Namespace) -> str:
 
 async def serve(args: argparse.Namespace) -> None:
     """Runs all services in this process until it is told to stop, or one of them has failed."""
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ended.set)
+    ended = interrupted()
     background = _local()
     try:
-        async with _own(args, background, kind="serve", address=args.address, level="INFO") as own:
+        async with AsyncExitStack() as stack:
+            own = await stack.enter_async_context(
+                _own(args, background, kind="serve", address=args.address, level="INFO")
+            )
+            told = {"address": own.address, "data": str(args.data)}
+            if args.http:
+                told["http"] = await stack.enter_async_context(door(args, own.address))
+            beside = f" and {told['http']}/" if args.http else ""
             args.output.tell(
-                f"collage service on {own.address}, data in {args.data}; Ctrl-C stops it",
-                {"address": own.address, "data": str(args.data)},
+                f"collage service on {own.address}{beside}, data in {args.data}; Ctrl-C stops it",
+                told,
             )
             ends = [asyncio.create_task(ended.wait()), asyncio.create_task(own.failed())]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -86,6 +96,46 @@ async def serve(args: argparse.Namespace) -> None:
         raise CollageError(
             "a service has failed; its log is above", code=grpc.StatusCode.UNAVAILABLE
         )
+
+
+def door(
+    args: argparse.Namespace,
+    gateway: str,
+    start: Callable[[], dict[str, Any] | None] = lambda: None,
+) -> AbstractAsyncContextManager[str]:
+    """The HTTP door to a gateway, at --http; `start` as in `door.application`."""
+    try:
+        _enter()
+        from door.origins import InvalidOrigin
+        from door.server import serving
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[str]:
+        try:
+            opening = serving(
+                args.http,
+                gateway=gateway,
+                hosts=args.host_name,
+                origins=args.origin,
+                start=start,
+            )
+            async with opening as url:
+                yield url
+        except InvalidOrigin as error:
+            raise InvalidInput.in_field("", str(error), reason="SETTING") from error
+
+    return opened()
+
+
+def interrupted() -> asyncio.Event:
+    """Set by the first Ctrl-C or SIGTERM from now on."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    return ended
 
 
 async def cluster(args: argparse.Namespace) -> int:

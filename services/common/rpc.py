@@ -58,7 +58,7 @@ from services.common.telemetry import log, request_id
 # gRPC's own default, kept on purpose: larger things are blobs.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # What a server reads of a message all the same, so that it can say in words that it is too large.
-_READ_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES
+READ_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES
 # Time a draining server gives admitted calls before it cuts them.
 DRAIN_S = 25.0
 # The same after a part that the server cannot work without has failed: only calls that do not need it can still end.
@@ -80,7 +80,7 @@ OURS = "/collage.v1."
 
 # gRPC takes any name and drops those it does not know: a test holds these and the channels' against its own.
 _SERVER_OPTIONS = [
-    ("grpc.max_receive_message_length", _READ_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", READ_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -579,15 +579,20 @@ class Server:
             )
 
 
-def connect(address: str, *, is_probe: bool = False) -> grpc.aio.Channel:
+def connect(address: str, *, is_probe: bool = False, passes_on: bool = False) -> grpc.aio.Channel:
     """A channel to another service of ours, with retries of UNAVAILABLE and never through a proxy.
 
     Args:
         address: host:port, or `unix:PATH`.
         is_probe: asks once, over a connection of its own: one that failed before would wait before it tries again.
+        passes_on: what others send is sent as it came: once, and whatever its size, for the server to judge.
     """
-    probing = {"grpc.enable_retries": 0, "grpc.use_local_subchannel_pool": 1} if is_probe else {}
-    options = {**dict(_CHANNEL_OPTIONS), **probing}
+    more: dict[str, int] = {}
+    if is_probe:
+        more |= {"grpc.enable_retries": 0, "grpc.use_local_subchannel_pool": 1}
+    if passes_on:
+        more |= {"grpc.enable_retries": 0, "grpc.max_send_message_length": -1}
+    options = {**dict(_CHANNEL_OPTIONS), **more}
     return grpc.aio.insecure_channel(_target(address), options=list(options.items()))
 
 

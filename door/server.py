@@ -1,0 +1,87 @@
+"""The door as a server in this process: `serving`, for as long as a context is entered."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+
+from door.application import application
+from services.common.rpc import connect
+from services.common.telemetry import log
+
+# Connections at once; more are refused.
+MAX_CONNECTIONS = 2048
+# Seconds for exchanges under way to end before they are cut off: streams do not end by themselves.
+DRAIN_S = 2
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to whoever runs this process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def serving(
+    address: str,
+    *,
+    gateway: str,
+    hosts: Iterable[str] = (),
+    origins: Iterable[str] = (),
+    start: Callable[[], dict[str, Any] | None] = lambda: None,
+) -> AsyncIterator[str]:
+    """The door's own address, `http://HOST:PORT`.
+
+    Args:
+        address: host:port to listen on; port 0 takes a free one.
+        gateway: address of the gateway behind it, as `connect` takes it.
+        hosts: see `door.origins.Guard`, as `origins`.
+        origins: see there.
+        start: see `application`.
+
+    Raises:
+        OSError: nobody can listen there.
+        InvalidOrigin: see `Guard`.
+    """
+    host, _, port = address.rpartition(":")
+    async with connect(gateway, passes_on=True) as channel:
+        door = application(channel, bound=host, hosts=hosts, origins=origins, start=start)
+        listening = _listening(host, int(port), address)
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        config = uvicorn.Config(
+            door,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
+        server = _Server(config)
+        running = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            log.info("listening", name="door", address=url)
+            yield url
+        finally:
+            server.should_exit = True
+            await running
+            listening.close()
+
+
+def _listening(host: str, port: int, address: str) -> socket.socket:
+    name = host.strip("[]")
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    try:
+        return socket.create_server((name, port), family=family, backlog=256)
+    except OSError as error:
+        raise OSError(
+            f"the door cannot listen on {address}: {error.strerror or error}; --http HOST:PORT names another place"
+        ) from error

@@ -1,0 +1,388 @@
+"""The door: one suite of plain `curl`, over each way that HTTP comes in by."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import subprocess
+import threading
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import pytest
+from google.protobuf import json_format
+
+from collage.v1 import collage_service_pb2 as pb
+from door.server import serving
+from local import embedded
+from testing import system, toy
+
+LIMIT_S = 60
+SERVICE = "/collage.v1.CollageService/"
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def reason(self):
+        """The stable name of the error that is told."""
+        (info,) = [each for each in self.json["details"] if each["@type"].endswith("ErrorInfo")]
+        return info["reason"]
+
+
+class Curl:
+    """`curl` at one door."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def __call__(self, path, *options, data=None, head=False):
+        command = ["curl", "-sS", "-m", str(LIMIT_S), *options]
+        command += ["-I"] if head else ["-D", "-"]
+        command += ["--data-binary", "@-"] if data is not None else []
+        done = subprocess.run(
+            [*command, self.url + path], input=data, capture_output=True, timeout=LIMIT_S + 5
+        )
+        assert done.returncode == 0, done.stderr
+        return parsed(done.stdout)
+
+    def call(self, method, message, *options):
+        """A call in JSON, of a message or of what stands for one."""
+        text = (
+            message if isinstance(message, bytes) else json_format.MessageToJson(message).encode()
+        )
+        own = ("-H", "Content-Type: application/json")
+        return self(SERVICE + method, *own, *options, data=text)
+
+    def put(self, data, *options, digest=None, kind="image/png"):
+        digest = digest or hashlib.sha256(data).hexdigest()
+        own = ("-X", "PUT", "-H", f"Content-Type: {kind}")
+        return self(f"/blobs/{digest}", *own, *options, data=data)
+
+
+def parsed(raw):
+    """The last answer in what curl printed; one that only says to go on comes before it."""
+    while True:
+        head, _, body = raw.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        status = int(lines[0].split()[1])
+        if status != 100:
+            pairs = (line.split(": ", 1) for line in lines[1:])
+            return Answer(status, {name.lower(): value for name, value in pairs}, body)
+        raw = body
+
+
+@contextlib.contextmanager
+def looping():
+    """A loop in a thread; what `enter` opens there is closed at the end."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    stack = contextlib.AsyncExitStack()
+
+    def run(work):
+        return asyncio.run_coroutine_threadsafe(work, loop).result(LIMIT_S)
+
+    run.enter = lambda context: run(stack.enter_async_context(context))
+    try:
+        yield run
+    finally:
+        run(stack.aclose())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(LIMIT_S)
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def run():
+    with looping() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def gateway(run, tmp_path_factory):
+    """The address of a whole system's gateway."""
+    folder = tmp_path_factory.mktemp("door")
+
+    @contextlib.asynccontextmanager
+    async def started():
+        model = str(toy.mini(folder / "toy"))
+        server = await embedded.start(folder / "data", model=model, threads=1)
+        try:
+            yield server.address
+        finally:
+            await server.stop()
+
+    return run.enter(started())
+
+
+@pytest.fixture(scope="module")
+def curl(run, gateway):
+    return Curl(run.enter(serving("127.0.0.1:0", gateway=gateway)))
+
+
+def events(answer):
+    """The events of a stream: id, name and data of each."""
+    found = []
+    for block in answer.body.decode().split("\n\n"):
+        fields = dict(
+            line.split(": ", 1) for line in block.splitlines() if not line.startswith(":")
+        )
+        if fields:
+            found.append(
+                (fields.get("id"), fields.get("event"), json.loads(fields["data"])["event"])
+            )
+    return found
+
+
+def request(request_id="", **changes):
+    sampling = {"steps": 3, "seed": 5}
+    return pb.GenerateImagesRequest(
+        request_id=request_id, collage=system.collage(**changes), sampling=sampling
+    )
+
+
+def test_a_plan_is_the_one_that_grpc_gives(run, curl, gateway):
+    asked = pb.PlanCollageRequest(collage=system.collage(), sampling={"seed": 1})
+    answer = curl.call("PlanCollage", asked)
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+
+    async def by_grpc():
+        async with system.connect(gateway) as channel:
+            stub = system.collage_service_pb2_grpc.CollageServiceStub(channel)
+            return await stub.PlanCollage(asked)
+
+    found = json_format.Parse(answer.body, pb.PlanCollageResponse())
+    told = run(by_grpc())
+    # What it has measured in between.
+    for plan in (found.plan, told.plan):
+        for name in ("estimated_seconds", "estimated_seconds_low", "estimated_seconds_high"):
+            plan.ClearField(name)
+    assert found == told
+
+
+def test_an_error_has_its_details_and_the_http_status_of_its_code(curl):
+    wrong = request()
+    wrong.collage.layers[1].noise = 7
+    answer = curl.call("PlanCollage", pb.PlanCollageRequest(collage=wrong.collage))
+    assert answer.status == 400 and answer.reason == "INVALID_FIELD"
+    (bad,) = [each for each in answer.json["details"] if each["@type"].endswith("BadRequest")]
+    assert bad["fieldViolations"][0]["field"] == "collage.layers[1].noise"
+    missing = curl.call("GetJob", b'{"name": "jobs/none"}')
+    assert (missing.status, missing.reason) == (404, "JOB_NOT_FOUND")
+    unknown = curl.call("Draw", b"{}")
+    assert (unknown.status, unknown.json["code"]) == (501, 12)
+
+
+def test_a_stream_is_events_that_can_be_taken_up_again(curl):
+    drawn = curl.call("GenerateImages", request("5b0e8a52-0000-4000-8000-000000000001"))
+    assert (drawn.status, drawn.headers["content-type"]) == (200, "text/event-stream")
+    log = [event for event in events(drawn) if "queued" not in event[2]]
+    assert [int(place) for place, _, _ in log] == list(range(1, len(log) + 1))
+    assert [int(told["sequence"]) for _, _, told in log] == list(range(1, len(log) + 1))
+    assert "done" in log[-1][2]
+    name = json.dumps({"name": log[0][2]["job"]}).encode()
+    assert [
+        event for event in events(curl.call("WatchJob", name)) if "queued" not in event[2]
+    ] == log
+    resumed = curl.call("WatchJob", name, "-H", "Last-Event-ID: 4")
+    assert [event for event in events(resumed) if "queued" not in event[2]] == log[4:]
+    again = curl.call(
+        "GenerateImages", request("5b0e8a52-0000-4000-8000-000000000001"), "-H", "Last-Event-ID: 4"
+    )
+    assert [event for event in events(again) if "queued" not in event[2]] == log[4:]
+    wrong = curl.call("WatchJob", name, "-H", "Last-Event-ID: four")
+    assert wrong.status == 400 and wrong.json["message"].startswith("Last-Event-ID: ")
+    (image,) = [told["image"] for _, _, told in log if "image" in told]
+    picture = curl(f"/blobs/{image['blob']['sha256']}")
+    assert picture.headers["content-type"] == "image/png"
+    assert hashlib.sha256(picture.body).hexdigest() == image["blob"]["sha256"]
+
+
+def test_a_stream_that_cannot_begin_is_an_answer_with_its_status(curl):
+    answer = curl.call("WatchJob", b'{"name": "jobs/none"}')
+    assert (answer.status, answer.headers["content-type"]) == (404, "application/json")
+
+
+def test_json_that_is_no_message_is_refused_in_words(curl):
+    for body in (b"{", b"[]", b'{"nme": 1}', b"\xff", b"[" * 2000):
+        answer = curl.call("GetJob", body)
+        assert answer.status == 400 and answer.reason == "INVALID_FIELD", body
+    other = curl(SERVICE + "GetJob", "-H", "Content-Type: text/plain", data=b"{}")
+    assert other.status == 415
+    assert curl(SERVICE + "GetJob").status == 405
+
+
+def test_a_blob_is_stored_and_read_whole_or_in_part(curl):
+    data = system.cutout(71, side=64)
+    digest = hashlib.sha256(data).hexdigest()
+    stored = curl.put(data)
+    assert stored.status == 200
+    assert stored.json["blob"] == {
+        "sha256": digest,
+        "sizeBytes": str(len(data)),
+        "mediaType": "image/png",
+    }
+    whole = curl(f"/blobs/{digest}")
+    assert (whole.status, whole.body) == (200, data)
+    assert whole.headers["content-type"] == "image/png"
+    assert whole.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert whole.headers["content-length"] == str(len(data))
+    etag = whole.headers["etag"]
+    head = curl(f"/blobs/{digest}", head=True)
+    assert (head.status, head.headers["content-length"]) == (200, str(len(data)))
+    same = curl(f"/blobs/{digest}", "-H", f"If-None-Match: {etag}")
+    assert (same.status, same.body) == (304, b"")
+    for wanted, part in (
+        ("0-9", data[:10]),
+        ("10-", data[10:]),
+        ("-7", data[-7:]),
+        (f"5-{10**12}", data[5:]),
+        ("0-0", data[:1]),
+    ):
+        found = curl(f"/blobs/{digest}", "-H", f"Range: bytes={wanted}")
+        assert (found.status, found.body) == (206, part), wanted
+        start = data.index(part) if part != data[5:] else 5
+        last = start + len(part) - 1
+        assert found.headers["content-range"] == f"bytes {start}-{last}/{len(data)}"
+    beyond = curl(f"/blobs/{digest}", "-H", f"Range: bytes={len(data)}-")
+    assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{len(data)}")
+    other = curl(f"/blobs/{digest}", "-H", "Range: bytes=0-9", "-H", 'If-Range: "other"')
+    assert (other.status, other.body) == (200, data)
+
+
+def test_what_is_no_blob_is_told(curl):
+    assert curl(f"/blobs/{'0' * 64}").status == 404
+    assert curl(f"/blobs/{'0' * 64}", head=True).status == 404
+    assert curl("/blobs/picture.png").status == 400
+    lied = curl.put(b"some bytes", digest="1" * 64)
+    assert lied.status == 400 and lied.json["message"].startswith("header.sha256: ")
+    endless = curl.put(b"some bytes", "-H", "Transfer-Encoding: chunked")
+    assert endless.status == 411
+    large = curl.put(b"", "-H", f"Content-Length: {65 * 2**20}")
+    assert large.status == 400 and large.json["message"].startswith("header.size_bytes: ")
+    assert curl("/blobs/" + "0" * 64, "-X", "DELETE").status == 405
+
+
+def test_a_stored_page_runs_nowhere(curl):
+    page = b"<!doctype html><script>document.title = 'run'</script>"
+    assert curl.put(page, kind="text/html; charset=utf-8").status == 200
+    digest = hashlib.sha256(page).hexdigest()
+    shown = curl(f"/blobs/{digest}")
+    assert shown.headers["content-type"] == "text/html"
+    assert re.search(r"(^|; )sandbox(;|$)", shown.headers["content-security-policy"])
+    assert "default-src 'none'" in shown.headers["content-security-policy"]
+    assert shown.headers["x-content-type-options"] == "nosniff"
+    for place in ("script", "serviceworker", "worker", "style"):
+        assert curl(f"/blobs/{digest}", "-H", f"Sec-Fetch-Dest: {place}").status == 403
+
+
+def test_a_message_that_is_too_large_is_refused_as_over_grpc(curl):
+    def of(size):
+        return curl.call("GetJob", json.dumps({"name": "n" * size}).encode())
+
+    assert of(5 * 2**20).reason == "MESSAGE_TOO_LARGE"
+    assert of(5 * 2**20).status == 400
+    assert (of(13 * 2**20).status, of(13 * 2**20).reason) == (429, "MESSAGE_TOO_LARGE")
+
+
+def test_a_deadline_and_a_request_id_reach_the_gateway(curl):
+    late = curl.call("ListModels", b"{}", "-H", "grpc-timeout: 1n")
+    assert late.status == 504
+    assert curl.call("ListModels", b"{}", "-H", "grpc-timeout: soon").status == 400
+
+
+HOSTS = ("evil.example", "127.0.0.1.evil.example", "127.0.0.2", "127.0.0.1:80:80", "localhost@evil")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_another_name_is_not_answered_to(curl, host):
+    for path in ("/", "/blobs/" + "0" * 64):
+        answer = curl(path, "-H", f"Host: {host}")
+        assert (answer.status, answer.reason) == (421, "HOST_NOT_NAMED")
+
+
+def test_two_hosts_or_none_are_not_answered_to(curl):
+    place = urlsplit(curl.url)
+    for lines in (f"Host: {place.netloc}\r\nHost: {place.netloc}\r\n", "Host: \r\n", ""):
+        with socket.create_connection((place.hostname, place.port), timeout=LIMIT_S) as raw:
+            raw.sendall(f"GET / HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode())
+            assert int(raw.recv(100).split()[1]) in (400, 421)
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://"])
+def test_a_page_of_another_origin_is_let_in_nowhere(curl, origin):
+    forged = ("-H", f"Origin: {origin}")
+    for answer in (
+        curl.call("ListModels", b"{}", *forged),
+        curl.put(b"bytes", *forged),
+        curl("/", *forged),
+        curl(SERVICE + "ListModels", "-X", "OPTIONS", *forged),
+    ):
+        assert answer.status == 403 and answer.reason == "ORIGIN_NOT_NAMED"
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_what_another_site_embeds_is_refused_and_a_link_to_the_page_is_not(curl):
+    for site in ("cross-site", "same-site"):
+        across = ("-H", f"Sec-Fetch-Site: {site}")
+        blob = f"/blobs/{'0' * 64}"
+        assert curl(blob, *across, "-H", "Sec-Fetch-Dest: image").status == 403
+        assert curl.call("ListModels", b"{}", *across).status == 403
+        visit = ("-H", "Sec-Fetch-Mode: navigate", "-H", "Sec-Fetch-Dest: document")
+        assert curl("/", *across, *visit).status == 200
+        framed = ("-H", "Sec-Fetch-Mode: navigate", "-H", "Sec-Fetch-Dest: iframe")
+        assert curl("/", *across, *framed).status == 403
+
+
+def test_whom_the_operator_names_may_come_in(run, gateway):
+    named = {"hosts": ["studio.example"], "origins": ["https://app.example"]}
+    curl = Curl(run.enter(serving("127.0.0.1:0", gateway=gateway, **named)))
+    own = ("-H", "Host: studio.example", "-H", "Origin: https://studio.example")
+    assert curl.call("ListModels", b"{}", *own).status == 200
+    across = ("-H", "Origin: https://app.example")
+    answer = curl.call("ListModels", b"{}", *across)
+    assert answer.status == 200
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert "origin" in answer.headers["vary"].lower()
+    asked = curl(SERVICE + "ListModels", "-X", "OPTIONS", *across)
+    assert asked.status == 204
+    assert "content-type" in asked.headers["access-control-allow-headers"]
+    assert curl.call("ListModels", b"{}", "-H", "Origin: https://other.example").status == 403
+
+
+def test_the_page_asks_its_own_origin_alone(curl):
+    page = curl("/")
+    assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    script = re.search(r'src="\./(assets/[^"]+\.js)"', page.body.decode())[1]
+    answer = curl(f"/{script}")
+    assert answer.status == 200 and "javascript" in answer.headers["content-type"]
+    assert "immutable" in answer.headers["cache-control"]
+    assert curl("/", head=True).status == 200
+    for path in (
+        "/nothing",
+        "/../pyproject.toml",
+        "/%2e%2e/pyproject.toml",
+        "/assets/../../package.json",
+    ):
+        answer = curl(path, "--path-as-is")
+        assert (answer.status, answer.reason) == (404, "NO_PATH"), path
+
+
+def test_what_the_page_begins_with(run, gateway, curl):
+    assert curl("/start").status == 404
+    found = {"collage": {"prompt": "a {cake}"}}
+    other = Curl(run.enter(serving("127.0.0.1:0", gateway=gateway, start=lambda: found)))
+    assert other("/start").json == found
