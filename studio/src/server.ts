@@ -24,6 +24,11 @@ export const service = createClient(
   createGrpcWebTransport({ baseUrl: BASE, useBinaryFormat: true }),
 )
 
+/** An address at the door: "files/open". */
+export function doorUrl(path: string): string {
+  return `${BASE}/${path}`
+}
+
 export function blobUrl(digest: string): string {
   return `${BASE}/blobs/${digest}`
 }
@@ -128,7 +133,9 @@ export function trouble(error: unknown): Trouble {
 
 function said(failure: ConnectError): string {
   // A fetch that failed has no server's words; the browser's ("Failed to fetch") help nobody.
-  if (failure.code === Code.Unavailable && failure.cause) return words.errors.unreachable
+  // Nor do gRPC's own ("failed to connect to all addresses") where the door found no service behind it.
+  const isServices = failure.findDetails(ErrorInfoSchema).length > 0
+  if (failure.code === Code.Unavailable && !isServices) return words.errors.unreachable
   if (failure.code === Code.Unknown && failure.cause instanceof TypeError)
     return words.errors.unreachable
   return failure.rawMessage || words.errors.unknown

@@ -233,6 +233,8 @@ export const words = {
     count: "Pictures",
     draw: "Draw the sweep",
     whole: "Whole picture",
+    draws: (values: string) => `Draws ${values}.`,
+    now: (value: number) => `It is ${Math.round(value * 100) / 100} now.`,
   },
   versions: {
     none: "What you draw is kept here, every version of it.",
@@ -241,7 +243,7 @@ export const words = {
     same: "Same settings",
     pick: (number: number, index: number) => `Use option ${index} of version ${number}`,
     open: "Show",
-    current: "in use",
+    from: (number: number) => `from ${number}`,
     changed: "Changed",
     settings: {
       noise: "noise",

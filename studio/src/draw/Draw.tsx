@@ -10,6 +10,7 @@ import { isFinished, type Version } from "../versions/version"
 import { useVersions } from "../versions/versions"
 import { cancel } from "../versions/watch"
 import { words } from "../words"
+import { Count } from "./Count"
 import { openResults } from "./looking"
 import { drawOptions } from "./work"
 
@@ -39,26 +40,7 @@ export function Draw() {
   return (
     <>
       <div className="draw-row">
-        <fieldset className="count">
-          <legend>{said.options}</legend>
-          <button
-            type="button"
-            aria-label={said.fewer}
-            disabled={images <= 1}
-            onClick={() => set(images - 1)}
-          >
-            −
-          </button>
-          <output aria-label={said.options}>{images}</output>
-          <button
-            type="button"
-            aria-label={said.more}
-            disabled={images >= most}
-            onClick={() => set(images + 1)}
-          >
-            +
-          </button>
-        </fieldset>
+        <Count count={images} most={most} set={set} />
         <button type="button" className="primary" disabled={!canDraw} onClick={draw}>
           {said.draw}
         </button>

@@ -25,7 +25,7 @@ export function Results() {
   useEffect(() => {
     if (id) heading.current?.focus()
   }, [id])
-  if (!version) return null
+  if (!version) return <Over />
   const option = { version: version.id, index }
   const image = imageOf(option)
   const go = (next: View) => () => look(next, option)
@@ -61,6 +61,21 @@ export function Results() {
       )}
       {view === "sweep" && <Sweep />}
     </section>
+  )
+}
+
+/** Whether the canvas shows the collage or the picked picture over it. */
+function Over() {
+  const drawn = useStudio(({ document }) => document.drawn)
+  const isOver = useResults((state) => state.isOver)
+  useVersions((state) => state.versions)
+  if (!imageOf(drawn)) return null
+  const show = (next: boolean) => () => useResults.setState({ isOver: next })
+  return (
+    <div className="over" role="toolbar" aria-label={said.show}>
+      <Switch is={!isOver} go={show(false)} text={said.composite} />
+      <Switch is={isOver} go={show(true)} text={said.picture} />
+    </div>
   )
 }
 
@@ -113,7 +128,7 @@ function OptionTile(props: { version: Version; index: number; isChosen: boolean 
   const { width, height } = version.document.size
   return (
     <li className={isChosen ? "chosen" : undefined}>
-      <figure>
+      <figure style={{ "--aspect": width / height } as object}>
         <div className="picture" style={{ aspectRatio: `${width} / ${height}` }}>
           {image?.blob ? (
             <Drawn digest={image.blob.sha256} alt={name} />

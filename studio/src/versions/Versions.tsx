@@ -8,7 +8,7 @@ import { words } from "../words"
 import { useProgress } from "./progress"
 import { settings } from "./settings"
 import { type Node, tree, type Version } from "./version"
-import { pick, useVersions } from "./versions"
+import { pick, useVersions, versionNamed } from "./versions"
 
 const said = words.versions
 
@@ -37,6 +37,7 @@ export function Versions() {
 
 function VersionRow({ node, isShown, show }: { node: Node; isShown: boolean; show: () => void }) {
   const { version, depth } = node
+  const parent = versionNamed(version.parent?.version)
   const progress = useProgress((all) => all.get(version.id))
   const drawn = useStudio(({ document }) => document.drawn)
   const [first = version.parent ? said.same : said.first] = version.changed
@@ -52,6 +53,7 @@ function VersionRow({ node, isShown, show }: { node: Node; isShown: boolean; sho
         >
           {version.number}
         </button>
+        {parent && <span className="hint from">{said.from(parent.number)}</span>}
         <span className="hint" title={summary}>
           {version.state === "done" ? summary : stand(version, progress)}
         </span>

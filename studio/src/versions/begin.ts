@@ -4,7 +4,8 @@ import { showOnCanvas } from "../draw/looking"
 import { drawOptions } from "../draw/work"
 import { useTab } from "../start"
 import { useStudio } from "../store"
-import { readVersions } from "./versions"
+import { isFinished } from "./version"
+import { pick, readVersions, useVersions, versionNamed } from "./versions"
 import { keepWatch } from "./watch"
 
 export async function begin({ isFirst }: { isFirst: boolean }): Promise<void> {
@@ -12,5 +13,18 @@ export async function begin({ isFirst }: { isFirst: boolean }): Promise<void> {
   keepWatch()
   showOnCanvas()
   // The first visit shows at once what comes of a collage.
-  if (isFirst && saved.length === 0) await drawOptions(useStudio.getState().document)
+  if (isFirst && saved.length === 0) await drawFirst()
+}
+
+async function drawFirst(): Promise<void> {
+  const { document } = useStudio.getState()
+  const { id } = await drawOptions(document)
+  const stop = useVersions.subscribe(() => {
+    const version = versionNamed(id)
+    if (!version || !isFinished(version)) return
+    stop()
+    // Its picture stays on the canvas, unless somebody has begun to work meanwhile.
+    if (version.state === "done" && useStudio.getState().document === document)
+      pick({ version: id, index: 0 })
+  })
 }
