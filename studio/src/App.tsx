@@ -39,7 +39,7 @@ export function App() {
         <Results />
       </main>
       <aside className="panel inspector" aria-label={words.regions.inspector}>
-        <Inspector />
+        <Inspector only={isNarrow ? (tab === "layer" ? "layer" : "scene") : undefined} />
       </aside>
       <section className="panel draw" aria-label={words.regions.draw}>
         <Draw />
