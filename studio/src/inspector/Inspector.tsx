@@ -37,7 +37,7 @@ export function Inspector({ only }: { only?: (typeof TABS)[number] }) {
           ))}
         </div>
       )}
-      <div id="settings" className="settings" role="tabpanel" aria-label={words.tabs[shown]}>
+      <div id="settings" className="inspect" role="tabpanel" aria-label={words.tabs[shown]}>
         {shown === "scene" ? <Scene /> : <LayerPanel />}
       </div>
     </>
