@@ -4,13 +4,12 @@
 archive, `file.layers[3].opacity` for what stands in a PSD.
 """
 
+from interchange.asking import MAX_FILE_BYTES as MAX_FILE_BYTES
 from services.common import limits
 from services.common.errors import InvalidRequest
 from services.common.field import Field
 from services.common.pictures import MAX_ENCODED_BYTES, MAX_PIXELS
 
-# The file as it comes. Pictures of one collage have at most 128 MiB together, and a file may hold a result too.
-MAX_FILE_BYTES = 160 * 2**20
 # Entries of an archive: a collage of 32 layers with all their control pictures has some 300.
 MAX_ENTRIES = 1000
 # Of an archive's list of entries, looked at before it is read.

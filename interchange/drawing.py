@@ -16,10 +16,10 @@ from PIL import Image
 from collage.v1 import collage_pb2
 from interchange.stack import Drawn
 from services.common import png, wire
-from services.common.collage import Transform
+from services.common.collage import DEFAULT_BACKGROUND, Transform
 from services.common.errors import InvalidRequest
 from services.common.field import Field
-from services.common.pictures import MAX_PIXELS, InvalidPicture, decode, decode_opaque
+from services.common.pictures import MAX_PIXELS, InvalidPicture, decode, decode_opaque, encode_png
 from services.common.png import Png
 from services.compositor.compose import Stack
 from services.compositor.placement import place, stretch
@@ -54,6 +54,27 @@ def decoded(data: bytes, field: Field) -> Drawn:
         return Drawn(pixels_HW4=decode(data), encoded=data)
     except InvalidPicture as error:
         raise InvalidRequest.of(field, str(error)) from error
+
+
+def opaque(pixels_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture with an alpha that is full everywhere, HW4."""
+    return np.dstack([pixels_HW3, np.full(pixels_HW3.shape[:2], 255, np.uint8)])
+
+
+def set_background(
+    collage: collage_pb2.Collage, pixels_HW4: NDArray[np.uint8], left: int, top: int
+) -> None:
+    """Makes a picture that lies below all layers the background: a colour, where it has but one."""
+    canvas = Image.new("RGB", (collage.size.width, collage.size.height), DEFAULT_BACKGROUND)
+    picture = Image.fromarray(pixels_HW4)
+    canvas.paste(picture, (left, top), picture)
+    found_HW3 = np.asarray(canvas)
+    if (found_HW3 == found_HW3[0, 0]).all():
+        red, green, blue = (int(each) for each in found_HW3[0, 0])
+        color = collage_pb2.Color(red=red, green=green, blue=blue)
+        collage.background.CopyFrom(collage_pb2.Background(color=color))
+    else:
+        collage.background.image.data = encode_png(found_HW3)
 
 
 def is_plain(data: bytes) -> bool:
@@ -130,6 +151,14 @@ class Scene:
         except InvalidPicture as error:
             raise InvalidRequest.of(field, str(error)) from error
         return stretch(picture_HW3, width=size.width, height=size.height)
+
+    def opacity(self, index: int) -> float:
+        """Of a layer, 1 where it is unset."""
+        return self._collage.layers[index].opacity
+
+    def is_visible(self, index: int) -> bool:
+        """Of a layer, true where it is unset."""
+        return self._collage.layers[index].visible
 
     def composite_HW3(self) -> NDArray[np.uint8]:
         """All of it, as the compositor makes it."""

@@ -30,10 +30,9 @@ from interchange import bounds
 from interchange.archive import Archive, packed
 from interchange.blending import NORMAL
 from interchange.bounds import Tally, entry
-from interchange.drawing import Scene, decoded, is_plain, png_head
+from interchange.drawing import Scene, decoded, is_plain, opaque, png_head, set_background
 from interchange.stack import BACKGROUND_NAME, RESULT_NAME, Found, Stack
 from services.common import limits
-from services.common.collage import DEFAULT_BACKGROUND
 from services.common.errors import InvalidRequest, quote
 from services.common.field import Field
 from services.common.pictures import encode_png
@@ -90,12 +89,7 @@ def read(archive: Archive) -> tuple[collage_pb2.Collage, list[collage_pb2.Warnin
     width, height = (_integer(image, name) for name in ("w", "h"))
     bounds.check_canvas(entry(STACK)["image"], width, height)
     left_out: list[tuple[str, str]] = []
-    layers = [
-        layer
-        for child in image.children
-        if child.tag == "stack"
-        for layer in _flattened(child, 0, 0, None, None, (), left_out)
-    ]
+    layers = list(_flattened(image, 0, 0, None, None, (), left_out))
     # Top first, as they stand.
     result = _taken(layers, 0, "result", RESULT_NAME)
     background = _taken(layers, -1, "background", BACKGROUND_NAME)
@@ -154,14 +148,14 @@ def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
         lines.append(_line("layer", plain, ours))
     under_HW3 = scene.under_HW3
     entries["data/background.png"] = encode_png(under_HW3)
-    background = {_ROLE: "background", _DIGEST: _digest(_opaque(under_HW3))}
+    background = {_ROLE: "background", _DIGEST: _digest(opaque(under_HW3))}
     plain = {"name": BACKGROUND_NAME, "src": "data/background.png", "x": 0, "y": 0}
     lines.append(_line("layer", plain, background))
     if result:
         entries["data/result.png"] = result if is_plain(result) else encode_png(scene.result_HW4)
         plain = {"name": RESULT_NAME, "src": "data/result.png", "x": 0, "y": 0}
         lines.insert(0, _line("layer", plain, {_ROLE: "result"}))
-    merged_HW4 = scene.result_HW4 if result else _opaque(scene.composite_HW3())
+    merged_HW4 = scene.result_HW4 if result else opaque(scene.composite_HW3())
     entries["mergedimage.png"] = encode_png(merged_HW4)
     thumbnail = Image.fromarray(merged_HW4)
     thumbnail.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
@@ -386,10 +380,6 @@ def _digest(pixels_HW4: NDArray[np.uint8]) -> str:
     return hashlib.sha256(head + seen_HW4.tobytes()).hexdigest()
 
 
-def _opaque(pixels_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.dstack([pixels_HW3, np.full(pixels_HW3.shape[:2], 255, np.uint8)])
-
-
 def _read_background(archive: Archive, layer: _Layer, collage: collage_pb2.Collage) -> None:
     """What lies below all layers, where another tool changed it."""
     if layer.visible is False:
@@ -397,21 +387,11 @@ def _read_background(archive: Archive, layer: _Layer, collage: collage_pb2.Colla
         return
     name = _source(layer)
     pixels_HW4 = decoded(archive.read(name), entry(name)).pixels_HW4
-    canvas = Image.new("RGB", (collage.size.width, collage.size.height), DEFAULT_BACKGROUND)
-    is_whole = pixels_HW4.shape[:2] == (canvas.height, canvas.width)
+    is_whole = pixels_HW4.shape[:2] == (collage.size.height, collage.size.width)
     is_in_place = (layer.left, layer.top) == (0, 0)
     if is_whole and is_in_place and layer.element.ours.get(_DIGEST) == _digest(pixels_HW4):
         return
-    picture = Image.fromarray(pixels_HW4)
-    canvas.paste(picture, (layer.left, layer.top), picture)
-    found_HW3 = np.asarray(canvas)
-    first = found_HW3[0, 0]
-    if (found_HW3 == first).all():
-        red, green, blue = (int(each) for each in first)
-        color = collage_pb2.Color(red=red, green=green, blue=blue)
-        collage.background.CopyFrom(collage_pb2.Background(color=color))
-    else:
-        collage.background.image.data = encode_png(found_HW3)
+    set_background(collage, pixels_HW4, layer.left, layer.top)
 
 
 def _line(tag: str, plain: Mapping[str, object], ours: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Files opened and saved by their kind: `opened`, `saved`, and `confined` as a process of its own does it.
 
-Only bytes cross, so whoever asks for it imports no decoder: `LIMITS` are the arguments of its `Confined`.
+Whoever wants a file opened asks by `asking`, and imports nothing of this.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any
 
 from collage.v1 import collage_pb2, collage_service_pb2
 from interchange import bounds
+from interchange.asking import FORMS
 from interchange.bounds import FILE
 from services.common.confined import Work
 from services.common.errors import InvalidRequest, quote
 
-FORMS = ("ora", "psd", "zip")
 # What other tools' own files begin with, and what to do about them.
 _OTHERS = {
     b"gimp xcf": "a GIMP file; export it as OpenRaster (.ora)",
@@ -86,29 +86,8 @@ def _of_archive(archive: Any) -> tuple[collage_pb2.Collage, list[collage_pb2.War
     return folder.read(archive), []
 
 
-# Longest that a file may take, and most memory that a process may: 32 layers of the largest canvas take 10 s and 1 GiB.
-LIMITS: dict[str, Any] = {"limit_s": 60.0, "memory_bytes": 3 * 2**30}
-WORK = "interchange.work:confined"
-
-
-def asked_to_open(data: bytes) -> list[bytes]:
-    """The parts of a piece of work for `confined`."""
-    return [b"open", data]
-
-
-def asked_to_save(collage: collage_pb2.Collage, form: str, result: bytes = b"") -> list[bytes]:
-    """The same, for a file to be written."""
-    return [b"save", form.encode(), collage.SerializeToString(), result]
-
-
-def answered(parts: list[bytes]) -> tuple[collage_pb2.Collage, list[collage_pb2.Warning]]:
-    """What comes back of a file that was to be opened."""
-    plan = collage_service_pb2.Plan.FromString(parts[1])
-    return collage_pb2.Collage.FromString(parts[0]), list(plan.warnings)
-
-
 def confined() -> Work:
-    """What the process does; the parts are those of `asked_to_open` and `asked_to_save`."""
+    """What the process does; the parts are those of `Interchange`."""
 
     def work(parts: list[bytes], begin: Callable[[str], None]) -> list[bytes]:
         begin(str(FILE))

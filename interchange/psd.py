@@ -1,0 +1,437 @@
+"""PSD and PSB files: `read` makes a collage of one, `written` a PSD of a collage's rendered layers.
+
+`Outline` looks at what a file claims before psd-tools reads it: the canvas, and every layer's rectangle and channels.
+
+Suffixes: H, W picture pixels; 4 = R, G, B, A.
+"""
+
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from psd_tools import ParseLimitError, ParseLimits, PSDImage
+from psd_tools.constants import BlendMode, ChannelID, ColorMode
+
+from collage.v1 import collage_pb2
+from interchange import bounds
+from interchange.blending import NORMAL
+from interchange.bounds import FILE, Tally
+from interchange.drawing import Scene, opaque, set_background
+from interchange.stack import BACKGROUND_NAME, RESULT_NAME, Drawn, Found, Stack
+from services.common.errors import InvalidRequest
+from services.common.field import Field
+
+SIGNATURE = b"8BPS"
+_LAYERS = Field("file")["layers"]
+# One of 16 or 32 bits keeps its layers in a block of these names.
+_DEEP = (b"Lr16", b"Lr32", b"Layr")
+# Blocks whose lengths have 8 bytes in a PSB.
+_LONG: tuple[bytes, ...] = (
+    b"LMsk",
+    b"Lr16",
+    b"Lr32",
+    b"Layr",
+    b"Mt16",
+    b"Mt32",
+    b"Mtrn",
+    b"Alph",
+    b"FMsk",
+)
+_LONG += (b"lnk2", b"FEid", b"FXid", b"PxSD", b"lnkE", b"pths")
+_MODES = frozenset(ColorMode) - {ColorMode.MULTICHANNEL}
+_MAX_CHANNELS = 56
+# Of objects and nesting that psd-tools reads: texts and effects of a layer have some thousands.
+_LIMITS = ParseLimits(
+    max_objects=500_000, max_nesting_depth=32, max_total_bytes=4 * bounds.MAX_FILE_BYTES
+)
+# What psd-tools may take for the pixels of one layer, its copies counted.
+_ALLOCATED_BYTES = 2**30
+_MAX_GROUPS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A layer with what its groups give it, and the ones it is clipped to."""
+
+    layer: Any
+    opacity: float
+    visible: bool
+    masks: tuple[Any, ...]
+    base: Any
+    notes: tuple[tuple[str, str], ...]
+
+
+class Outline:
+    """What a file says of itself: its canvas, and the rectangles of its layers.
+
+    Raises:
+        InvalidRequest: anything in it is larger than allowed, or longer than the file.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        if len(data) < 26:
+            raise InvalidRequest.of(FILE, f"has {len(data)} bytes; a PSD has 26 and more")
+        version, channels = self._get(">H", 4), self._get(">H", 12)
+        self.height, self.width = self._get(">I", 14), self._get(">I", 18)
+        depth, mode = self._get(">H", 22), self._get(">H", 24)
+        if version not in (1, 2):
+            raise InvalidRequest.of(FILE["version"], f"is {version}; allowed: 1 (PSD), 2 (PSB)")
+        if not 1 <= channels <= _MAX_CHANNELS:
+            raise InvalidRequest.of(
+                FILE["channels"], f"is {channels}; allowed: from 1 to {_MAX_CHANNELS}"
+            )
+        if depth not in (1, 8, 16, 32):
+            raise InvalidRequest.of(FILE["depth"], f"is {depth}; allowed: 1, 8, 16, 32")
+        if mode not in _MODES:
+            names = ", ".join(sorted(each.name for each in _MODES))
+            raise InvalidRequest.of(FILE["mode"], f"is {mode}; allowed: {names}")
+        bounds.check_canvas(FILE, self.width, self.height)
+        self._is_large = version == 2
+        self._tally = Tally()
+        at = self._section(26, 4, FILE["color_mode_data"])
+        at = self._section(at, 4, FILE["resources"])
+        end = self._section(at, 8 if self._is_large else 4, FILE["layers"])
+        start = at + (8 if self._is_large else 4)
+        self.layers = self._layers(start, end)
+
+    def _get(self, form: str, at: int) -> int:
+        if at + struct.calcsize(form) > len(self._data):
+            raise InvalidRequest.of(FILE, "is cut short")
+        value: int = struct.unpack_from(form, self._data, at)[0]
+        return value
+
+    def _length(self, at: int, is_long: bool) -> tuple[int, int]:
+        """A length, and where what has it begins."""
+        return (self._get(">Q", at), at + 8) if is_long else (self._get(">I", at), at + 4)
+
+    def _section(self, at: int, size: int, field: Field) -> int:
+        length, start = self._length(at, size == 8)
+        if start + length > len(self._data):
+            left = len(self._data) - start
+            raise InvalidRequest.of(
+                field, f"is said to have {length} bytes; the file has {left} more"
+            )
+        return start + length
+
+    def _layers(self, at: int, end: int) -> int:
+        """How many layers are listed; all of them looked at."""
+        if at >= end:
+            return 0
+        length, start = self._length(at, self._is_large)
+        if start + length > end:
+            raise InvalidRequest.of(_LAYERS, f"are said to have {length} bytes; too many")
+        if length:
+            return self._records(start, start + length)
+        at = start + length
+        if at + 4 <= end:
+            at += 4 + self._get(">I", at)
+        while at + 12 <= end:
+            key = self._data[at + 4 : at + 8]
+            length, start = self._length(at + 8, self._is_large and key in _LONG)
+            if start + length > end:
+                break
+            if key in _DEEP and length >= 2:
+                return self._records(start, start + length)
+            at = start + length + (-length) % 4
+        return 0
+
+    def _records(self, at: int, end: int) -> int:
+        count = abs(self._get(">h", at))
+        if count > bounds.MAX_LISTED:
+            raise InvalidRequest.of(
+                _LAYERS, f"lists {count} layers; allowed: at most {bounds.MAX_LISTED}"
+            )
+        at += 2
+        claimed = 0
+        for index in range(count):
+            field = _LAYERS[index]
+            self._rectangle(at, field)
+            channels = self._get(">H", at + 16)
+            if channels > _MAX_CHANNELS:
+                raise InvalidRequest.of(
+                    field, f"has {channels} channels; allowed: at most {_MAX_CHANNELS}"
+                )
+            at += 18
+            for _ in range(channels):
+                length, at = self._length(at + 2, self._is_large)
+                claimed += length
+            if claimed > end - at:
+                raise InvalidRequest.of(
+                    field, f"brings the layers to {claimed} bytes; there are {end - at}"
+                )
+            extra = self._get(">I", at + 12)
+            at += 16
+            if at + extra > end:
+                raise InvalidRequest.of(field, f"is said to have {extra} bytes; too many")
+            if extra >= 4 and self._get(">I", at) >= 16:
+                self._rectangle(at + 4, field["mask"])
+            at += extra
+        return count
+
+    def _rectangle(self, at: int, field: Field) -> None:
+        top, left, bottom, right = (self._get(">i", at + 4 * number) for number in range(4))
+        bounds.check_place(field, left, top)
+        if right > left and bottom > top:
+            self._tally.add(field, right - left, bottom - top)
+
+
+def read(data: bytes) -> tuple[collage_pb2.Collage, list[collage_pb2.Warning]]:
+    """The collage of a PSD file, and what of the file is not in it.
+
+    Raises:
+        InvalidRequest: at the place of the file that is wrong.
+    """
+    outline = Outline(data)
+    # It writes to the log what it thinks of a file; what counts is told as a warning of ours.
+    logging.getLogger("psd_tools").setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _collage(data, outline)
+    except (InvalidRequest, MemoryError):
+        raise
+    except ParseLimitError as error:
+        raise InvalidRequest.of(FILE, f"holds too much: {error}") from error
+    # Foreign bytes meet a parser that documents no closed set of what it raises over damaged ones.
+    except Exception as error:
+        raise InvalidRequest.of(
+            FILE,
+            f"cannot be read as a PSD ({type(error).__name__}); allowed: a whole PSD or PSB file",
+        ) from error
+
+
+def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
+    """A PSD file of pixel layers, for tools; what of a collage is no pixel is not in it, see `ora` and `folder`.
+
+    Args:
+        collage: its pictures inline.
+        result: the drawn picture, of the canvas' size; none where it is empty.
+
+    Raises:
+        InvalidRequest: at the field that no file can be made of.
+    """
+    scene = Scene(collage, result)
+    size = (collage.size.width, collage.size.height)
+    file = PSDImage.new("RGBA", size)
+    layers: list[tuple[str, NDArray[np.uint8], int, int, float, bool]] = [
+        (
+            collage.layers[sheet.index].name,
+            sheet.pixels_HW4,
+            sheet.left,
+            sheet.top,
+            scene.opacity(sheet.index),
+            scene.is_visible(sheet.index),
+        )
+        for sheet in scene.sheets()
+    ]
+    layers.append((BACKGROUND_NAME, opaque(scene.under_HW3), 0, 0, 1.0, True))
+    if result:
+        layers.insert(0, (RESULT_NAME, scene.result_HW4, 0, 0, 1.0, True))
+    for name, pixels_HW4, left, top, opacity, is_visible in reversed(layers):
+        layer = file.create_pixel_layer(
+            Image.fromarray(pixels_HW4), name=name, left=left, top=top, opacity=round(opacity * 255)
+        )
+        layer.visible = is_visible
+    made = BytesIO()
+    file.save(made)
+    return made.getvalue()
+
+
+def _collage(
+    data: bytes, outline: Outline
+) -> tuple[collage_pb2.Collage, list[collage_pb2.Warning]]:
+    file = PSDImage.open(BytesIO(data), parse_limits=_LIMITS, max_alloc_bytes=_ALLOCATED_BYTES)
+    left_out: list[tuple[str, str, str]] = []
+    layers = list(_flattened(file, 1.0, True, (), (), left_out, 0))
+    result = _taken(layers, RESULT_NAME)
+    background = _taken(layers, BACKGROUND_NAME)
+    if len(layers) > bounds.MAX_LAYERS:
+        bounds.check_count(_LAYERS, len(layers))
+    is_blended = any(_mode(each.layer) != NORMAL for each in layers)
+    stack = Stack(file.width, file.height, is_blended=is_blended)
+    for reason, name, told in left_out:
+        stack.warn(reason, str(_LAYERS), f"layer {name!r} {told}")
+    if file.depth > 8:
+        stack.warn("DEPTH", str(FILE["depth"]), f"{file.depth} bits a channel are made 8")
+    if result:
+        stack.warn("RESULT_LEFT_OUT", str(_LAYERS), "the drawn picture is no layer")
+    if background:
+        _read_background(background, stack.collage)
+    if not layers:
+        if outline.layers:
+            stack.warn("FLAT", str(_LAYERS), "no layer has pixels; the whole picture is taken")
+        Tally().add(FILE, file.width, file.height)
+        stack.lay(
+            Found(
+                place=str(FILE),
+                name="picture",
+                left=0,
+                top=0,
+                draw=lambda: _drawn(file.topil(), None),
+            )
+        )
+    for each in layers:
+        stack.lay(_found(each, file))
+    return stack.collage, stack.warnings
+
+
+def _flattened(
+    group: Any,
+    opacity: float,
+    visible: bool,
+    masks: tuple[Any, ...],
+    notes: tuple[tuple[str, str], ...],
+    left_out: list[tuple[str, str, str]],
+    depth: int,
+) -> Iterator[_Layer]:
+    """The layers of a group from the bottom up, each with what the groups around it give it."""
+    if depth > _MAX_GROUPS:
+        raise InvalidRequest.of(_LAYERS, f"has groups {depth} deep; allowed: {_MAX_GROUPS}")
+    base = None
+    for layer in group:
+        own = layer.opacity / 255
+        shown = visible and layer.visible
+        if layer.is_group():
+            inner = notes
+            mode = _mode(layer)
+            if mode not in (NORMAL, "pass-through"):
+                inner += (("GROUP_MODE", f"group {layer.name!r} has blend mode {mode}, not kept"),)
+            if own < 1 and len(layer) > 1:
+                told = f"opacity {own:g} of group {layer.name!r} is given to each of its layers"
+                inner += (("GROUP_OPACITY", told),)
+            below = (*masks, layer) if _has_mask(layer) else masks
+            yield from _flattened(layer, opacity * own, shown, below, inner, left_out, depth + 1)
+            notes, base = (), None
+            continue
+        if not layer.has_pixels() or layer.width < 1 or layer.height < 1:
+            told = f"has no pixels of its own ({layer.kind}) and is left out"
+            left_out.append(("LAYER_LEFT_OUT", layer.name, told))
+            continue
+        clipped = base if getattr(layer, "clipping", False) else None
+        if clipped is None:
+            base = layer
+        found = [*notes]
+        if clipped is not None:
+            found.append(("CLIPPED", f"layer {layer.name!r} is cut to {clipped.name!r} below it"))
+        if layer.has_effects():
+            found.append(("EFFECTS", f"effects of layer {layer.name!r} are not kept"))
+        yield _Layer(
+            layer=layer,
+            opacity=opacity * own * layer.fill_opacity / 255,
+            visible=shown,
+            masks=masks,
+            base=clipped,
+            notes=tuple(found),
+        )
+        notes = ()
+
+
+def _mode(layer: Any) -> str:
+    """The mode by the name that `blending` has for it."""
+    mode: BlendMode = layer.blend_mode
+    return mode.name.lower().replace("_", "-")
+
+
+def _has_mask(layer: Any) -> bool:
+    return layer.mask is not None and not layer.mask.disabled
+
+
+def _taken(layers: list[_Layer], name: str) -> _Layer | None:
+    """Takes the layers of that name out of the list; one of them."""
+    found = [each for each in layers if each.layer.name == name]
+    for each in found:
+        layers.remove(each)
+    return found[0] if found else None
+
+
+def _found(each: _Layer, file: Any) -> Found:
+    layer = each.layer
+    return Found(
+        place=f"{_LAYERS}[{layer.name[:40]!r}]",
+        name=layer.name,
+        left=layer.left,
+        top=layer.top,
+        draw=lambda: _pixels(each, file),
+        opacity=None if each.opacity == 1 else each.opacity,
+        visible=None if each.visible else False,
+        mode=_mode(layer),
+        notes=each.notes,
+    )
+
+
+def _pixels(each: _Layer, file: Any) -> Drawn:
+    """The stored pixels, their alpha multiplied by every mask."""
+    layer = each.layer
+    drawn = _drawn(layer.topil(), layer.topil(ChannelID.TRANSPARENCY_MASK))
+    factors = [_mask(layer, layer)] if _has_mask(layer) else []
+    factors += [_mask(group, layer) for group in each.masks]
+    if each.base is not None:
+        below = _drawn(each.base.topil(), each.base.topil(ChannelID.TRANSPARENCY_MASK))
+        factors.append(_over(Image.fromarray(below.pixels_HW4[..., 3]), each.base, layer, 0))
+        if _has_mask(each.base):
+            factors.append(_mask(each.base, layer))
+    if not factors:
+        return drawn
+    alpha_HW = drawn.pixels_HW4[..., 3].astype(np.float32)
+    for factor_HW in factors:
+        alpha_HW *= factor_HW / np.float32(255)
+    pixels_HW4 = drawn.pixels_HW4.copy()
+    pixels_HW4[..., 3] = np.rint(alpha_HW).astype(np.uint8)
+    return Drawn(pixels_HW4=pixels_HW4)
+
+
+def _mask(owner: Any, layer: Any) -> NDArray[np.float32]:
+    """The mask of a layer or group where `layer` is, 0 to 255."""
+    mask = owner.mask
+    data = mask.data
+    if mask.has_real():
+        place = (data.real_left or 0, data.real_top or 0)
+        outside = data.real_background_color
+    else:
+        place, outside = (data.left, data.top), None
+    outside = data.background_color if outside is None else outside
+    picture = mask.topil()
+    if picture is None:
+        made_HW = np.full((layer.height, layer.width), outside, np.float32)
+    else:
+        made_HW = _over(picture.convert("L"), place, layer, outside)
+    density = mask.parameters.user_mask_density if mask.parameters else None
+    if density is not None:
+        made_HW = 255 - (255 - made_HW) * np.float32(density / 255)
+    return made_HW
+
+
+def _over(picture: Image.Image, place: Any, layer: Any, outside: int) -> NDArray[np.float32]:
+    """A picture that stands at `place`, as far as it covers a layer, and `outside` of it that value."""
+    left, top = place if isinstance(place, tuple) else (place.left, place.top)
+    full = Image.new("L", (layer.width, layer.height), outside)
+    full.paste(picture, (left - layer.left, top - layer.top))
+    return np.asarray(full).astype(np.float32)
+
+
+def _drawn(picture: Image.Image | None, alpha: Image.Image | None) -> Drawn:
+    if picture is None:
+        raise InvalidRequest.of(_LAYERS, "has a layer whose pixels cannot be read")
+    if alpha is None and picture.mode in ("LA", "RGBA"):
+        alpha = picture.getchannel("A")
+    colour = picture.convert("RGB")
+    if alpha is not None:
+        colour.putalpha(alpha.convert("L"))
+    return Drawn(pixels_HW4=np.asarray(colour.convert("RGBA")))
+
+
+def _read_background(each: _Layer, collage: collage_pb2.Collage) -> None:
+    """Ours below all layers."""
+    if not each.visible:
+        return
+    layer = each.layer
+    pixels_HW4 = _drawn(layer.topil(), layer.topil(ChannelID.TRANSPARENCY_MASK)).pixels_HW4
+    set_background(collage, pixels_HW4, layer.left, layer.top)
