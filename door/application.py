@@ -14,9 +14,10 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Scope
 
-from door import blobs, calls, status
+from door import blobs, calls, files, status
 from door.exchange import Load
 from door.origins import Guard
+from interchange.asking import Interchange
 from services.common.errors import NotFound
 
 # Where the built page lies, in a checkout and in a wheel.
@@ -36,6 +37,7 @@ def application(
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
     start: Callable[[], dict[str, Any] | None] = lambda: None,
+    interchange: Interchange | None = None,
     page: Path = PAGE,
 ) -> ASGIApp:
     """The door to the gateway at the other end of a channel.
@@ -46,6 +48,7 @@ def application(
         hosts: see there.
         origins: see there.
         start: what the page opens, as `GET /start` tells it: `{"collage": ...}`; None for nothing.
+        interchange: opens and writes files of other tools; none are where it is None.
         page: folder of the built page; "/" answers NOT_FOUND where there is none.
 
     Raises:
@@ -66,6 +69,8 @@ def application(
         Route(blobs.PATH + "{sha256:path}", blobs.Blobs(channel, load)),
         Route("/start", started),
     ]
+    if interchange is not None:
+        routes.append(Route(files.PATH + "{what:path}", files.Files(channel, load, interchange)))
     if page.is_dir():
         routes.append(Mount("/", _Page(directory=page, html=True)))
     guarded = Starlette(routes=routes, exception_handlers={HTTPException: _told})
@@ -87,7 +92,10 @@ class _Page(StaticFiles):
 async def _told(request: Request, error: Exception) -> Response:
     """What there is not, in the same form as every other error."""
     assert isinstance(error, HTTPException)
-    known = "POST /collage.v1.CollageService/METHOD, GET and PUT /blobs/SHA256, and the page at /"
+    known = (
+        "POST /collage.v1.CollageService/METHOD, GET and PUT /blobs/SHA256, POST /files/open and "
+        "/files/save, and the page at /"
+    )
     told = NotFound(
         f"{request.method} of this path is not answered here; there are {known}", reason="NO_PATH"
     )

@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 
 from door.application import application
+from interchange.asking import Interchange
 from services.common.rpc import connect
 from services.common.telemetry import log
 
@@ -17,6 +18,8 @@ from services.common.telemetry import log
 MAX_CONNECTIONS = 2048
 # Seconds for exchanges under way to end before they are cut off: streams do not end by themselves.
 DRAIN_S = 2
+# Of the process that opens files: what draws comes first.
+_NICENESS = 5
 
 
 class _Server(uvicorn.Server):
@@ -51,7 +54,15 @@ async def serving(
     """
     host, _, port = address.rpartition(":")
     async with connect(gateway, passes_on=True) as channel:
-        door = application(channel, bound=host, hosts=hosts, origins=origins, start=start)
+        interchange = Interchange(niceness=_NICENESS)
+        door = application(
+            channel,
+            bound=host,
+            hosts=hosts,
+            origins=origins,
+            start=start,
+            interchange=interchange,
+        )
         listening = _listening(host, int(port), address)
         url = f"http://{host}:{listening.getsockname()[1]}"
         config = uvicorn.Config(
@@ -73,6 +84,7 @@ async def serving(
         finally:
             server.should_exit = True
             await running
+            await interchange.close()
             listening.close()
 
 
