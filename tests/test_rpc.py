@@ -252,3 +252,17 @@ def test_no_time_left_is_no_missing_deadline(left_s, expected_s):
         assert rpc.bounded(3600.0) == expected_s
     finally:
         rpc._deadline_s.reset(token)
+
+
+@pytest.mark.parametrize("protocol", ["grpc-v1", "grpc-v1alpha"])
+async def test_a_tool_learns_the_contract_by_reflection_old_and_new(served, protocol):
+    server, _, _ = served
+    process = await asyncio.create_subprocess_exec(
+        *("buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge"),
+        *("--reflect", "--reflect-protocol", protocol, "-d", "{}"),
+        f"http://{server.address}/{SERVICE}/Compose",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, out.strip()) == (0, b"{}"), err

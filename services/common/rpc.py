@@ -26,7 +26,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_status import rpc_status
 from prometheus_client import Counter, Histogram
 
@@ -75,6 +75,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}", re.ASCII)
 # Messages of a repeated field that are searched for an unknown field: more than any right request has, so that whoever
 # sends more is refused for that.
 _SEARCHED_PARTS = 64
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 # Methods of our own contract.
 OURS = "/collage.v1."
 
@@ -503,6 +504,7 @@ class Server:
         """Listens at once, says SERVING when every probe has passed."""
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self.grpc)
+        self.grpc.add_generic_rpc_handlers((_reflection_v1(names),))
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.grpc.start()
         log.info("listening", name=self.name, address=self.address)
@@ -577,6 +579,16 @@ class Server:
             await self._health.set(
                 name, health_pb2.HealthCheckResponse.NOT_SERVING if is_down else self._status
             )
+
+
+def _reflection_v1(names: Sequence[str]) -> Any:
+    """Reflection under its present name: on the wire it is what the library serves as v1alpha."""
+    answer = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": answer})
 
 
 def connect(address: str, *, is_probe: bool = False, passes_on: bool = False) -> grpc.aio.Channel:
