@@ -1,24 +1,29 @@
 """The door: one suite of plain `curl`, over each way that HTTP comes in by."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
 import re
+import shutil
 import socket
 import subprocess
 import threading
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from google.protobuf import json_format
 
 from collage.v1 import collage_service_pb2 as pb
+from door.contract import descriptor_set
 from door.server import serving
 from local import embedded
 from testing import system, toy
 
+ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
 SERVICE = "/collage.v1.CollageService/"
 
@@ -129,6 +134,12 @@ def gateway(run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def curl(run, gateway):
     return Curl(run.enter(serving("127.0.0.1:0", gateway=gateway)))
+
+
+needs_connect = pytest.mark.skipif(
+    not shutil.which("node") or not (ROOT / "studio/node_modules/@connectrpc").is_dir(),
+    reason="no node here, or studio/node_modules is not installed (make studio)",
+)
 
 
 def events(answer):
@@ -386,3 +397,127 @@ def test_what_the_page_begins_with(run, gateway, curl):
     found = {"collage": {"prompt": "a {cake}"}}
     other = Curl(run.enter(serving("127.0.0.1:0", gateway=gateway, start=lambda: found)))
     assert other("/start").json == found
+
+
+@needs_connect
+def test_the_client_that_pages_use(curl, tmp_path):
+    (tmp_path / "contract.pb").write_bytes(descriptor_set())
+    asked = request("5b0e8a52-0000-4000-8000-000000000002")
+    (tmp_path / "request.json").write_text(json_format.MessageToJson(asked))
+    done = subprocess.run(
+        ["node", "--input-type=module", "-", curl.url, *map(str, sorted(tmp_path.iterdir()))],
+        input=(ROOT / "tests/connect.mjs").read_bytes(),
+        # Where its imports are found.
+        cwd=ROOT / "studio",
+        capture_output=True,
+        timeout=2 * LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    saw = json.loads(done.stdout)
+    assert saw["models"] == ["toy"]
+    plan = json_format.ParseDict(saw["plan"], pb.Plan())
+    by_json = curl.call(
+        "PlanCollage", pb.PlanCollageRequest(collage=asked.collage, sampling=asked.sampling)
+    )
+    assert (
+        plan.composite == json_format.Parse(by_json.body, pb.PlanCollageResponse()).plan.composite
+    )
+    assert saw["wrong"]["code"] == "InvalidArgument"
+    assert saw["wrong"]["fields"] == ["collage.layers[1].noise"]
+    assert saw["late"]["code"] == "DeadlineExceeded"
+    assert saw["missing"] == {"code": "NotFound", "message": "no job 'jobs/none'", "fields": []}
+    assert [place for place, _, _ in saw["log"]] == list(range(1, len(saw["log"]) + 1))
+    assert saw["log"][-1][1] == "done"
+    assert saw["resumed"] == [place for place, _, _ in saw["log"]][4:]
+    assert (saw["aborted"], saw["state"]) == ("Canceled", pb.JOB_STATE_CANCELLED)
+    assert saw["parts"] >= 2 and saw["whole"]
+
+
+def framed(message, kind=0):
+    return bytes([kind]) + len(message).to_bytes(4, "big") + message
+
+
+def frames(body):
+    found = []
+    while body:
+        size = int.from_bytes(body[1:5], "big")
+        found.append((body[0], body[5 : 5 + size]))
+        body = body[5 + size :]
+    return found
+
+
+def web(curl, method, body, *options):
+    """A call in frames of gRPC-Web; the messages that came, and the trailers."""
+    kind = ("-H", "Content-Type: application/grpc-web+proto")
+    answer = curl(SERVICE + method, *kind, *options, data=body)
+    assert answer.status == 200 and answer.headers["content-type"] == "application/grpc-web+proto"
+    if "grpc-status" in answer.headers:
+        return [], answer.headers
+    *messages, (flag, trailers) = frames(answer.body)
+    assert flag == 0x80 and {kind for kind, _ in messages} <= {0}
+    pairs = (line.split(":", 1) for line in trailers.decode().splitlines() if line)
+    return [data for _, data in messages], {name: value.strip() for name, value in pairs}
+
+
+def test_its_bytes_are_those_of_grpc(run, curl, gateway):
+    drawn = events(curl.call("GenerateImages", request("5b0e8a52-0000-4000-8000-000000000003")))
+    name = drawn[-1][2]["job"]
+    blob = next(told["image"]["blob"]["sha256"] for _, _, told in drawn if "image" in told)
+    unary = ("GetJob", pb.GetJobRequest(name=name))
+    stream = (
+        ("WatchJob", pb.WatchJobRequest(name=name)),
+        ("GetBlob", pb.GetBlobRequest(sha256=blob)),
+    )
+
+    async def by_grpc():
+        async with system.connect(gateway) as channel:
+            method, asked = unary
+            told = [[await channel.unary_unary(SERVICE + method)(asked.SerializeToString())]]
+            for method, asked in stream:
+                call = channel.unary_stream(SERVICE + method)(asked.SerializeToString())
+                told.append([data async for data in call])
+            return told
+
+    told = run(by_grpc())
+    for (method, asked), data in zip((unary, *stream), told, strict=True):
+        messages, trailers = web(curl, method, framed(asked.SerializeToString()))
+        assert messages == data and data, method
+        assert trailers["grpc-status"] == "0"
+
+    async def failure():
+        async with system.connect(gateway) as channel:
+            try:
+                await channel.unary_unary(SERVICE + "GetJob")(b"")
+            except system.grpc.aio.AioRpcError as error:
+                return error.details(), dict(error.trailing_metadata())["grpc-status-details-bin"]
+
+    words, details = run(failure())
+    messages, trailers = web(curl, "GetJob", framed(b""))
+    assert messages == [] and trailers["grpc-status"] == "5"
+    assert unquote(trailers["grpc-message"]) == words
+    coded = trailers["grpc-status-details-bin"]
+    assert base64.b64decode(coded + "=" * (-len(coded) % 4)) == details
+
+
+def test_frames_that_are_none_are_refused(curl):
+    for body, code in (
+        (b"", "3"),
+        (framed(b"")[:3], "3"),
+        (framed(b"") + framed(b""), "3"),
+        (framed(b"\xff\xff"), "3"),
+        (framed(b"x" * 100, kind=1), "12"),
+        (bytes([0]) + (2**32 - 1).to_bytes(4, "big"), "8"),
+        (framed(b"x" * (9 * 2**20)), "8"),
+    ):
+        messages, trailers = web(curl, "GetJob", body)
+        assert (messages, trailers["grpc-status"]) == ([], code), body[:8]
+    assert web(curl, "Draw", framed(b""))[1]["grpc-status"] == "12"
+
+
+def test_a_blob_in_frames_is_stored(curl):
+    data = system.cutout(77)
+    header = {"media_type": "image/png"}
+    body = b"".join(framed(each.SerializeToString()) for each in system.upload(data, **header))
+    (stored,), trailers = web(curl, "PutBlob", body)
+    assert trailers["grpc-status"] == "0"
+    assert pb.PutBlobResponse.FromString(stored).blob.sha256 == hashlib.sha256(data).hexdigest()
