@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 
 import grpc
 import pytest
@@ -178,7 +179,9 @@ def folder(tmp_path):
 @pytest.fixture
 def collage(studio, capsys):
     async def run(*arguments):
-        code = await asyncio.to_thread(main, [*map(str, arguments), "--server", studio.address])
+        # What asks no server takes none.
+        server = [] if arguments[0] == "convert" else ["--server", studio.address]
+        code = await asyncio.to_thread(main, [*map(str, arguments), *server])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -357,6 +360,39 @@ def test_zsh_and_fish_have_scripts_too(capsys):
     main(["completion", "fish"])
     lines = capsys.readouterr().out.splitlines()
     assert any("__fish_seen_subcommand_from redo" in line and "feather" in line for line in lines)
+
+
+async def test_a_collage_may_be_a_file_of_another_tool(collage, folder, studio):
+    code, out, err = await collage("convert", folder, folder / "a.ora")
+    assert (code, out.strip()) == (0, str(folder / "a.ora")), err
+    code, _, err = await collage("generate", folder / "a.ora", "--out", folder / "out")
+    assert code == 0, err
+    direct = files.load(folder)
+    (work,) = studio.works
+    for layer, was in zip(work.collage.layers, direct.layers, strict=True):
+        assert (layer.name, layer.text, layer.transform) == (was.name, was.text, was.transform)
+    # The picture drawn of it is its top layer.
+    code, _, err = await collage("convert", folder / "out", folder / "b.ora")
+    assert code == 0, err
+    with zipfile.ZipFile(folder / "b.ora") as opened:
+        assert opened.read("data/result.png") == (folder / "out" / "image-0.png").read_bytes()
+
+
+async def test_converting_writes_over_nothing_unasked(collage, folder):
+    (folder / "a.psd").write_text("mine")
+    code, _, err = await collage("convert", folder, folder / "a.psd")
+    assert (code, "--force" in err) == (2, True)
+    assert (folder / "a.psd").read_text() == "mine"
+    code, _, err = await collage("convert", folder, folder / "a.xcf")
+    assert (code, "allowed: .ora, .psd, .zip" in err) == (2, True)
+    assert (await collage("convert", folder, folder / "a.psd", "--force"))[0] == 0
+    code, out, err = await collage("convert", folder / "a.psd", folder / "new", "--json")
+    assert code == 0, err
+    assert json.loads(out)["layers"] == [layer.name for layer in files.load(folder).layers]
+    assert [layer.name for layer in files.load(folder / "new").layers] == json.loads(out)["layers"]
+    (folder / "a.ora").write_bytes(b"PK\3\4 and no more")
+    code, _, err = await collage("plan", folder / "a.ora", "--out", folder / "out")
+    assert (code, "file: is a zip file without its list of entries" in err) == (2, True)
 
 
 async def test_only_what_a_result_wrote_is_deleted(collage, folder):

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from collage_client._collage import DIALS
-from collage_client.cli import completion, drawing, listing, server, studio
+from collage_client.cli import completion, conversion, drawing, listing, server, studio
 from collage_client.cli.options import (
+    COLLAGE,
     SWEPT_DIALS,
+    add_allow,
     add_data,
     add_door,
     add_out,
@@ -212,6 +214,27 @@ def _add_drawing(commands: Any) -> None:
     sub.add_argument("--model", default="", help="for which model (default: the server's)")
     add_server(sub)
 
+    sub = _command(
+        commands,
+        "convert",
+        conversion.convert,
+        "Make a file for other tools of a collage, or a collage of such a file.",
+        "OpenRaster (.ora: Krita, GIMP, MyPaint) and a .zip hold all of a collage, and read back exactly; PSD\n"
+        "holds its pixels. Of a results folder the picture becomes the top layer. docs/files.md tells more.",
+    )
+    sub.add_argument("path", metavar="FROM", type=Path, help=COLLAGE)
+    add_allow(sub)
+    sub.add_argument(
+        "out", metavar="TO", type=Path, help="an .ora, .psd or .zip file, or a folder, to write"
+    )
+    sub.add_argument(
+        "--image",
+        metavar="K",
+        type=int,
+        help="which picture of a results folder is the top layer (default: 0)",
+    )
+    sub.add_argument("--force", action="store_true", help="write over a file that exists")
+
 
 def _add_listing(commands: Any) -> None:
     words = _command(
@@ -294,17 +317,8 @@ def _add_serving(commands: Any) -> None:
         "Uses the server of the data folder, or starts it. What is made is kept by the browser, under the\n"
         "page's address.",
     )
-    sub.add_argument(
-        "path", metavar="PATH", type=Path, nargs="?", help="a collage.yaml, or its folder, to open"
-    )
-    sub.add_argument(
-        "--allow",
-        metavar="DIR",
-        type=Path,
-        action="append",
-        default=[],
-        help="let the collage name pictures of this folder too, beside its own; may be repeated",
-    )
+    sub.add_argument("path", metavar="PATH", type=Path, nargs="?", help=f"{COLLAGE}, to open")
+    add_allow(sub)
     sub.add_argument("--no-open", action="store_true", help="do not open a browser")
     add_door(sub, default="127.0.0.1:8080")
     add_served(sub)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import AsyncJob, CollageError, InvalidInput, JobResult, files
-from collage_client.cli import report, results
+from collage_client import AsyncJob, CollageError, InvalidInput, JobResult
+from collage_client.cli import conversion, report, results
 from collage_client.cli.folder import Folder
 from collage_client.cli.server import connected, served_model
 
@@ -28,7 +28,7 @@ _SAMPLING_OPTIONS = {
 
 async def generate(args: argparse.Namespace) -> None:
     """Draws a collage and writes a results folder."""
-    collage = files.attach(files.load(args.path, allow=args.allow))
+    collage = await conversion.collage(args)
     out = Folder(args.out)
     async with connected(args, draws=True) as client:
         sampling = _sampling(args)
@@ -51,7 +51,7 @@ async def generate(args: argparse.Namespace) -> None:
 
 async def plan(args: argparse.Namespace) -> None:
     """Resolves a collage without drawing it and writes what is known."""
-    collage = files.attach(files.load(args.path, allow=args.allow))
+    collage = await conversion.collage(args)
     out = Folder(args.out)
     async with connected(args, draws=True) as client:
         made = await client.plan(collage, _sampling(args))
@@ -112,7 +112,7 @@ async def redo(args: argparse.Namespace) -> None:
 
 async def sweep(args: argparse.Namespace) -> None:
     """Draws a collage once for each value of one dial of one layer, all with one seed."""
-    collage = files.attach(files.load(args.path, allow=args.allow))
+    collage = await conversion.collage(args)
     layer = _layer(collage, args.layer)
     out = Folder(args.out)
     name, values = args.dial
@@ -140,7 +140,7 @@ async def sweep(args: argparse.Namespace) -> None:
 
 async def learn(args: argparse.Namespace) -> None:
     """Learns words for layers of a collage."""
-    collage = files.attach(files.load(args.path, allow=args.allow))
+    collage = await conversion.collage(args)
     named = [_layer(collage, name) for name in args.layer]
     if args.vectors is not None:
         for layer in named or collage.layers:

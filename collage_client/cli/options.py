@@ -9,6 +9,8 @@ from collage_client._collage import DIALS
 
 SWEPT_DIALS = (*DIALS, "opacity")
 MAX_SWEEP_VALUES = 16
+# What names a collage.
+COLLAGE = "a collage.yaml or its folder; an .ora, .psd or .zip file"
 
 
 def dial(text: str) -> tuple[str, list[float]]:
@@ -64,7 +66,12 @@ def address(text: str) -> str:
 
 def add_path(parser: argparse.ArgumentParser) -> None:
     """The collage."""
-    parser.add_argument("path", metavar="PATH", type=Path, help="a collage.yaml, or its folder")
+    parser.add_argument("path", metavar="PATH", type=Path, help=COLLAGE)
+    add_allow(parser)
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Where its pictures may lie."""
     parser.add_argument(
         "--allow",
         metavar="DIR",

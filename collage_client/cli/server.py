@@ -105,7 +105,7 @@ def door(
 ) -> AbstractAsyncContextManager[str]:
     """The HTTP door to a gateway, at --http; `start` as in `door.application`."""
     try:
-        _enter()
+        enter()
         from door.origins import InvalidOrigin
         from door.server import serving
     except ModuleNotFoundError as error:
@@ -141,7 +141,7 @@ def interrupted() -> asyncio.Event:
 async def cluster(args: argparse.Namespace) -> int:
     """Runs the production shape as processes on this machine."""
     try:
-        _enter()
+        enter()
         from local import cluster as processes
         from local.served import models_setting
         from services.common.settings import InvalidSetting
@@ -236,14 +236,14 @@ def _own(
 def _local() -> Any:
     """What starts and finds servers on this machine."""
     try:
-        _enter()
+        enter()
         from local import background
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error
     return background
 
 
-def _enter() -> None:
+def enter() -> None:
     """Makes the servers' rooms importable where they are installed from a wheel; in the tree they are already."""
     try:
         import collage_diffusion

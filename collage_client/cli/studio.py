@@ -12,12 +12,12 @@ from google.protobuf import json_format
 
 from collage.v1 import collage_pb2
 from collage_client import AsyncCollageClient, files
-from collage_client.cli import server
+from collage_client.cli import conversion, server
 
 
 async def studio(args: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C."""
-    collage = files.attach(files.load(args.path, allow=args.allow)) if args.path else None
+    collage = await conversion.collage(args) if args.path else None
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(server.reached(args, draws=True))
         found: dict[str, Any] | None = None
