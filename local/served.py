@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from services.common.models_file import is_models_file, read_detectors, read_sources
+from services.common.models_file import is_models_file, read_cutouts, read_detectors, read_sources
 from services.common.operator_file import HUB
 
 
@@ -23,6 +23,6 @@ def model_files(model: str) -> list[Path]:
     for source in read_sources(models):
         parts = (source.source, *source.controlnets.values(), *source.adapters.values())
         found += [part for part in parts if isinstance(part, Path)]
-    found += [detector.file for detector in read_detectors(models)]
+    found += [each.file for each in (*read_detectors(models), *read_cutouts(models))]
     inside = [each for path in found if path.is_dir() for each in path.rglob("*")]
     return [path.absolute() for path in (*found, *inside)]

@@ -1,8 +1,8 @@
 """The models an operator serves, and the detectors beside them: where each one lies, and what is asked of it.
 
 Main types: `ModelSource` and `DetectorSource`. The generator draws with a model, the inversion service learns words for
-it, and the compositor draws control pictures for its ControlNets, so all read the same setting here. This module opens
-the operator's file and none of a model.
+it, and the compositor draws control pictures for its ControlNets and cuts objects out, so all read the same setting
+here. This module opens the operator's file and none of a model.
 """
 
 import re
@@ -16,8 +16,10 @@ from services.common.settings import InvalidSetting
 
 # The bundled model, beside the packages in the repository.
 BUNDLED = Path(__file__).parents[2] / "models" / "mini" / "weights"
+# What cuts out where an operator names nothing else, under this name.
+BUNDLED_CUTOUT, BUNDLED_CUTOUT_NAME = BUNDLED.parents[1] / "cutout" / "u2netp.onnx", "u2netp"
 # What models.yaml may say. Of a device, empty stands for the generator's choice.
-_TOP_KEYS = ("models", "detectors")
+_TOP_KEYS = ("models", "detectors", "cutouts")
 _DEVICE = r"cpu|cuda(:\d+)?"
 DTYPES = ("float32", "float16", "bfloat16")
 MODELS_FILE_SUFFIXES = (".yaml", ".yml")
@@ -27,6 +29,7 @@ _DETECTOR_KEYS = {
     "depth": ("side", "mean", "std", "invert"),
     "pose": ("mean", "std", "confidence"),
 }
+_CUTOUT_KEYS = ("file", "side", "mean", "std", "invert")
 # Sides of what a network is shown, in pixels: the first layers of one for edges take 64 values a pixel.
 MIN_DETECTOR_SIDE, MAX_DETECTOR_SIDE = 32, 1024
 # Of ImageNet's pictures, R, G, B in [0, 1]: most networks for depth and all of RTMPose are trained so.
@@ -76,11 +79,12 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorSource:
-    """One detector, as the operator names it: the ONNX file that draws control pictures of a kind.
+    """One ONNX file, as the operator names it: a detector draws control pictures of a kind, another cuts objects out.
 
-    form: what the network gives, "edges", "depth" or "pose". side: of what it is shown, in pixels; None where the file
-    says it, or for the detector's choice. mean, std: what R, G and B in [0, 1] are brought to zero and one with.
-    is_inverted: whether an edge or what is near has the lower values. confidence: below it a keypoint is not drawn.
+    kind: what it is called. form: what the network gives, "edges", "depth" or "pose", or "cutout": an alpha. side: of
+    what it is shown, in pixels; None where the file says it, or for the detector's choice. mean, std: what R, G and B
+    in [0, 1] are brought to zero and one with. is_inverted: whether an edge, what is near, or the object has the lower
+    values. confidence: below it a keypoint is not drawn.
     place: where it stands, for what shows only when the file is opened.
     """
 
@@ -110,12 +114,34 @@ def read_detectors(models: str) -> tuple[DetectorSource, ...]:
     )
 
 
+def read_cutouts(models: str) -> tuple[DetectorSource, ...]:
+    """What cuts objects out, the default first: what a models.yaml names, then the bundled one if its name is free.
+
+    Raises:
+        InvalidSetting: as `read_detectors`.
+    """
+    found: dict[str, DetectorSource] = {}
+    if is_models_file(models):
+        top = read_file(Path(models))
+        top.keys(*_TOP_KEYS)
+        for name, place in top.get("cutouts").named().items():
+            place.keys(*_CUTOUT_KEYS)
+            found[name] = _read_network(name, "cutout", place)
+    bundled = Place(BUNDLED_CUTOUT.parent / "models.yaml", "", {"file": BUNDLED_CUTOUT.name})
+    found.setdefault(BUNDLED_CUTOUT_NAME, _read_network(BUNDLED_CUTOUT_NAME, "cutout", bundled))
+    return tuple(found.values())
+
+
 def _read_detector(kind: str, place: Place) -> DetectorSource:
     place.keys(
         "file", "form", *dict.fromkeys(key for keys in _DETECTOR_KEYS.values() for key in keys)
     )
     form = place.get("form").one_of(tuple(_DETECTOR_KEYS))
     place.keys("file", "form", *_DETECTOR_KEYS[form])
+    return _read_network(kind, form, place)
+
+
+def _read_network(kind: str, form: str, place: Place) -> DetectorSource:
     is_plain = form == "edges"
     return DetectorSource(
         kind=kind,

@@ -1,17 +1,21 @@
 """What pixels at the edge of an object are made of: how much of each is the object, and of which colour that is.
 
-Main function: `matte`. In a photograph an edge pixel shows object and ground mixed; cut out by alpha alone it carries the
-old ground along as a halo. Alpha is that of closed-form matting (Levin, Lischinski and Weiss 2008) in its windowed form
-(He, Sun and Tang 2010), whose matrix is never built: its product with an alpha is that alpha less its guided filter.
-Colours are found by blur fusion (Forte 2021). Pure functions of arrays: no network, no storage.
+Main function: `matte`. In a photograph an edge pixel shows object and ground mixed; cut out by alpha alone it carries
+the old ground along as a halo. Alpha is that of closed-form matting (Levin, Lischinski and Weiss 2008) in its windowed
+form (He, Sun and Tang 2010), whose matrix is never built: its product with an alpha is that alpha less its guided
+filter. Colours are found by blur fusion (Forte 2021). Pure functions of arrays: no network is run, nothing stored.
 
-Suffixes: H, W pixels of the picture; h, w those that are solved for; 3 = R, G, B; 4 = those and 1; 6 = the upper triangle
-of a symmetric 3 x 3. Colours and alpha are float32 in [0, 1].
+Suffixes: H, W pixels of the picture; h, w those that are solved for; 3 = R, G, B; 4 = those and 1; 6 = the upper
+triangle of a symmetric 3 x 3. Colours and alpha are float32 in [0, 1].
 """
+
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from services.compositor.network import resized
 
 # The longest side, in pixels, that alpha is solved at. Larger pictures take from it how alpha follows from colour.
 SOLVED_SIDE = 640
@@ -49,19 +53,19 @@ def matte(
     height, width = pixels_HW3.shape[:2]
     scale = min(1.0, SOLVED_SIDE / max(height, width))
     shape = (max(1, round(height * scale)), max(1, round(width * scale)))
-    seen_hw3 = sized(pixels_HW3, shape).astype(np.float32) / np.float32(255)
-    sure_hw = trimap(sized(first_hw, shape), reach=max(1, round(reach * max(shape))))
+    seen_hw3 = _sized(pixels_HW3, shape).astype(np.float32) / np.float32(255)
+    sure_hw = trimap(_sized(first_hw, shape), reach=max(1, round(reach * max(shape))))
     laplacian = Laplacian(seen_hw3)
-    solved_hw = solve(laplacian, sized(first_hw, shape), sure_hw)
+    solved_hw = solve(laplacian, _sized(first_hw, shape), sure_hw)
     alpha_HW = solved_hw
     if shape != (height, width):
         plane_hw4 = laplacian.planes(solved_hw)
-        alpha_HW = sized(plane_hw4[..., 3], (height, width))
+        alpha_HW = _sized(plane_hw4[..., 3], (height, width))
         for channel in range(3):
-            slope_HW = sized(plane_hw4[..., channel], (height, width))
-            alpha_HW = alpha_HW + slope_HW * pixels_HW3[..., channel] / np.float32(255)
+            slope_HW = _sized(plane_hw4[..., channel], (height, width))
+            alpha_HW += slope_HW * (pixels_HW3[..., channel] / np.float32(255))
         # Where it was sure it still is.
-        known_HW = sized(sure_hw, (height, width))
+        known_HW = _sized(sure_hw, (height, width))
         alpha_HW = np.where(known_HW == 0, 0, np.where(known_HW == 1, 1, alpha_HW))
     alpha_HW = np.clip((alpha_HW - _SLIP) / (1 - 2 * _SLIP), 0, 1).astype(np.float32)
     return alpha_HW, colours(pixels_HW3, alpha_HW, seen_hw3)
@@ -104,12 +108,10 @@ def solve(laplacian: "Laplacian", first_hw: Floats, sure_hw: Floats) -> Floats:
         ahead_hw = scale_hw * rest_hw
         before, power = power, float(np.vdot(rest_hw, ahead_hw))
         step_hw = ahead_hw + np.float32(power / before) * step_hw
-    return np.clip(start_hw + found_hw, 0, 1)
+    return np.asarray(np.clip(start_hw + found_hw, 0, 1), np.float32)
 
 
-def colours(
-    pixels_HW3: NDArray[np.uint8], alpha_HW: Floats, seen_hw3: Floats
-) -> NDArray[np.uint8]:
+def colours(pixels_HW3: NDArray[np.uint8], alpha_HW: Floats, seen_hw3: Floats) -> NDArray[np.uint8]:
     """The object's own colours, HW3: the picture's where alpha is 1, and elsewhere without the ground's.
 
     Args:
@@ -117,7 +119,7 @@ def colours(
         alpha_HW: its object's.
         seen_hw3: the picture, smaller, which is enough to see what colours lie around.
     """
-    small_hw = sized(alpha_HW, seen_hw3.shape[:2])
+    small_hw = _sized(alpha_HW, seen_hw3.shape[:2])
     wide = max(1, round(_WIDE * max(small_hw.shape)))
     narrow = max(1, round(_NARROW * max(alpha_HW.shape)))
     colours_HW3 = np.empty_like(pixels_HW3)
@@ -127,8 +129,8 @@ def colours(
         front_hw, back_hw = _fused(seen_hw, seen_hw, seen_hw, small_hw, wide)
         front_HW, _ = _fused(
             pixels_HW3[..., channel].astype(np.float32) / np.float32(255),
-            sized(front_hw, alpha_HW.shape),
-            sized(back_hw, alpha_HW.shape),
+            _sized(front_hw, alpha_HW.shape),
+            _sized(back_hw, alpha_HW.shape),
             alpha_HW,
             narrow,
         )
@@ -202,28 +204,26 @@ class Laplacian:
         told_hw4[..., 3] = mean_hw
         for channel in range(3):
             told_hw4[..., 3] -= told_hw4[..., channel] * mean_hw3[..., channel]
-        return _sums(told_hw4) * self._share_hw[..., None]
+        return np.asarray(_sums(told_hw4) * self._share_hw[..., None], np.float32)
 
     def _planar(self, plane_hw4: Floats) -> Floats:
-        return (
+        return np.asarray(
             plane_hw4[..., 0] * self._seen_hw3[..., 0]
             + plane_hw4[..., 1] * self._seen_hw3[..., 1]
             + plane_hw4[..., 2] * self._seen_hw3[..., 2]
-            + plane_hw4[..., 3]
+            + plane_hw4[..., 3],
+            np.float32,
         )
 
 
-def sized(pixels: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Averaged where it gets smaller, interpolated where it gets larger, the same where it stays."""
-    if pixels.shape[:2] == tuple(shape):
-        return pixels
-    how = cv2.INTER_AREA if pixels.shape[0] > shape[0] else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(pixels, (shape[1], shape[0]), interpolation=how))
+def _sized(pixels: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    return resized(pixels, width=shape[1], height=shape[0])
 
 
 def _sums(values_hwC: Floats) -> Floats:
     """Over the window around each pixel, within the picture."""
     size = (2 * WINDOW + 1, 2 * WINDOW + 1)
     return np.asarray(
-        cv2.boxFilter(values_hwC, -1, size, normalize=False, borderType=cv2.BORDER_CONSTANT)
+        cv2.boxFilter(values_hwC, -1, size, normalize=False, borderType=cv2.BORDER_CONSTANT),
+        np.float32,
     )

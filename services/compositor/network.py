@@ -29,8 +29,8 @@ DEFAULT_SIDE = 512
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 # The longest part of a library's message that is shown.
 _MOST_TOLD = 300
-# What is read of what a network gives; nothing stands for the one output it has.
-_OUTPUTS = {"edges": (), "depth": (), "pose": ("simcc_x", "simcc_y")}
+# What is read of what a network gives; nothing stands for the one output it has, or the first.
+_OUTPUTS = {"edges": (), "depth": (), "pose": ("simcc_x", "simcc_y"), "cutout": ()}
 
 
 class Network:
@@ -41,12 +41,8 @@ class Network:
 
     def __init__(self, source: DetectorSource, *, threads: int) -> None:
         self.source = source
-        try:
-            data = source.file.read_bytes()
-        except OSError as error:
-            problem = f"required: an ONNX file; it cannot be read: {error.strerror}"
-            raise source.place.get("file").wrong(problem) from error
-        self.digest = _digest(source, data)
+        data = file_of(source)
+        self.digest = digest_of(source, data)
         self._session = _session(source, data, threads)
         self._kept: OrderedDict[bytes, list[NDArray[np.float32]]] = OrderedDict()
         self._keeping = threading.Lock()
@@ -77,9 +73,8 @@ class Network:
         )
         input_N3hw = ((shown_hw3 / np.float32(255) - mean) / std).transpose(2, 0, 1)[None]
         name = self._session.get_inputs()[0].name
-        outputs = self._session.run(
-            list(_OUTPUTS[self.source.form]) or None, {name: np.ascontiguousarray(input_N3hw)}
-        )
+        read = _OUTPUTS[self.source.form] or (self._session.get_outputs()[0].name,)
+        outputs = self._session.run(list(read), {name: np.ascontiguousarray(input_N3hw)})
         return [
             np.nan_to_num(np.asarray(output, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
             for output in outputs
@@ -120,7 +115,8 @@ class Network:
         if self.source.form == "pose":
             if not set(_OUTPUTS["pose"]) <= set(names):
                 raise self._misfit(f"the outputs simcc_x and simcc_y; it has {', '.join(names)}")
-        elif len(names) != 1:
+        # U2-Net and its like give coarser alphas behind the first.
+        elif len(names) != 1 and self.source.form != "cutout":
             raise self._misfit(f"one output; it has {', '.join(names)}")
         try:
             shapes = [
@@ -170,7 +166,21 @@ def resized(pixels: NDArray[Any], *, width: int, height: int) -> NDArray[Any]:
     return np.asarray(cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=how))
 
 
-def _digest(source: DetectorSource, data: bytes) -> str:
+def file_of(source: DetectorSource) -> bytes:
+    """Its ONNX file.
+
+    Raises:
+        InvalidSetting: it cannot be read.
+    """
+    try:
+        return source.file.read_bytes()
+    except OSError as error:
+        problem = f"required: an ONNX file; it cannot be read: {error.strerror}"
+        raise source.place.get("file").wrong(problem) from error
+
+
+def digest_of(source: DetectorSource, data: bytes) -> str:
+    """Names a file and its settings."""
     told = (VERSION, source.form, source.side, source.mean, source.std, source.is_inverted)
     file = hashlib.sha256(data).hexdigest()
     return hashlib.sha256(f"{file} {told} {source.confidence}".encode()).hexdigest()
@@ -183,7 +193,7 @@ def _session(source: DetectorSource, data: bytes, threads: int) -> Any:
         import onnxruntime
     except ImportError as error:
         raise source.place.wrong(
-            "required for it: onnxruntime, an extra of this package named detectors"
+            "required for it: onnxruntime, of this package's extra compositor"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
