@@ -2,8 +2,10 @@
 
 import { newId } from "./document"
 import { addPiece, backgroundPicture, type Edit, setBackground, textOfFile } from "./edits"
+import { isCollageFile, openFile } from "./export/files"
 import type { BlobRef } from "./gen/collage/v1/blob_pb"
 import { addPicture, type Pixels } from "./pictures"
+import { trouble } from "./server"
 import { useStudio } from "./store"
 import { say, tell } from "./voice"
 import { words } from "./words"
@@ -32,11 +34,16 @@ export async function take(files: readonly File[]): Promise<Taken[]> {
   return taken
 }
 
-/** Puts pictures on the canvas as new layers, as one edit; answers their ids. */
+/** Puts pictures on the canvas as new layers, as one edit; answers their ids. A file of a whole collage is opened. */
 export async function addFiles(
   files: readonly File[],
   options: { at?: { x: number; y: number }; limit?: number } = {},
 ): Promise<string[]> {
+  const collage = files.find(isCollageFile)
+  if (collage) {
+    await openFile(collage).catch((error) => tell(trouble(error).message, "error"))
+    return []
+  }
   const pictures = await take(files)
   return addTaken(pictures, options)
 }
@@ -79,7 +86,9 @@ export async function addBackground(file: File): Promise<void> {
 
 /** The files of a drop or a paste. */
 export function filesOf(data: DataTransfer | null): File[] {
-  return [...(data?.files ?? [])].filter((file) => file.type.startsWith("image/") || !file.type)
+  return [...(data?.files ?? [])].filter(
+    (file) => file.type.startsWith("image/") || !file.type || isCollageFile(file),
+  )
 }
 
 /** The file as the server takes it: unchanged where that is possible. */

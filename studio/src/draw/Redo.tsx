@@ -229,6 +229,7 @@ function Painting(props: { image: GeneratedImage; area: Area | undefined; docume
         {/* biome-ignore lint/a11y/noInteractiveElementToNoninteractiveRole: a surface to paint on is a widget of its own */}
         <canvas
           ref={canvas}
+          data-ready={area ? "" : undefined}
           width={width}
           height={height}
           role="application"

@@ -142,7 +142,7 @@ export function values(dial: Dial, from: number, to: number, count: number): num
     count === 1 ? from : from + ((to - from) * index) / (count - 1),
   )
   const rounded = between.map((value) =>
-    dial.name === "steps" ? Math.round(value) : Math.round(value * 1000) / 1000,
+    dial.name === "steps" ? Math.round(value) : Math.round(value * 100) / 100,
   )
   return [...new Set(rounded)]
 }

@@ -1,7 +1,8 @@
 import "./export.css"
 import { useRef } from "react"
+import { emptyDocument } from "../document"
 import { trouble } from "../server"
-import { useDocument } from "../store"
+import { useDocument, useStudio } from "../store"
 import { useVersions } from "../versions/versions"
 import { tell } from "../voice"
 import { words } from "../words"
@@ -30,6 +31,13 @@ export function Export() {
     save(picture, `${NAME}.png`)
     tell(said.saved(`${NAME}.png`))
   })
+  const fresh = () => {
+    close()
+    useStudio.getState().change(words.edits.clear, ({ size, sampling }) => ({
+      ...emptyDocument(size),
+      sampling,
+    }))
+  }
   const file = (form: Form) =>
     attempt(async () => {
       save(await written(document, form), `${NAME}.${form}`)
@@ -48,9 +56,6 @@ export function Export() {
     })
   return (
     <div className="export">
-      <button type="button" className="plain" onClick={() => input.current?.click()}>
-        {said.open}
-      </button>
       <input
         ref={input}
         type="file"
@@ -68,6 +73,13 @@ export function Export() {
         {said.menu}
       </button>
       <div ref={menu} id={MENU} popover="auto" className="menu">
+        <button type="button" onClick={fresh}>
+          {said.fresh}
+        </button>
+        <button type="button" onClick={() => input.current?.click()}>
+          {said.open}
+        </button>
+        <p className="hint">{said.save}</p>
         <button type="button" onClick={png}>
           {said.png}
         </button>

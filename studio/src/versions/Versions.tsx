@@ -92,10 +92,10 @@ function Settings({ version }: { version: Version }) {
   return (
     <dl className="settings" aria-label={said.allSettings}>
       {version.changed.length > 0 && (
-        <>
+        <div>
           <dt>{said.changed}</dt>
           <dd>{version.changed.join(", ")}</dd>
-        </>
+        </div>
       )}
       {settings(version).map(([name, value]) => (
         <div key={name}>

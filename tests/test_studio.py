@@ -1,0 +1,144 @@
+"""The page in a real browser: a new user's whole way, by the pointer and by the keyboard alone.
+
+`COLLAGE_TEST_SCREENS=docs/studio` writes a picture of each station there, drawn by the bundled model.
+`COLLAGE_TEST_CHROMIUM=required` fails where there is no Chromium, in place of skipping.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+from PIL import Image, ImageDraw, ImageFilter
+
+from collage.v1 import collage_service_pb2 as pb
+from collage.v1 import collage_service_pb2_grpc
+from collage_client.cli import arguments
+from door.server import serving
+from local import embedded
+from services.common.rpc import connect
+from testing import toy
+
+ROOT = Path(__file__).parents[1]
+STUDIO = ROOT / "studio"
+ART = ROOT / "examples" / "art"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SCREENS = os.environ.get("COLLAGE_TEST_SCREENS", "")
+# Longer than any way takes on the busiest machine; the test's own limit comes after it.
+WAY_S = 240
+
+missing = [
+    what
+    for what, there in {
+        "Chromium": CHROMIUM,
+        "node": shutil.which("node"),
+        "studio/node_modules (make studio)": (STUDIO / "node_modules" / "playwright-core").is_dir(),
+    }.items()
+    if not there
+]
+needs_browser = pytest.mark.skipif(
+    bool(missing) and os.environ.get("COLLAGE_TEST_CHROMIUM") != "required",
+    reason=f"there is no {', no '.join(missing)} here",
+)
+
+
+@contextlib.asynccontextmanager
+async def embedded_door(folder: Path):
+    """A whole system with the door before it; its page's address and its gateway's."""
+    model = "" if SCREENS else str(toy.mini(folder / "toy"))
+    server = await embedded.start(folder / "data", model=model, threads=1)
+    try:
+        async with serving("127.0.0.1:0", gateway=server.address) as url:
+            yield url, server.address
+    finally:
+        await server.stop()
+
+
+DOORS = {"embedded": embedded_door}
+
+
+def pictures(folder: Path) -> list[str]:
+    """A cake with alpha, a window with alpha, and a photo of a cup on a wooden ground."""
+    side = 256
+    cake = Image.open(ART / "birthday-cake-fluent.png").convert("RGBA").resize((side, side))
+    cake.save(folder / "cake.png")
+    window = Image.new("RGBA", (side, side))
+    frame = ImageDraw.Draw(window)
+    frame.rounded_rectangle((28, 12, 228, 244), 8, fill=(122, 84, 52, 255))
+    for left in (42, 134):
+        for top in (26, 134):
+            frame.rectangle((left, top, left + 80, top + 96), fill=(168, 206, 238, 255))
+            frame.ellipse((left + 8, top + 60, left + 72, top + 124), fill=(104, 158, 92, 255))
+            frame.rectangle((left, top + 97, left + 80, top + 107), fill=(122, 84, 52, 255))
+    frame.rectangle((20, 236, 236, 252), fill=(146, 104, 66, 255))
+    window.save(folder / "window.png")
+    ground = Image.effect_noise((side, side), 40).filter(ImageFilter.GaussianBlur(3))
+    photo = Image.merge("RGB", [ground.point(lambda v, s=s: int(v * s)) for s in (1.3, 1.0, 0.7)])
+    cup = Image.open(ART / "hot-beverage-noto.png").convert("RGBA").resize((200, 200))
+    photo.paste(cup, (28, 34), cup)
+    photo.save(folder / "cup.jpg", quality=92)
+    return [str(folder / name) for name in ("window.png", "cake.png", "cup.jpg")]
+
+
+async def gone(way: str, url: str, folder: Path) -> dict:
+    """What the last station of a way tells."""
+    screens = str(ROOT / SCREENS) if SCREENS and way == "pointer" else None
+    asked = {
+        "url": url,
+        "pictures": pictures(folder),
+        "way": way,
+        "screens": screens,
+        "browser": CHROMIUM,
+    }
+    process = await asyncio.create_subprocess_exec(
+        *("node", "scripts/way.mjs", json.dumps(asked)),
+        cwd=STUDIO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), WAY_S)
+    except TimeoutError:
+        process.kill()
+        raise
+    text = output.decode()
+    assert process.returncode == 0, text
+    told = json.loads(text.splitlines()[-1])
+    assert told["done"], text
+    return told
+
+
+@needs_browser
+@pytest.mark.parametrize("door", DOORS)
+async def test_the_whole_way_by_the_pointer(door, tmp_path):
+    """Pictures in, words, two options, parts again, undo, a reload, files out and in; nothing serious for axe."""
+    async with DOORS[door](tmp_path) as (url, gateway):
+        told = await gone("pointer", url, tmp_path)
+        async with connect(gateway) as channel:
+            stub = collage_service_pb2_grpc.CollageServiceStub(channel)
+            request = json_format.Parse(told["texts"]["json"], pb.PlanCollageRequest())
+            plan = (await stub.PlanCollage(request)).plan
+            assert [layer.name for layer in plan.layers] == [
+                layer.name for layer in request.collage.layers
+            ]
+            # The page's versions are the server's jobs: none twice, none beside them.
+            jobs = (await stub.ListJobs(pb.ListJobsRequest(page_size=100))).jobs
+            assert sorted(job.name for job in jobs) == sorted(told["jobs"])
+    compile(told["texts"]["python"], "copied.py", "exec")
+    program, verb, *options = shlex.split(told["texts"]["command"])
+    assert (program, verb) == ("collage", "generate")
+    parsed = arguments.parser().parse_args([verb, *options])
+    assert (parsed.path.name, parsed.images) == ("collage.ora", 2)
+
+
+@needs_browser
+async def test_the_whole_way_by_the_keyboard_alone(tmp_path):
+    async with embedded_door(tmp_path) as (url, _):
+        await gone("keys", url, tmp_path)
