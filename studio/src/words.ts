@@ -223,6 +223,7 @@ export const words = {
     sampling: (setting: string) => setting,
     restore: "Go back to a version",
     open: (file: string) => `Open ${file}`,
+    openStart: "Open the collage of the command",
     clear: "New collage",
   },
   said: {
@@ -387,6 +388,8 @@ export const words = {
     copied: (what: string) => `Copied as ${what}`,
     uncopied: "This browser does not let the page copy. Select the text and copy it.",
     saved: (file: string) => `Saved ${file}`,
+    fitted: (width: number, height: number) =>
+      `The canvas is ${width} × ${height} now, which the model draws well.`,
     noPicture: "Draw and pick a picture before; only then is there one to save.",
   },
   names: (names: readonly string[]) =>

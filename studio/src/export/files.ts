@@ -2,7 +2,10 @@
 
 import { fromJson, type JsonValue, toJson } from "@bufbuild/protobuf"
 import { type Document, fromCollage, picturesOf, toCollage } from "../document"
+import { resize } from "../edits"
 import { CollageSchema } from "../gen/collage/v1/collage_pb"
+import { fitting } from "../inspector/sizes"
+import { useModels } from "../models"
 import { pictureBlob } from "../pictures"
 import { withPictures } from "../plan"
 import { doorUrl, httpError } from "../server"
@@ -26,12 +29,33 @@ export async function openFile(file: File): Promise<void> {
   const address = doorUrl(`files/open?name=${encodeURIComponent(file.name)}`)
   const answer = await fetch(address, { method: "POST", body: file })
   if (!answer.ok) throw await httpError(answer)
-  const { collage, warnings = [] } = (await answer.json()) as {
-    collage: JsonValue
-    warnings?: readonly (string | { message: string })[]
-  }
-  const opened = fromCollage(fromJson(CollageSchema, collage, { ignoreUnknownFields: true }))
-  useStudio.getState().change(words.edits.open(file.name), () => opened)
+  put(await answer.json(), words.edits.open(file.name))
+}
+
+/** Opens the collage that `collage studio PATH` was called with, where the address says that there is one. */
+export async function openStart(): Promise<boolean> {
+  if (new URLSearchParams(location.search).get("open") !== "start") return false
+  // A reload goes on with what has become of it.
+  history.replaceState(null, "", location.pathname)
+  const answer = await fetch(doorUrl("start"))
+  if (!answer.ok) throw await httpError(answer)
+  put(await answer.json(), words.edits.openStart)
+  return true
+}
+
+/** What the door answers for a file. */
+interface Opened {
+  readonly collage: JsonValue
+  readonly warnings?: readonly (string | { message: string })[]
+}
+
+function put({ collage, warnings = [] }: Opened, edit: string): void {
+  const whole = fromCollage(fromJson(CollageSchema, collage, { ignoreUnknownFields: true }))
+  const [model] = useModels.getState().models
+  const size = model ? fitting(whole.size, model) : whole.size
+  const document = size === whole.size ? whole : resize(size)(whole)
+  useStudio.getState().change(edit, () => document)
+  if (document !== whole) tell(words.export.fitted(size.width, size.height))
   for (const warning of warnings) tell(typeof warning === "string" ? warning : warning.message)
 }
 

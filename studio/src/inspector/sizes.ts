@@ -33,3 +33,11 @@ export function allowed(side: number, { sizeMultiple, minSide, maxSide }: Limits
   const largest = Math.floor(maxSide / step) * step
   return Math.min(Math.max(Math.round(side / step) * step, smallest), largest)
 }
+
+/** A size that the model takes, for a collage of another: the same where it is one, else of the area it draws well. */
+export function fitting(size: Extent, model: Limits): Extent {
+  const { width, height } = size
+  if (allowed(width, model) === width && allowed(height, model) === height) return size
+  const factor = model.nativeSide / Math.sqrt(width * height)
+  return { width: allowed(width * factor, model), height: allowed(height * factor, model) }
+}

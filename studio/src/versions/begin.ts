@@ -2,8 +2,11 @@
 
 import { showOnCanvas } from "../draw/looking"
 import { drawOptions } from "../draw/work"
+import { openStart } from "../export/files"
+import { trouble } from "../server"
 import { useTab } from "../start"
 import { useStudio } from "../store"
+import { tell } from "../voice"
 import { isFinished } from "./version"
 import { pick, readVersions, useVersions, versionNamed } from "./versions"
 import { keepWatch } from "./watch"
@@ -12,8 +15,12 @@ export async function begin({ isFirst }: { isFirst: boolean }): Promise<void> {
   const saved = await readVersions(useTab.getState().id)
   keepWatch()
   showOnCanvas()
+  const isGiven = await openStart().catch((error) => {
+    tell(trouble(error).message, "error")
+    return false
+  })
   // The first visit shows at once what comes of a collage.
-  if (isFirst && saved.length === 0) await drawFirst()
+  if (isFirst && !isGiven && saved.length === 0) await drawFirst()
 }
 
 async function drawFirst(): Promise<void> {
