@@ -7,6 +7,7 @@ import { Results } from "./draw/Results"
 import { Export } from "./export/Export"
 import { Inspector } from "./inspector/Inspector"
 import { Layers } from "./layers/Layers"
+import { ToolSettings } from "./mask/MaskTools"
 import { useNarrow } from "./ui/useNarrow"
 import { Live, Messages } from "./ui/Voice"
 import { Versions } from "./versions/Versions"
@@ -35,6 +36,7 @@ export function App() {
       <main className="canvas" aria-label={words.regions.canvas}>
         <Canvas />
         <SelectionTools />
+        <ToolSettings />
         <ViewTools />
         <Results />
       </main>

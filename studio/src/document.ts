@@ -3,6 +3,7 @@
 // Everything in it is treated as immutable: an edit (edits.ts) gives a new document that shares what did not change.
 
 import { create } from "@bufbuild/protobuf"
+import type { BlobRef } from "./gen/collage/v1/blob_pb"
 import {
   type Background,
   BackgroundSchema,
@@ -29,6 +30,8 @@ export interface Piece {
   readonly locked: boolean
   /** Pieces of one group are selected together. */
   readonly group?: string
+  /** The picture before anything was cut from it: what the brush gives back. Of the size of the layer's own. */
+  readonly original?: BlobRef
 }
 
 export interface Document {

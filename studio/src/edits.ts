@@ -171,10 +171,17 @@ export function duplicate(ids: readonly string[], copies: readonly string[]): Ed
   }
 }
 
-/** Puts a picture in place of a piece's own, where it stands: a cut-out for its photo, a mask painted anew. */
+/**
+ * Puts a picture of the same size in place of a piece's own, where it stands: a cut-out for its photo, a mask painted anew.
+ * What it was before the first of these is remembered.
+ */
 export function replacePicture(id: string, picture: BlobRef): Edit {
   const image = create(ImageSchema, { source: { case: "blob", value: picture } })
-  return changePieces([id], (piece) => ({ ...piece, layer: { ...piece.layer, image } }))
+  return changePieces([id], (piece) => {
+    const source = piece.layer.image?.source
+    const own = source?.case === "blob" ? source.value : undefined
+    return { ...piece, original: piece.original ?? own, layer: { ...piece.layer, image } }
+  })
 }
 
 /** A new name, everywhere it is spoken of. A name that is taken or has other signs becomes the nearest free one. */

@@ -7,6 +7,8 @@ import { fetchArt } from "../art"
 import type { Extent } from "../document"
 import { useShown } from "../draw/shown"
 import { addFiles, filesOf } from "../intake"
+import { BrushCursor } from "../mask/BrushCursor"
+import { CropFrame } from "../mask/CropFrame"
 import { useModel } from "../models"
 import { usePictures } from "../pictures"
 import { useDocument, useStudio } from "../store"
@@ -23,11 +25,13 @@ import { paper, showAll, toView, useDesk, useView } from "./view"
 
 const CORNERS = ["top-left", "top-right", "bottom-left", "bottom-right"]
 const TURNS = [0, 45, 90, 135, 180, 225, 270, 315]
-const coarse = globalThis.matchMedia?.("(pointer: coarse)").matches
+const coarse = globalThis.matchMedia?.("(pointer: coarse)").matches ?? false
 
 export interface Nodes {
   readonly stage: RefObject<Konva.Stage | null>
   readonly view: RefObject<Konva.Group | null>
+  /** What lies over all layers and moves with them. */
+  readonly over: RefObject<Konva.Group | null>
   readonly transformer: RefObject<Konva.Transformer | null>
   readonly guides: RefObject<Konva.Shape | null>
   readonly marquee: RefObject<Konva.Rect | null>
@@ -38,6 +42,7 @@ export function Canvas() {
   const nodes: Nodes = {
     stage: useRef<Konva.Stage>(null),
     view: useRef<Konva.Group>(null),
+    over: useRef<Konva.Group>(null),
     transformer: useRef<Konva.Transformer>(null),
     guides: useRef<Konva.Shape>(null),
     marquee: useRef<Konva.Rect>(null),
@@ -94,6 +99,9 @@ export function Canvas() {
               strokeWidth={1}
               dash={[4, 3]}
             />
+            <Group ref={nodes.over}>
+              {tool === "crop" && <CropFrame colours={colours} coarse={coarse} />}
+            </Group>
             <Transformer
               ref={nodes.transformer}
               visible={tool === "move"}
@@ -115,6 +123,7 @@ export function Canvas() {
           </Layer>
         </Stage>
       )}
+      <BrushCursor region={region} />
       <Laid size={size} />
       {pieces.length === 0 && <p className="empty">{words.canvas.empty}</p>}
       {isOver && <p className="drop">{words.canvas.drop}</p>}
@@ -194,7 +203,7 @@ function useRegion(region: RefObject<HTMLDivElement | null>, size: Extent): void
 }
 
 /** Moves the drawn view with the view: konva alone, no render. */
-function useFollow({ view, transformer }: Nodes): void {
+function useFollow({ view, over, transformer }: Nodes): void {
   const hasStage = useView((state) => state.region.width > 0)
   const selection = useStudio((state) => state.selection)
   const { pieces } = useDocument()
@@ -203,12 +212,13 @@ function useFollow({ view, transformer }: Nodes): void {
     if (!hasStage) return
     const follow = () => {
       const { x, y, scale } = useView.getState()
-      view.current?.setAttrs({ x, y, scaleX: scale, scaleY: scale })
+      for (const group of [view.current, over.current])
+        group?.setAttrs({ x, y, scaleX: scale, scaleY: scale })
       transformer.current?.forceUpdate()
     }
     follow()
     return useView.subscribe(follow)
-  }, [hasStage, view, transformer])
+  }, [hasStage, view, over, transformer])
   // biome-ignore lint/correctness/useExhaustiveDependencies: nodes come and go with pieces and their pixels
   useEffect(() => {
     const group = view.current

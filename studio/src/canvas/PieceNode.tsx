@@ -1,4 +1,4 @@
-import type Konva from "konva"
+import Konva from "konva"
 import { Shape } from "react-konva"
 import { type Extent, type Piece, pictureOf, placement } from "../document"
 import { paintedOver } from "../mask/painted"
@@ -38,4 +38,9 @@ export function PieceNode({ piece, size }: { piece: Piece; size: Extent }) {
       }}
     />
   )
+}
+
+/** Draws layers anew whose pictures changed under the brush. */
+export function redrawPieces(): void {
+  for (const stage of Konva.stages) stage.getLayers()[0]?.batchDraw()
 }

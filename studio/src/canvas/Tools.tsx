@@ -1,6 +1,7 @@
 import { useRef, useState } from "react"
 import * as acts from "../acts"
 import { addFiles } from "../intake"
+import { MaskTools } from "../mask/MaskTools"
 import { useModel } from "../models"
 import { useDocument, useHistory, useStudio } from "../store"
 import { Button } from "../ui/Button"
@@ -54,6 +55,7 @@ export function SelectionTools() {
   const { tools } = words
   return (
     <div className="floating top" role="toolbar" aria-label={tools.selection}>
+      <MaskTools />
       <Button icon="copy" name={tools.duplicate} onClick={acts.duplicateSelected} />
       <Button icon="trash" name={tools.remove} onClick={acts.removeSelected} />
       <span className="gap" />

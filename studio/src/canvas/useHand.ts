@@ -13,6 +13,7 @@ import { words } from "../words"
 import type { Nodes } from "./Canvas"
 import { around, type Box, boxOf, hits, overlap, type Point } from "./geometry"
 import { isTyping } from "./keys"
+import { redrawPieces } from "./PieceNode"
 import { type Guide, snap, targets } from "./snap"
 import { commit } from "./useTransforms"
 import { pan, toView, useDesk, useView, zoom } from "./view"
@@ -155,7 +156,8 @@ function begin(
   if (isSpace || event.button === 1) return panning(at, point)
   // Handles are konva's own.
   if (nodes.stage.current?.getIntersection(at)) return undefined
-  if (tool === "brush" || tool === "eraser") return strokeOn(event, (each) => toView(point(each)))
+  if (tool === "brush" || tool === "eraser")
+    return strokeOn(event, (each) => toView(point(each)), redrawPieces)
   if (tool === "crop") return undefined
   const hit = pieceAt(toView(at))
   const { selection, select } = useStudio.getState()

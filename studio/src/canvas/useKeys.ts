@@ -1,8 +1,15 @@
 import { useEffect } from "react"
 import * as acts from "../acts"
-import { useStudio } from "../store"
+import type { Piece } from "../document"
+import { dab, diameter, prepare } from "../mask/brush"
+import { applyCrop, endCrop, startCrop } from "../mask/cropping"
+import { moveBrush } from "../mask/pointing"
+import { selectedPieces, useStudio } from "../store"
+import { say } from "../voice"
+import { words } from "../words"
 import { isTyping, keyOf } from "./keys"
-import { showAll, useDesk, zoomIn, zoomOut } from "./view"
+import { redrawPieces } from "./PieceNode"
+import { showAll, type Tool, useDesk, zoomIn, zoomOut } from "./view"
 
 const ARROWS: Record<string, readonly [number, number]> = {
   ArrowLeft: [-1, 0],
@@ -42,11 +49,13 @@ function does(event: KeyboardEvent): boolean {
   if (key === "+") return done(zoomIn)
   if (key === "-") return done(zoomOut)
   if (key === "0") return done(() => showAll(useStudio.getState().document.size))
-  if (key === "Escape" && useDesk.getState().tool !== "move")
-    return done(() => useDesk.setState({ tool: "move" }))
+  const { tool } = useDesk.getState()
+  if (tool !== "move" && inTool(event, key, tool)) return true
   const { selection, select } = useStudio.getState()
   if (key === "Escape") return selection.length > 0 && done(() => select([]))
   if (selection.length === 0) return false
+  if (key === "e" || key === "b") return done(() => take(key === "e" ? "eraser" : "brush"))
+  if (key === "c") return done(() => startCrop(selectedPieces(useStudio.getState())[0] as Piece))
   if (key === "Delete" || key === "Backspace") return done(acts.removeSelected)
   if (key === "h") return done(() => acts.flipSelected("flipHorizontal"))
   if (key === "j") return done(() => acts.flipSelected("flipVertical"))
@@ -55,6 +64,34 @@ function does(event: KeyboardEvent): boolean {
   if (!arrow || !isOnCanvas(event.target)) return false
   const far = event.shiftKey ? 10 : 1
   return done(() => acts.nudge(arrow[0] * far, arrow[1] * far))
+}
+
+/** The keys of the eraser, the brush and the crop while one is in hand. */
+function inTool(event: KeyboardEvent, key: string, tool: Tool): boolean {
+  if (key === "Escape" || key === "v")
+    return done(tool === "crop" ? endCrop : () => useDesk.setState({ tool: "move" }))
+  if (tool === "crop") return key === "Enter" && isOnCanvas(event.target) && done(applyCrop)
+  const { brush, softness } = useDesk.getState()
+  const grown = key === "]" ? 1.2 : key === "[" ? 1 / 1.2 : 0
+  if (grown && event.shiftKey)
+    return done(() =>
+      useDesk.setState({ softness: Math.min(Math.max(softness + (grown > 1 ? 0.1 : -0.1), 0), 1) }),
+    )
+  if (grown)
+    return done(() => useDesk.setState({ brush: Math.min(Math.max(brush * grown, 0.5), 60) }))
+  if (!isOnCanvas(event.target)) return false
+  const arrow = ARROWS[event.key]
+  if (arrow) {
+    const step = diameter() * (event.shiftKey ? 1 : 0.2)
+    const { x, y } = moveBrush(arrow[0] * step, arrow[1] * step)
+    return done(() => say(words.mask.brushAt(Math.round(x), Math.round(y))))
+  }
+  return key === "Enter" && done(() => dab(moveBrush(0, 0), redrawPieces))
+}
+
+function take(tool: Tool): void {
+  prepare(selectedPieces(useStudio.getState())[0])
+  useDesk.setState({ tool })
 }
 
 function done(act: () => unknown): true {
