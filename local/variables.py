@@ -14,10 +14,14 @@ from services.common.settings import InvalidSetting, ours, read, variable
 # What says each of them in place of a variable.
 SAID = {
     "address": "where it listens is told by --address of `collage serve`, --port of `collage cluster`",
+    "http_hosts": "host names are told by --host-name",
+    "http_origins": "origins are told by --origin",
     "models": "its models are told by --model",
     "blobs": "its data are told by --data",
     "jobs": "its data are told by --data",
-    **dict.fromkeys(("compositor", "inversion", "generator"), "it knows where its own parts are"),
+    **dict.fromkeys(
+        ("compositor", "inversion", "generator", "gateway"), "it knows where its own parts are"
+    ),
 }
 
 Kind = TypeVar("Kind")

@@ -37,6 +37,7 @@ EVERY = sorted({variable(each.name) for kind in PARTS.values() for each in field
 WHOLE = {
     "COLLAGE_ADDRESS": "127.0.0.1:0",
     "COLLAGE_COMPOSITOR": "unix:/x",
+    "COLLAGE_GATEWAY": "gateway.example:50051",
     "COLLAGE_INVERSION": "[::1]:1",
     "COLLAGE_GENERATOR": "dns:///generator:50054",
     "COLLAGE_PUBLIC_BLOBS": "https://pictures.example",

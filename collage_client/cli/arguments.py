@@ -304,7 +304,7 @@ def _add_serving(commands: Any) -> None:
         default="127.0.0.1:50051",
         help="host:port (default: %(default)s)",
     )
-    add_door(sub, default="")
+    add_door(sub, default=None)
     add_served(sub)
     add_data(sub)
     sub.set_defaults(server="")

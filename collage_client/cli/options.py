@@ -166,7 +166,7 @@ def add_served(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_door(parser: argparse.ArgumentParser, *, default: str) -> None:
+def add_door(parser: argparse.ArgumentParser, *, default: str | None) -> None:
     """Where browsers and scripts come in, and who of them."""
     group = parser.add_argument_group(
         "HTTP", "The page, gRPC-Web, JSON and blobs; see docs/http.md."

@@ -22,6 +22,11 @@ def enter() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOMS), *([beyond] if beyond else [])])
 
 
+def door() -> None:
+    """The process of `python -m door`."""
+    _run("door")
+
+
 def gateway() -> None:
     """The process of `python -m gateway`."""
     _run("gateway")

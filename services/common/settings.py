@@ -36,6 +36,7 @@ class Form(Enum):
     TEXT = ("text", r"(?P<port>).*")
     # The host may be of any form that gRPC takes.
     ADDRESS = ("`HOST:PORT` or `unix:PATH`", r"(?:.+:(?P<port>[0-9]{1,5})|unix:.+)")
+    PORT = ("`HOST:PORT`", r".+:(?P<port>[0-9]{1,5})")
     URL = (
         "`http://HOST:PORT` or `https://HOST:PORT`",
         r"(?:https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?)?",
@@ -196,6 +197,22 @@ class GeneratorSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DoorSettings:
+    """`python -m door`."""
+
+    address: str = _setting("127.0.0.1:50055", "where to listen, `HOST:PORT`", form=Form.ADDRESS)
+    gateway: str = _setting("127.0.0.1:50051", "where the gateway is", form=Form.ADDRESS)
+    http_hosts: str = _setting(
+        "",
+        "host names that are answered to beside this machine's own and that of COLLAGE_ADDRESS, with commas between",
+    )
+    http_origins: str = _setting(
+        "", "origins of pages elsewhere that are let in, `https://HOST`, with commas between"
+    )
+    log_level: str = _setting("INFO", _LOG_LEVEL, among=_LEVELS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommandSettings:
     """The command `collage`, where it starts a server."""
 
@@ -218,6 +235,7 @@ PARTS: Mapping[str, type] = {
     "compositor": CompositorSettings,
     "inversion": InversionSettings,
     "generator": GeneratorSettings,
+    "door": DoorSettings,
     "collage": CommandSettings,
 }
 
@@ -290,7 +308,9 @@ def table() -> str:
             rows.setdefault(row, []).append(part)
     lines = ["| variable | of | allowed | default | meaning |", "|---|---|---|---|---|"]
     for (name, allowed, default, meaning), parts in sorted(rows.items(), key=lambda row: row[0][0]):
-        of = "all four" if set(parts) == {*PARTS} - {"collage"} else ", ".join(parts)
+        services = set(parts) - {"door"}
+        of = "all four" if services == {*PARTS} - {"collage", "door"} else ", ".join(parts)
+        of += ", door" if of == "all four" and "door" in parts else ""
         lines.append(f"| `{name}` | {of} | {allowed} | {default} | {meaning} |")
     return "\n".join(lines)
 

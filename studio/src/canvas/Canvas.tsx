@@ -17,7 +17,7 @@ import { tell } from "../voice"
 import { words } from "../words"
 import { draggedArt } from "./Art"
 import { isTyping } from "./keys"
-import { OverlayNode } from "./OverlayNode"
+import { OverlayNode, usePlanMark } from "./OverlayNode"
 import { PieceNode } from "./PieceNode"
 import { useHand } from "./useHand"
 import { useTransforms } from "./useTransforms"
@@ -54,6 +54,7 @@ export function Canvas() {
   const colours = useColours()
   useRegion(region, size)
   useFollow(nodes)
+  usePlanMark()
   useHand(region, nodes)
   const transforms = useTransforms(nodes)
   const isOver = useFiles(region)

@@ -1,22 +1,31 @@
 import type Konva from "konva"
-import { useEffect, useState } from "react"
+import { useEffect } from "react"
 import { Shape } from "react-konva"
+import { create } from "zustand"
 import type { Extent } from "../document"
 import type { LayerPlan } from "../gen/collage/v1/collage_pb"
 import type { Plan } from "../gen/collage/v1/collage_service_pb"
 import { usePlan } from "../plan"
 import { download } from "../server"
-import type { Overlay } from "./view"
+import { useDocument } from "../store"
+import { type Overlay, useDesk } from "./view"
+
+/** The overlay as it is painted, and what it is of. */
+export const usePainted = create<{ picture?: CanvasImageSource; plan?: Plan; kind?: Overlay }>()(
+  () => ({}),
+)
 
 /** What the newest plan shows of the collage, over it. */
 export function OverlayNode({ size, kind }: { size: Extent; kind: Overlay }) {
   const plan = usePlan((state) => state.plan)
-  const [picture, setPicture] = useState<CanvasImageSource>()
+  const painted = usePainted()
+  // What is of an older plan stays until the new one is painted, but another overlay never shows in its place.
+  const picture = plan && painted.kind === kind ? painted.picture : undefined
   useEffect(() => {
-    if (!plan) return setPicture(undefined)
+    if (!plan) return
     let isOld = false
     paint(plan, size, kind)
-      .then((painted) => isOld || setPicture(painted))
+      .then((picture) => isOld || usePainted.setState({ picture, plan, kind }))
       // The next plan brings another.
       .catch(() => {})
     return () => {
@@ -35,6 +44,19 @@ export function OverlayNode({ size, kind }: { size: Extent; kind: Overlay }) {
       }}
     />
   )
+}
+
+/** Marks the page while what it shows is of the newest plan: what measures it waits for that. */
+export function usePlanMark(): void {
+  const document = useDocument()
+  const { of, plan } = usePlan()
+  const overlay = useDesk((desk) => desk.overlay)
+  const painted = usePainted()
+  const isShown =
+    of === document && (overlay === "none" || (painted.plan === plan && painted.kind === overlay))
+  useEffect(() => {
+    globalThis.document.documentElement.dataset.plan = isShown ? "shown" : "awaited"
+  }, [isShown])
 }
 
 const KEPT = 96

@@ -11,6 +11,7 @@ import { usePictures } from "../pictures"
 import { useStudio } from "../store"
 import { words } from "../words"
 import type { Nodes } from "./Canvas"
+import { freeze } from "./freeze"
 import { around, type Box, boxOf, hits, overlap, type Point } from "./geometry"
 import { isTyping } from "./keys"
 import { redrawPieces } from "./PieceNode"
@@ -233,17 +234,25 @@ function dragging(
       .filter((each) => each !== undefined),
   )
   let isMoved = false
+  let melt = () => {}
   const put = (right: number, down: number) =>
     found.forEach((node, index) => {
       const start = starts[index]
       if (start) node?.position({ x: start.x + right, y: start.y + down })
     })
-  const done = () => showGuides(guides.current, [])
+  const nodes = found.filter((node) => node !== undefined)
+  const done = () => {
+    melt()
+    showGuides(guides.current, [])
+  }
   return {
     move(event) {
       const now = point(event)
-      if (!isMoved && Math.hypot(now.x - from.x, now.y - from.y) <= SLACK) return
-      isMoved = true
+      if (!isMoved) {
+        if (Math.hypot(now.x - from.x, now.y - from.y) <= SLACK) return
+        isMoved = true
+        if (view.current) melt = freeze(view.current, nodes)
+      }
       const { scale } = useView.getState()
       let right = (now.x - from.x) / scale
       let down = (now.y - from.y) / scale
@@ -268,7 +277,6 @@ function dragging(
     },
     end(event) {
       done()
-      const nodes = found.filter((node) => node !== undefined)
       if (isMoved)
         commit(nodes, words.edits.move(words.names(moving.map(({ layer }) => layer.name))))
       // A click on one of many selected picks it alone.

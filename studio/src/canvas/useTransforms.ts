@@ -6,15 +6,20 @@ import { placeAll } from "../edits"
 import { useStudio } from "../store"
 import { words } from "../words"
 import type { Nodes } from "./Canvas"
+import { freeze } from "./freeze"
 
 /** What the handles did becomes one edit, when they are let go. */
-export function useTransforms({ transformer }: Nodes) {
+export function useTransforms({ view, transformer }: Nodes) {
   const turns = useRef(false)
+  const melt = useRef(() => {})
   return {
     start: () => {
       turns.current = transformer.current?.getActiveAnchor() === "rotater"
+      if (view.current) melt.current = freeze(view.current, transformer.current?.nodes() ?? [])
     },
     end: () => {
+      melt.current()
+      melt.current = () => {}
       const moved = transformer.current?.nodes() ?? []
       const { pieces } = useStudio.getState().document
       const names = words.names(
