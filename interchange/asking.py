@@ -14,8 +14,8 @@ MEDIA_TYPES = {
 }
 # The largest file that is looked at. Pictures of one collage have at most 128 MiB together, and there may be a result.
 MAX_FILE_BYTES = 160 * 2**20
-# Longest that one file may take; 32 layers of the largest canvas take 20 s to write.
-LIMIT_S = 60.0
+# Longest that one file may take; 32 turned layers of 12 megapixels take two minutes on a busy machine.
+LIMIT_S = 180.0
 # Most memory that a process may take.
 MEMORY_BYTES = 3 * 2**30
 

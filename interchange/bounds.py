@@ -30,9 +30,9 @@ MAX_CANVAS_SIDE, MAX_CANVAS_PIXELS = 30_000, 64_000_000
 MAX_LISTED = 1000
 # Those that become layers of a collage.
 MAX_LAYERS = limits.MAX_LAYERS
-# The contract's, of one layer; and of all together.
+# The contract's, of one layer; and of all together, with what is none in the end.
 MAX_LAYER_PIXELS = MAX_PIXELS
-MAX_ALL_PIXELS = 160_000_000
+MAX_ALL_PIXELS = MAX_LAYERS * MAX_LAYER_PIXELS
 # How far from the canvas a layer may stand, each way.
 MAX_OFFSET = 100_000
 # All pictures of a collage, encoded.

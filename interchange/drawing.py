@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from collage.v1 import collage_pb2
-from interchange.stack import Drawn
+from interchange.stack import COMPRESS_LEVEL, Drawn
 from services.common import png, wire
 from services.common.collage import DEFAULT_BACKGROUND, Transform
 from services.common.errors import InvalidRequest
@@ -74,7 +74,7 @@ def set_background(
         color = collage_pb2.Color(red=red, green=green, blue=blue)
         collage.background.CopyFrom(collage_pb2.Background(color=color))
     else:
-        collage.background.image.data = encode_png(found_HW3)
+        collage.background.image.data = encode_png(found_HW3, compress_level=COMPRESS_LEVEL)
 
 
 def is_plain(data: bytes) -> bool:

@@ -31,7 +31,7 @@ from interchange.archive import Archive, packed
 from interchange.blending import NORMAL
 from interchange.bounds import Tally, entry
 from interchange.drawing import Scene, decoded, is_plain, opaque, png_head, set_background
-from interchange.stack import BACKGROUND_NAME, RESULT_NAME, Found, Stack
+from interchange.stack import BACKGROUND_NAME, COMPRESS_LEVEL, RESULT_NAME, Found, Stack
 from services.common import limits
 from services.common.errors import InvalidRequest, quote
 from services.common.field import Field
@@ -133,7 +133,7 @@ def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
         entries[name] = (
             layer.image.data
             if sheet.is_whole and is_plain(layer.image.data)
-            else (encode_png(sheet.pixels_HW4))
+            else (encode_png(sheet.pixels_HW4, compress_level=COMPRESS_LEVEL))
         )
         ours = {_AT: f"{sheet.left} {sheet.top}", _DIGEST: _digest(sheet.pixels_HW4)}
         if entries[name] is not layer.image.data:
@@ -147,19 +147,25 @@ def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
             plain["visibility"] = "visible" if layer.visible else "hidden"
         lines.append(_line("layer", plain, ours))
     under_HW3 = scene.under_HW3
-    entries["data/background.png"] = encode_png(under_HW3)
+    entries["data/background.png"] = encode_png(under_HW3, compress_level=COMPRESS_LEVEL)
     background = {_ROLE: "background", _DIGEST: _digest(opaque(under_HW3))}
     plain = {"name": BACKGROUND_NAME, "src": "data/background.png", "x": 0, "y": 0}
     lines.append(_line("layer", plain, background))
     if result:
-        entries["data/result.png"] = result if is_plain(result) else encode_png(scene.result_HW4)
+        entries["data/result.png"] = (
+            result
+            if is_plain(result)
+            else encode_png(scene.result_HW4, compress_level=COMPRESS_LEVEL)
+        )
         plain = {"name": RESULT_NAME, "src": "data/result.png", "x": 0, "y": 0}
         lines.insert(0, _line("layer", plain, {_ROLE: "result"}))
     merged_HW4 = scene.result_HW4 if result else opaque(scene.composite_HW3())
-    entries["mergedimage.png"] = encode_png(merged_HW4)
+    entries["mergedimage.png"] = encode_png(merged_HW4, compress_level=COMPRESS_LEVEL)
     thumbnail = Image.fromarray(merged_HW4)
     thumbnail.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    entries["Thumbnails/thumbnail.png"] = encode_png(np.asarray(thumbnail))
+    entries["Thumbnails/thumbnail.png"] = encode_png(
+        np.asarray(thumbnail), compress_level=COMPRESS_LEVEL
+    )
     width, height = collage.size.width, collage.size.height
     ours = {_SIZE: f"{width} {height}"}
     ours |= _fields(collage, _COLLAGE_KNOWN, "collage/background", entries)

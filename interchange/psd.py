@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from psd_tools import ParseLimitError, ParseLimits, PSDImage
-from psd_tools.constants import BlendMode, ChannelID, ColorMode
+from psd_tools.constants import BlendMode, ChannelID, ColorMode, Compression
 
 from collage.v1 import collage_pb2
 from interchange import bounds
@@ -240,8 +240,21 @@ def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
             Image.fromarray(pixels_HW4), name=name, left=left, top=top, opacity=round(opacity * 255)
         )
         layer.visible = is_visible
+    merged_HW4 = scene.result_HW4 if result else opaque(scene.composite_HW3())
+    return _bytes(file, merged_HW4)
+
+
+def _bytes(file: Any, merged_HW4: NDArray[np.uint8]) -> bytes:
+    """The file with this picture of all its layers.
+
+    `save` would blend them again for it, which takes longer than all the rest; so the record is written that it writes.
+    """
+    record = file._record
+    record.image_data.compression = Compression.RLE
+    planes = [np.ascontiguousarray(merged_HW4[..., plane]).tobytes() for plane in range(4)]
+    record.image_data.set_data(planes, record.header)
     made = BytesIO()
-    file.save(made)
+    record.write(made)
     return made.getvalue()
 
 

@@ -305,6 +305,8 @@ def test_a_psd_holds_the_pixels_that_other_tools_are_to_see():
     file = PSDImage.open(io.BytesIO(data))
     assert [layer.name for layer in file] == [BACKGROUND_NAME, "low", "high", RESULT_NAME]
     assert [layer.visible for layer in file] == [True, True, False, True]
+    # What tools show that read no layers.
+    assert np.array_equal(np.asarray(file.topil().convert("RGB")), decode(result)[..., :3])
     back, warnings = work.opened(data)
     assert [each.reason for each in warnings] == ["RESULT_LEFT_OUT"]
     assert [layer.name for layer in back.layers] == ["low", "high"]
@@ -628,8 +630,8 @@ HARMFUL = {
         "stands at",
     ),
     "a psd of large layers": (
-        psd_bytes(count=30, rectangle=(0, 0, 3900, 3900), length=0),
-        "file.layers[10]",
+        psd_bytes(count=40, rectangle=(0, 0, 4000, 4000), length=0),
+        "file.layers[32]",
         "brings all layers",
     ),
     "a psd of lying channels": (psd_bytes(count=1, length=2**31), "file.layers[0]", "bytes"),

@@ -101,13 +101,18 @@ def decode_opaque(data: bytes) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels_HW4[..., :3])
 
 
-def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG of grey (HW), RGB (HW3) or RGBA (HW4) pixels that says sRGB; equal pixels give equal bytes."""
+def encode_png(pixels: NDArray[np.uint8], *, compress_level: int = PNG_COMPRESS_LEVEL) -> bytes:
+    """A PNG of grey (HW), RGB (HW3) or RGBA (HW4) pixels that says sRGB; equal pixels give equal bytes.
+
+    Args:
+        pixels: to be encoded.
+        compress_level: zlib's, 0 to 9; each step down takes less time and more bytes.
+    """
     chunks = PngInfo()
     chunks.add(b"sRGB", SRGB_PERCEPTUAL)
     file = BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(
-        file, "PNG", pnginfo=chunks, compress_level=PNG_COMPRESS_LEVEL
+        file, "PNG", pnginfo=chunks, compress_level=compress_level
     )
     return file.getvalue()
 
