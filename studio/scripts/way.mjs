@@ -1,7 +1,7 @@
 // A new user's whole way in a real browser, against a door that is already there: `node scripts/way.mjs '{"url": …}'`.
 //
 // url: the page. pictures: three files, cake.png, window.png and cup.jpg (a photo, whose ground is taken away).
-// way: "pointer" or "keys". screens: a folder for a picture of each station; none where it is unset.
+// isCut: whether the service takes backgrounds away. way: "pointer" or "keys". screens: a folder for a picture of each station; none where it is unset.
 // Prints a line of JSON a station; ends with 1 and the reason where something is not as it should be.
 
 import assert from "node:assert/strict"
@@ -13,6 +13,7 @@ import { chromium } from "playwright-core"
 const {
   url,
   pictures,
+  isCut,
   way = "pointer",
   screens,
   browser: executablePath,
@@ -44,10 +45,8 @@ const layers = () => page.getByRole("list", { name: "Layers, front first" }).get
 const scene = () => page.getByRole("combobox", { name: "Scene", exact: true })
 const version = (number) => page.getByRole("listitem", { name: new RegExp(`^Version ${number}:`) })
 
-let stations = 0
 /** One place on the way: no serious violation, and a picture of it. */
 async function station(name, { settle = 300 } = {}) {
-  stations += 1
   await page.waitForTimeout(settle)
   await page.evaluate(AXE)
   const { violations } = await page.evaluate(() =>
@@ -62,7 +61,7 @@ async function station(name, { settle = 300 } = {}) {
   assert.deepEqual(serious, [], `${name}: ${JSON.stringify(serious, null, 1)}`)
   if (screens)
     await page.screenshot({
-      path: join(screens, `${String(stations).padStart(2, "0")}-${name}.png`),
+      path: join(screens, `${name}.png`),
     })
   console.log(JSON.stringify({ station: name }))
 }
@@ -190,6 +189,9 @@ const told = (document) => ({
   layers: document.pieces.map(({ layer }) => [layer.name, layer.text, layer.transform]),
 })
 
+const pictureOf = (document, name) =>
+  document.pieces.find(({ layer }) => layer.name === name).layer.image.source.value.sha256
+
 async function exported(name) {
   await press(button("File"))
   const download = page.waitForEvent("download", { timeout: LONG_MS })
@@ -228,14 +230,16 @@ try {
   }
   await station("dropped")
 
-  const background = button("Remove background")
-  if (await background.count()) {
-    await press(background)
-    await page
-      .getByText(/background of cup is gone|Background of cup removed/i)
-      .first()
-      .waitFor({ timeout: LONG_MS })
-    await station("cut-out")
+  if (isCut) {
+    const pixels = async () => pictureOf((await saved()).document, "cup")
+    const photo = await pixels()
+    await press(button("Remove background"))
+    await page.waitForFunction(() => !document.querySelector('[aria-label^="Removing"]'))
+    for (let waited = 0; (await pixels()) === photo; waited += 200) {
+      assert.ok(waited < LONG_MS, "the background is not taken away")
+      await page.waitForTimeout(200)
+    }
+    await station("cut-out", { settle: 1000 })
   }
 
   if (way === "pointer") await page.getByRole("tab", { name: "Scene" }).click()

@@ -53,7 +53,9 @@ const TAB = "collage-studio-document"
  * A reload gets its own again; a new tab the newest that no other tab has open, or else a new one. A duplicated tab, which
  * comes with the id of the first, goes on with a copy.
  */
-export async function claim(): Promise<SavedDocument | { id: string; document?: undefined }> {
+export async function claim(): Promise<
+  (SavedDocument | { id: string; document?: undefined }) & { copyOf?: string }
+> {
   const db = await database()
   const own = sessionStorage.getItem(TAB)
   if (own) {
@@ -61,7 +63,7 @@ export async function claim(): Promise<SavedDocument | { id: string; document?: 
     if (await hold(own)) return saved ?? keep({ id: own })
     const id = newId()
     await hold(id)
-    return keep(saved ? { ...saved, id } : { id })
+    return keep(saved ? { ...saved, id, copyOf: own } : { id })
   }
   const newest = await db.getAllFromIndex("documents", "at")
   for (const saved of newest.reverse()) if (await hold(saved.id)) return keep(saved)

@@ -21,8 +21,15 @@ const FIRST_SIDE = 128
 const MODELS_MS = 1500
 const VISITED = "visited"
 
-/** Answers once this tab's document stands; `isFirst`: whether it is the example, at somebody's first visit. */
-export async function start(): Promise<{ isFirst: boolean }> {
+export interface Started {
+  /** Whether the document is the example, at somebody's first visit. */
+  readonly isFirst: boolean
+  /** The document that this tab's is a copy of: it was duplicated. */
+  readonly copyOf?: string
+}
+
+/** Answers once this tab's document stands. */
+export async function start(): Promise<Started> {
   const models = awaitModels()
   const saved = await claim().catch(() => undefined)
   if (!saved) tell(words.status.unsaved, "error")
@@ -43,5 +50,5 @@ export async function start(): Promise<{ isFirst: boolean }> {
   useTab.setState({ id: saved?.id ?? "unsaved" })
   const visited = await setting<boolean>(VISITED).catch(() => undefined)
   if (!visited) await saveSetting(VISITED, true).catch(() => undefined)
-  return { isFirst: !visited && !saved?.document }
+  return { isFirst: !visited && !saved?.document, copyOf: saved?.copyOf }
 }

@@ -5,6 +5,7 @@ import { useStudio } from "../store"
 import { useProgress } from "../versions/progress"
 import { options, together, type Version } from "../versions/version"
 import { imageOf, pick, useVersions } from "../versions/versions"
+import { askAgain } from "../versions/watch"
 import { say } from "../voice"
 import { words } from "../words"
 import { Compare } from "./Compare"
@@ -136,6 +137,11 @@ function OptionTile(props: { version: Version; index: number; isChosen: boolean 
             <img src={preview} alt={`${name}: ${stand(version, progress)}`} />
           ) : (
             <span className="hint">{stand(version, progress)}</span>
+          )}
+          {!image && (version.state === "failed" || version.state === "cancelled") && (
+            <button type="button" className="plain" onClick={() => void askAgain(version.id)}>
+              {words.draw.again}
+            </button>
           )}
         </div>
         <figcaption>

@@ -4,14 +4,15 @@ import { showOnCanvas } from "../draw/looking"
 import { drawOptions } from "../draw/work"
 import { openStart } from "../export/files"
 import { trouble } from "../server"
-import { useTab } from "../start"
+import { type Started, useTab } from "../start"
 import { useStudio } from "../store"
 import { tell } from "../voice"
 import { isFinished } from "./version"
-import { pick, readVersions, useVersions, versionNamed } from "./versions"
+import { copyVersions, pick, readVersions, useVersions, versionNamed } from "./versions"
 import { keepWatch } from "./watch"
 
-export async function begin({ isFirst }: { isFirst: boolean }): Promise<void> {
+export async function begin({ isFirst, copyOf }: Started): Promise<void> {
+  if (copyOf) await copyVersions(copyOf, useTab.getState().id)
   const saved = await readVersions(useTab.getState().id)
   keepWatch()
   showOnCanvas()

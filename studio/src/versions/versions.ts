@@ -9,7 +9,7 @@ import { useStudio } from "../store"
 import { tell } from "../voice"
 import { words } from "../words"
 import { changes } from "./changes"
-import type { Version } from "./version"
+import { isFinished, type Version } from "./version"
 
 interface Versions {
   /** In the order of asking. */
@@ -39,6 +39,30 @@ export async function readVersions(collage: string): Promise<readonly Version[]>
   saved.sort((one, other) => one.number - other.number)
   useVersions.setState({ versions: saved, isRead: true })
   return saved
+}
+
+/**
+ * Gives a copied document copies of the versions that are drawn. Those under way stay with the first: no job is two tabs'.
+ */
+export async function copyVersions(from: string, to: string): Promise<void> {
+  const db = await database()
+  const versions = (await db.getAllFromIndex("versions", "collage", from)) as Version[]
+  const ids = new Map(versions.map(({ id }) => [id, newId()]))
+  const copied = (option: Option | undefined) => {
+    const version = option && ids.get(option.version)
+    return version ? { ...option, version } : undefined
+  }
+  const kept = versions.filter(isFinished)
+  for (const version of kept)
+    await db.put("versions", {
+      ...version,
+      id: ids.get(version.id) as string,
+      collage: to,
+      parent: copied(version.parent),
+      document: { ...version.document, drawn: copied(version.document.drawn) },
+    } as Version)
+  const { document, restore } = useStudio.getState()
+  restore({ ...document, drawn: copied(document.drawn) })
 }
 
 async function save(version: Version): Promise<void> {

@@ -2,7 +2,7 @@
 // watched from the last event that was taken in, while the page is seen.
 
 import { Code, ConnectError } from "@connectrpc/connect"
-import { picturesOf } from "../document"
+import { newId, picturesOf } from "../document"
 import type { JobEvent } from "../gen/collage/v1/collage_service_pb"
 import { load } from "../pictures"
 import { withPictures } from "../plan"
@@ -225,10 +225,10 @@ export async function cancel(id: string): Promise<void> {
   }
 }
 
-/** Asks once more for a version that failed: another job, in the same place of the tree. */
-export async function askAgain(id: string, requestId: string): Promise<void> {
+/** Asks once more for a version without pictures: another job, in the same place of the tree. */
+export async function askAgain(id: string): Promise<void> {
   await record(id, {
-    requestId,
+    requestId: newId(),
     job: undefined,
     sequence: 0n,
     state: "new",
