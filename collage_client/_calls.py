@@ -48,6 +48,7 @@ TERMINAL_EVENTS = frozenset({"done", "failed", "cancelled"})
 # their own loops, because a broken stream must not begin anew.
 _IDEMPOTENT = (
     "PlanCollage",
+    "CutOut",
     "CreateJob",
     "GetJob",
     "ListJobs",

@@ -77,6 +77,19 @@ class AsyncCollageClient:
         answer: pb.PlanCollageResponse = await self._calls.call("PlanCollage", request, span)
         return answer.plan
 
+    async def cut_out(
+        self, image: Picture, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S
+    ) -> blob_pb2.BlobRef:
+        """The object of a photograph, without its ground: a stored RGBA PNG, which a layer takes as its picture.
+
+        `fetch` gives its bytes. `model`: one of the server's cut-out models; "" is its default.
+        """
+        span = Span(timeout_s)
+        request = pb.CutOutRequest(image=picture(image), model=model)
+        await self._upload([request.image], span)
+        answer: pb.CutOutResponse = await self._calls.call("CutOut", request, span)
+        return answer.image.blob
+
     async def generate(
         self,
         collage: AnyCollage,

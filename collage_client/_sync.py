@@ -174,6 +174,7 @@ class CollageClient(_Twin[AsyncCollageClient]):
         return Job(self._loop, watched)
 
     plan = _waited(AsyncCollageClient.plan)
+    cut_out = _waited(AsyncCollageClient.cut_out)
     generate = _followed(AsyncCollageClient.generate)
     redo = _followed(AsyncCollageClient.redo)
     learn = _followed(AsyncCollageClient.learn)

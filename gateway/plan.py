@@ -80,6 +80,21 @@ class Planner:
         async with self._turns.turn(caller.get()):
             return await self._planned(work, request_id)
 
+    async def cut(self, picture: Picture, model: str) -> compositor_service_pb2.CutResponse:
+        """What is cut out of a picture, which stands at the request's `image`.
+
+        Raises:
+            InvalidRequest, MissingBlobs, Overloaded: as `accept`.
+        """
+        async with self._turns.turn(caller.get()):
+            stored = await self._put(picture)
+            if stored is None:
+                assert isinstance(picture, BlobRef), "bytes are stored"
+                raise MissingBlobs({"image": picture.sha256})
+            return await self._stages.cut(
+                compositor_service_pb2.CutRequest(image=wire.render_blob(stored), model=model)
+            )
+
     async def _accepted(
         self, work: Work, request_id: str, request_digest: str
     ) -> job_pb2.AcceptedJob:

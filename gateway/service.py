@@ -102,6 +102,17 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         drawing = await self._planner.plan(generate, request_id=request_id)
         return collage_service_pb2.PlanCollageResponse(plan=drawing.plan)
 
+    async def CutOut(
+        self, request: collage_service_pb2.CutOutRequest, context: Any
+    ) -> collage_service_pb2.CutOutResponse:
+        """The object of a photograph, as a blob."""
+        found = await self._planner.cut(
+            wire.parse_picture(request.image, Field("image")), request.model
+        )
+        answer = collage_service_pb2.CutOutResponse(model=found.model)
+        answer.image.blob.CopyFrom(found.image)
+        return answer
+
     async def CreateJob(
         self, request: collage_service_pb2.CreateJobRequest, context: Any
     ) -> collage_service_pb2.CreateJobResponse:

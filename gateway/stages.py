@@ -103,6 +103,15 @@ class Stages:
         )
         return await asked(call, {"collage": field["collage"], "redo": field})
 
+    async def cut(
+        self, request: compositor_service_pb2.CutRequest
+    ) -> compositor_service_pb2.CutResponse:
+        """What is cut out of a picture; the fields are the caller's own. Errors as in `compose`."""
+        call = self._compositor.Cut(
+            request, timeout=bounded(COMPOSE_TIMEOUT_S), metadata=outgoing()
+        )
+        return await asked(call)
+
     async def estimate(
         self, request: generator_service_pb2.EstimateRequest, field: Field
     ) -> generator_service_pb2.EstimateResponse:

@@ -78,9 +78,11 @@ def dots(file: Path, *, size=(80, 60), keypoints=17, names=("simcc_x", "simcc_y"
     return _save(file, nodes, constants, size=size, outputs=names)
 
 
-def models_file(folder: Path, detectors: dict, models: list | None = None) -> str:
-    """The path of a models.yaml with these detectors; files are relative to it."""
-    content = {"models": models or [], "detectors": detectors}
+def models_file(
+    folder: Path, detectors: dict, models: list | None = None, cutouts: dict | None = None
+) -> str:
+    """The path of a models.yaml with these detectors and cut-out models; files are relative to it."""
+    content = {"models": models or [], "detectors": detectors, "cutouts": cutouts or {}}
     (folder / "models.yaml").write_text(json.dumps(content))
     return str(folder / "models.yaml")
 

@@ -1,12 +1,38 @@
 """Cutting out: what the network finds is refined so that nothing of the old ground stays."""
 
+import asyncio
+import contextlib
+import io
+import shutil
+import time
+
+import cv2
+import grpc
 import numpy as np
 import pytest
+import pytest_asyncio
+from PIL import Image
 
-from services.common.models_file import BUNDLED_CUTOUT_NAME
+from collage.v1 import compositor_service_pb2, compositor_service_pb2_grpc
+from collage_client import AsyncCollageClient, CollageClient, CollageError
+from local import embedded
+from services.common.blobs import FolderBlobStore, put_blob
+from services.common.confined import Confined
+from services.common.errors import InvalidRequest, MissingBlobs, from_rpc
+from services.common.models_file import BUNDLED_CUTOUT, BUNDLED_CUTOUT_NAME, read_cutouts
+from services.common.pictures import MAX_PIXELS, encode_png
+from services.common.rpc import connect
+from services.common.settings import InvalidSetting
+from services.common.wire import render_blob
+from services.compositor.__main__ import Settings, build
 from services.compositor.cutout import NothingFound, cut, open_cutters
 from services.compositor.network import resized
+from testing import networks
+from testing import system as system_tools
 from testing.photographs import OBJECTS, halo, photograph
+from testing.waiting import until
+
+LIMIT_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +94,251 @@ def test_equal_pictures_give_equal_cut_outs():
         for _ in range(2)
     )
     assert np.array_equal(first, second)
+
+
+def test_of_a_larger_picture_the_edge_is_as_fine(network):
+    """It is solved small; alpha then follows from the colours of each pixel."""
+    truth = photograph("cookie-noto", side=1600)
+    seen, colour = halo(cut(network, opaque(truth.pixels_HW3)), truth)
+    assert seen < 8 and colour < 6
+
+
+# Through the service
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A models.yaml whose first cut-out model takes what is bright for the object."""
+    folder = tmp_path_factory.mktemp("networks")
+    networks.brightness(folder / "bright.onnx", keepdims=1)
+    told = {"file": "bright.onnx", "side": 64, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    return networks.models_file(
+        folder, {}, cutouts={"bright": told, "dark": {**told, "invert": True}}
+    )
+
+
+class Compositor:
+    """A running compositor, and the blobs that it works on."""
+
+    def __init__(self, stub, blobs):
+        self.stub = stub
+        self.blobs = blobs
+
+    async def cut(self, data, model=""):
+        ref = await put_blob(self.blobs, data, media_type="image/png")
+        request = compositor_service_pb2.CutRequest(image=render_blob(ref), model=model)
+        return await self.stub.Cut(request, timeout=LIMIT_S)
+
+    async def pixels(self, data, model=""):
+        answer = await self.cut(data, model)
+        png = await self.blobs.get(f"blobs/{answer.image.sha256}", limit_bytes=2**27)
+        with Image.open(io.BytesIO(png)) as picture:
+            assert (picture.format, picture.mode) == ("PNG", "RGBA")
+            return np.asarray(picture)
+
+    async def refused(self, data, model=""):
+        with pytest.raises(grpc.RpcError) as caught:
+            await self.cut(data, model)
+        return from_rpc(caught.value)
+
+
+@contextlib.asynccontextmanager
+async def running(folder, models):
+    settings = Settings(address="127.0.0.1:0", blobs=f"folder:{folder}", models=models, threads=1)
+    server = await build(settings)
+    await server.start()
+    blobs = FolderBlobStore(folder)
+    async with connect(server.address) as channel:
+        yield Compositor(compositor_service_pb2_grpc.CompositorServiceStub(channel), blobs)
+    await blobs.close()
+    await server.stop(drain_s=0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def compositor(tmp_path_factory, models):
+    async with running(tmp_path_factory.mktemp("compositor"), models) as compositor:
+        yield compositor
+
+
+in_module = pytest.mark.asyncio(loop_scope="module")
+
+
+def encoded(pixels, kind, mode="RGB", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def disc(height=120, width=80, *, bright=255, dark=0):
+    """A bright disc at the upper left."""
+    pixels_HW3 = np.full((height, width, 3), dark, np.uint8)
+    return cv2.circle(pixels_HW3, (30, 30), 20, (bright,) * 3, -1)
+
+
+@in_module
+async def test_an_operators_own_file_cuts_out(compositor):
+    answer = await compositor.cut(encode_png(disc()))
+    assert (answer.model, answer.image.media_type) == ("bright", "image/png")
+    bright_HW = (await compositor.pixels(encode_png(disc())))[..., 3]
+    dark_HW = (await compositor.pixels(encode_png(disc()), "dark"))[..., 3]
+    assert bright_HW[30, 30] == 255 and bright_HW[100, 60] == 0
+    assert dark_HW[30, 30] == 0 and dark_HW[100, 60] == 255
+    # The bundled one is there beside them.
+    cookie = encode_png(photograph("cookie-noto", side=128).pixels_HW3)
+    assert (await compositor.cut(cookie, BUNDLED_CUTOUT_NAME)).model == BUNDLED_CUTOUT_NAME
+
+
+@in_module
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(encoded(disc(), "JPEG", quality=95), id="JPEG"),
+        pytest.param(encoded(disc(), "JPEG", "CMYK", quality=95), id="CMYK"),
+        pytest.param(encoded(disc(), "JPEG", "L", quality=95), id="grey"),
+        pytest.param(encoded(disc(), "WEBP", lossless=True), id="WebP"),
+        pytest.param(encoded(disc(), "PNG", "P"), id="palette"),
+        pytest.param(
+            encoded(
+                np.rot90(disc()),
+                "JPEG",
+                quality=95,
+                exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+            ),
+            id="turned by EXIF",
+        ),
+    ],
+)
+async def test_pictures_of_every_form_come_out_upright(compositor, data):
+    found_HW4 = await compositor.pixels(data)
+    assert found_HW4.shape == (120, 80, 4)
+    assert found_HW4[30, 30, 3] == 255 and found_HW4[100, 60, 3] == 0
+
+
+@in_module
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        pytest.param(b"no picture", "is no picture", id="none"),
+        pytest.param(encode_png(disc())[:200], "damaged or cut short", id="cut short"),
+        pytest.param(encoded(np.zeros((8, 8), np.uint16), "PNG", "I;16"), "16 bits", id="16 bits"),
+        pytest.param(
+            system_tools.claimed_png(50_000, 50_000), f"at most {MAX_PIXELS}", id="a bomb"
+        ),
+    ],
+)
+async def test_what_is_no_picture_is_refused_at_its_field(compositor, data, told):
+    error = await compositor.refused(data)
+    assert isinstance(error, InvalidRequest)
+    (violation,) = error.violations
+    assert violation.field == "image" and told in violation.description
+
+
+@in_module
+async def test_where_nothing_is_found_the_answer_says_so(compositor):
+    for side in (1, 200):
+        error = await compositor.refused(encode_png(np.zeros((side, side, 3), np.uint8)))
+        assert (error.reason, error.violations[0].field) == ("NOTHING_FOUND", "image")
+
+
+@in_module
+async def test_unknown_models_and_missing_pictures(compositor):
+    error = await compositor.refused(encode_png(disc()), "rembg")
+    assert (error.reason, error.violations[0].field) == ("UNKNOWN_MODEL", "model")
+    assert "bright, dark, u2netp" in error.violations[0].description
+    request = compositor_service_pb2.CutRequest(image={"sha256": "0" * 64})
+    with pytest.raises(grpc.RpcError) as caught:
+        await compositor.stub.Cut(request, timeout=LIMIT_S)
+    assert isinstance(from_rpc(caught.value), MissingBlobs)
+
+
+@in_module
+async def test_equal_pictures_give_one_blob_and_what_is_lost_is_made_again(compositor):
+    data = encode_png(disc(bright=250))
+    first, second = await asyncio.gather(compositor.cut(data), compositor.cut(data))
+    assert first == second == await compositor.cut(data)
+    await compositor.blobs.delete(f"blobs/{first.image.sha256}")
+    assert await compositor.cut(data) == first
+    assert await compositor.blobs.stat(f"blobs/{first.image.sha256}")
+
+
+class Watched(Confined):
+    """The work of a compositor, for the test that looks at its processes."""
+
+    first = None
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # The first of a compositor's, which has the work of a lone caller.
+        Watched.first = Watched.first or self
+
+
+async def test_an_abandoned_call_ends_its_work_within_a_second(tmp_path, models, monkeypatch):
+    monkeypatch.setattr("services.compositor.__main__.Confined", Watched)
+    async with running(tmp_path, models) as compositor:
+        # Sixteen megapixels take seconds.
+        large = encode_png(disc(4000, 4000))
+        ref = await put_blob(compositor.blobs, large, media_type="image/png")
+        request = compositor_service_pb2.CutRequest(image=render_blob(ref))
+        call = compositor.stub.Cut(request, timeout=LIMIT_S)
+        await until(lambda: Watched.first._busy)
+        (child,) = Watched.first._busy
+        call.cancel()
+        start = time.monotonic()
+        await until(lambda: not Watched.first._busy)
+        assert time.monotonic() - start < 1
+        assert not child.is_running
+        await compositor.cut(encode_png(disc()))
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ({}, "cutouts.x.file: is missing"),
+        ({"file": "no.onnx"}, "cutouts.x.file: .* cannot be read"),
+        ({"file": "no.onnx", "form": "depth"}, "cutouts.x: has the key 'form'"),
+        ({"file": "sobel.onnx", "side": 7}, "cutouts.x.side: is 7"),
+        ({"file": "dots.onnx"}, "cutouts.x.file: .* required for form cutout"),
+    ],
+)
+def test_a_wrong_file_is_told_at_its_place(tmp_path, told, problem):
+    networks.sobel(tmp_path / "sobel.onnx")
+    networks.dots(tmp_path / "dots.onnx")
+    models = networks.models_file(tmp_path, {}, cutouts={"x": told})
+    with pytest.raises(InvalidSetting, match=problem):
+        open_cutters(models, threads=1, checks=True)
+
+
+def test_the_first_named_is_the_default_and_the_bundled_name_can_be_taken(tmp_path):
+    shutil.copy(BUNDLED_CUTOUT, tmp_path / "other.onnx")
+    models = networks.models_file(
+        tmp_path, {}, cutouts={"a": {"file": "x"}, BUNDLED_CUTOUT_NAME: {"file": "other.onnx"}}
+    )
+    found = read_cutouts(models)
+    assert [each.kind for each in found] == ["a", BUNDLED_CUTOUT_NAME]
+    assert found[1].file == tmp_path / "other.onnx"
+
+
+# From end to end
+
+
+async def test_the_client_cuts_out_what_a_layer_takes(tmp_path):
+    truth = photograph("cookie-noto", side=256)
+    photo = encode_png(truth.pixels_HW3)
+    server = await embedded.start(tmp_path / "data", threads=1)
+    try:
+        async with AsyncCollageClient(server.address) as client:
+            blob = await client.cut_out(photo)
+            with Image.open(io.BytesIO(await client.fetch(blob))) as picture:
+                found_HW4 = np.asarray(picture)
+            assert found_HW4.shape == (256, 256, 4)
+            assert np.abs(found_HW4[..., 3] / 255 - truth.alpha_HW).mean() < 0.02
+            with pytest.raises(CollageError) as caught:
+                await client.cut_out(photo, model="none")
+            assert caught.value.reason == "UNKNOWN_MODEL"
+            with pytest.raises(CollageError) as caught:
+                await client.cut_out(b"no picture")
+            assert [each.field for each in caught.value.field_violations] == ["image"]
+        with CollageClient(server.address) as sync:
+            assert await asyncio.to_thread(sync.cut_out, photo) == blob
+    finally:
+        await server.stop()

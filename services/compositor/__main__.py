@@ -10,6 +10,7 @@ from services.common.settings import CompositorSettings as Settings
 from services.common.settings import open_blobs, read, run
 from services.common.telemetry import serve_metrics, start_logging
 from services.common.turns import Place
+from services.compositor.cutout import open_cutters
 from services.compositor.detector import open_detectors
 from services.compositor.service import (
     KEPT,
@@ -30,6 +31,8 @@ async def build(settings: Settings) -> Server:
     # Opened here for what is wrong with them, and again by each process that draws with them.
     detectors = await asyncio.to_thread(open_detectors, settings.models, threads=threads)
     digests = {kind: detector.digest for kind, detector in detectors.items()}
+    opened = await asyncio.to_thread(open_cutters, settings.models, threads=threads, checks=True)
+    cutters = {name: cutter.digest for name, cutter in opened.items()}
     work = {
         place: Confined(
             "services.compositor.making:confined",
@@ -45,7 +48,7 @@ async def build(settings: Settings) -> Server:
             (Place.OPEN, MAX_RUNNING, OPEN_NICENESS),
         )
     }
-    servicer = CompositorServicer(blobs, digests, work)
+    servicer = CompositorServicer(blobs, digests, cutters, work)
     server = Server("compositor", settings.address)
     compositor_service_pb2_grpc.add_CompositorServiceServicer_to_server(servicer, server.grpc)
     server.add("collage.v1.CompositorService")

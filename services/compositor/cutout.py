@@ -16,7 +16,7 @@ from services.compositor.matting import matte
 from services.compositor.network import Network, digest_of, file_of
 from services.compositor.structure import on_ground
 
-# Part of every answer's key: raise it when the same picture and network give another cut-out.
+# Part of every digest: raise it when the same picture and network give another cut-out.
 VERSION = 1
 # A network whose alpha is nowhere above this has found nothing.
 _FOUND = 0.5
@@ -31,12 +31,12 @@ class NothingFound(Exception):
 class Cutter:
     """One network that cuts objects out, opened when it is first needed.
 
-    name: what requests call it. digest: names its file and settings.
+    name: what requests call it. digest: names its file, its settings and what is made of its alpha.
     """
 
     def __init__(self, source: DetectorSource, *, threads: int) -> None:
         self.name = source.kind
-        self.digest = digest_of(source, file_of(source))
+        self.digest = f"{VERSION} {digest_of(source, file_of(source))}"
         self._source = source
         self._threads = threads
 

@@ -1,5 +1,7 @@
 """A work and its encoded pictures to an encoded composition: `make`, and `confined` as a process of its own does it.
 
+Such a process also cuts objects out of pictures.
+
 Pictures of strangers are decoded here, and nowhere else in a compositor.
 """
 
@@ -16,10 +18,11 @@ from services.common.confined import Work as ConfinedWork
 from services.common.errors import InvalidRequest, Violation
 from services.common.pictures import InvalidPicture, decode, decode_opaque, encode_png
 from services.compositor.compose import ComposedLayer, Composition, compose
+from services.compositor.cutout import Cutter, NothingFound, cut, open_cutters
 from services.compositor.detector import open_detectors
 from services.compositor.placement import stretch
 from services.compositor.structure import DETECTORS, Detector
-from services.compositor.work import Work, parse
+from services.compositor.work import CUT, Work, parse
 
 # Is told the field path of each picture as it is begun on.
 Begin = Callable[[str], None]
@@ -36,10 +39,11 @@ class Files:
 
 
 def confined(models: str, threads: str) -> ConfinedWork:
-    """What a process of its own does: the request and its pictures in, the answer and its files out.
+    """What a process of its own does, by the word that its first part is.
 
-    In come the request and, in the order of their digests, the stored pictures that it refers to; out go the answer
-    without references, the plate, the composite and the masks.
+    `COMPOSE`: in come the request and, in the order of their digests, the stored pictures that it refers to; out go the
+    answer without references, the plate, the composite and the masks. `CUT`: in come the name of a model and a picture;
+    out goes a PNG of its object.
 
     Args:
         models: see `open_detectors`.
@@ -48,8 +52,14 @@ def confined(models: str, threads: str) -> ConfinedWork:
     detectors = open_detectors(models, threads=int(threads))
     digests = {kind: detector.digest for kind, detector in detectors.items()}
 
+    cutters = open_cutters(models, threads=int(threads))
+
     def work(parts: list[bytes], begin: Begin) -> list[bytes]:
-        request, *pictures = parts
+        word, request, *pictures = parts
+        if word == CUT:
+            (picture,) = pictures
+            begin("image")
+            return [cut_out(cutters[request.decode()], picture)]
         asked = parse(compositor_service_pb2.ComposeRequest.FromString(request), digests)
         stored = dict(zip(asked.stored(), pictures, strict=True))
         data = {
@@ -95,6 +105,24 @@ def make(
         composite=encode_png(composition.plate.composite_HWC),
         masks=tuple(encode_png(layer.mask(work.collage.size)) for layer in composition.layers),
     )
+
+
+def cut_out(cutter: Cutter, data: bytes) -> bytes:
+    """The object of an encoded picture, as an RGBA PNG.
+
+    Raises:
+        InvalidRequest: it cannot be used, or nothing is found in it.
+    """
+    try:
+        return encode_png(cut(cutter.network, decode(data)))
+    except InvalidPicture as error:
+        raise InvalidRequest.of("image", str(error)) from error
+    except NothingFound as error:
+        raise InvalidRequest.of(
+            "image",
+            f"is a picture in which {cutter.name} finds no object; required: one that stands out from its ground",
+            reason="NOTHING_FOUND",
+        ) from error
 
 
 def _cutouts(

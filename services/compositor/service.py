@@ -1,17 +1,18 @@
-"""CompositorService over gRPC: requests to compositions, with pictures read from and written to the blob store.
+"""CompositorService over gRPC: requests to compositions and cut-outs, pictures read from and written to the blob store.
 
-Main type: `CompositorServicer`. A composition is kept under the digest of its inputs, and equal requests at one time
+Main type: `CompositorServicer`. What is made is kept under the digest of its inputs, and equal requests at one time
 are worked out once. The work itself is done by processes that can be ended; this module sees no pixel.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from collage.v1 import compositor_service_pb2, compositor_service_pb2_grpc
+from collage.v1 import blob_pb2, compositor_service_pb2, compositor_service_pb2_grpc
 from services.common import limits, wire
 from services.common.blobs import (
     BlobCorrupt,
@@ -23,11 +24,11 @@ from services.common.blobs import (
 )
 from services.common.collage import Picture
 from services.common.confined import Confined
-from services.common.errors import InvalidRequest, MissingBlobs, Violation
+from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
 from services.common.pictures import MAX_ENCODED_BYTES
 from services.common.rpc import caller
 from services.common.turns import Place, Turns
-from services.compositor.work import Work, parse
+from services.compositor.work import COMPOSE, CUT, Work, parse
 
 # Compositions worked out at once, beside one of a caller whose compositions are short. Each takes a core and, at
 # worst, about 1.3 GiB, and what a detector's network takes.
@@ -44,11 +45,14 @@ MAX_COLLAGE_BYTES = 128 * 1024 * 1024
 MAX_ANSWER_BYTES = 256 * 1024
 
 
-@dataclass(slots=True)
-class _Making:
-    """A composition that is being made, and how many calls wait for it."""
+Answer = TypeVar("Answer")
 
-    task: asyncio.Task[compositor_service_pb2.ComposeResponse]
+
+@dataclass(slots=True)
+class _Making(Generic[Answer]):
+    """An answer that is being made, and how many calls wait for it."""
+
+    task: asyncio.Task[Answer]
     waiting: int = 0
 
 
@@ -58,14 +62,20 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
     Args:
         blobs: the pictures, and where what is made of them is put.
         detectors: the digests of what draws control pictures, by kind.
+        cutters: the digests of what cuts objects out, by name, the default first.
         work: the processes of each place.
     """
 
     def __init__(
-        self, blobs: BlobStore, detectors: Mapping[str, str], work: Mapping[Place, Confined]
+        self,
+        blobs: BlobStore,
+        detectors: Mapping[str, str],
+        cutters: Mapping[str, str],
+        work: Mapping[Place, Confined],
     ) -> None:
         self._blobs = blobs
         self._detectors = detectors
+        self._cutters = cutters
         self._work = work
         self._turns = Turns(
             "collages to be composed",
@@ -75,7 +85,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
             waiting=MAX_WAITING,
             caller_waiting=MAX_CALLER_WAITING,
         )
-        self._making: dict[str, _Making] = {}
+        self._making: dict[str, _Making[Any]] = {}
 
     async def Compose(
         self, request: compositor_service_pb2.ComposeRequest, context: Any
@@ -84,7 +94,28 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         work = parse(request, self._detectors)
         key = f"plates/{work.digest()}"
         answer = await self._kept(key)
-        return await self._shared(key, request, work) if answer is None else answer
+        if answer is not None:
+            return answer
+        return await self._shared(key, lambda: self._make(key, request, work))
+
+    async def Cut(
+        self, request: compositor_service_pb2.CutRequest, context: Any
+    ) -> compositor_service_pb2.CutResponse:
+        """See compositor_service.proto."""
+        name = request.model or next(iter(self._cutters))
+        if name not in self._cutters:
+            raise InvalidRequest.of(
+                "model",
+                f"is {quote(name)}; allowed: {', '.join(self._cutters)}",
+                reason="UNKNOWN_MODEL",
+            )
+        picture = wire.parse_blob(request.image, "image")
+        told = f"{self._cutters[name]} {picture.sha256}"
+        key = f"cutouts/{hashlib.sha256(told.encode()).hexdigest()}"
+        image = await self._kept_cutout(key)
+        if image is None:
+            image = await self._shared(key, lambda: self._cut(key, name, picture))
+        return compositor_service_pb2.CutResponse(image=image, model=name)
 
     async def DescribeDetectors(
         self, request: compositor_service_pb2.DescribeDetectorsRequest, context: Any
@@ -92,14 +123,11 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         """See compositor_service.proto."""
         return compositor_service_pb2.DescribeDetectorsResponse(kinds=sorted(self._detectors))
 
-    async def _shared(
-        self, key: str, request: compositor_service_pb2.ComposeRequest, work: Work
-    ) -> compositor_service_pb2.ComposeResponse:
+    async def _shared(self, key: str, make: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
         """The answer of the one making of these inputs, which ends when nobody waits for it any more."""
-        making = self._making.get(key)
+        making: _Making[Answer] | None = self._making.get(key)
         if making is None:
-            making = _Making(asyncio.create_task(self._make(key, request, work)))
-            self._making[key] = making
+            making = self._making[key] = _Making(asyncio.create_task(make()))
         making.waiting += 1
         try:
             return await asyncio.shield(making.task)
@@ -115,13 +143,38 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         async with self._turns.turn(caller.get()) as place:
             found = await self._fetch(work.pictures())
             parts = await self._work[place].run(
-                [request.SerializeToString(), *(found[digest] for digest in work.stored())],
+                [
+                    COMPOSE,
+                    request.SerializeToString(),
+                    *(found[digest] for digest in work.stored()),
+                ],
                 "collage",
             )
         answer = await self._store(parts)
         data = answer.SerializeToString(deterministic=True)
         await self._blobs.put(key, data, media_type="application/x-protobuf")
         return answer
+
+    async def _cut(self, key: str, name: str, picture: BlobRef) -> blob_pb2.BlobRef:
+        async with self._turns.turn(caller.get()) as place:
+            found = await self._fetch({"image": picture})
+            (png,) = await self._work[place].run(
+                [CUT, name.encode(), found[picture.sha256]], "image"
+            )
+        ref = wire.render_blob(await put_blob(self._blobs, png, media_type="image/png"))
+        data = ref.SerializeToString(deterministic=True)
+        await self._blobs.put(key, data, media_type="application/x-protobuf")
+        return ref
+
+    async def _kept_cutout(self, key: str) -> blob_pb2.BlobRef | None:
+        """What was cut out with these inputs before, if it is still there."""
+        try:
+            data = await self._blobs.get(key, limit_bytes=MAX_ANSWER_BYTES)
+            kept = blob_pb2.BlobRef.FromString(data)
+            ref = wire.parse_blob(kept, "kept")
+        except (BlobMissing, BlobCorrupt, BlobTooLarge, DecodeError, InvalidRequest):
+            return None
+        return kept if await self._blobs.stat(ref.key) else None
 
     async def _kept(self, key: str) -> compositor_service_pb2.ComposeResponse | None:
         """The answer given to these inputs before, if everything it refers to is still there."""

@@ -16,6 +16,8 @@ from services.compositor.structure import DETECTORS
 # Part of every digest of inputs: raise it when the same inputs give another composition.
 VERSION = 3
 MAX_LATENT_FACTOR = 64
+# What a process that works is asked for, before what it is asked with.
+COMPOSE, CUT = b"compose", b"cut"
 # The kinds that are drawn without a file.
 DRAWN = {kind: detector.digest for kind, detector in DETECTORS.items()}
 

@@ -51,6 +51,22 @@ class PlanCollageResponse(_message.Message):
     plan: Plan
     def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
 
+class CutOutRequest(_message.Message):
+    __slots__ = ("image", "model")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    image: _blob_pb2.Image
+    model: str
+    def __init__(self, image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+
+class CutOutResponse(_message.Message):
+    __slots__ = ("image", "model")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    image: _blob_pb2.Image
+    model: str
+    def __init__(self, image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+
 class Plan(_message.Message):
     __slots__ = ("composite", "layers", "warnings", "prompt", "sampling", "prompt_tokens", "prompt_tokens_limit", "estimated_seconds", "estimated_memory_bytes", "estimated_seconds_low", "estimated_seconds_high")
     COMPOSITE_FIELD_NUMBER: _ClassVar[int]

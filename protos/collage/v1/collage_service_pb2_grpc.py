@@ -49,6 +49,11 @@ class CollageServiceStub:
                 request_serializer=collage_dot_v1_dot_collage__service__pb2.PlanCollageRequest.SerializeToString,
                 response_deserializer=collage_dot_v1_dot_collage__service__pb2.PlanCollageResponse.FromString,
                 _registered_method=True)
+        self.CutOut = channel.unary_unary(
+                '/collage.v1.CollageService/CutOut',
+                request_serializer=collage_dot_v1_dot_collage__service__pb2.CutOutRequest.SerializeToString,
+                response_deserializer=collage_dot_v1_dot_collage__service__pb2.CutOutResponse.FromString,
+                _registered_method=True)
         self.CreateJob = channel.unary_unary(
                 '/collage.v1.CollageService/CreateJob',
                 request_serializer=collage_dot_v1_dot_collage__service__pb2.CreateJobRequest.SerializeToString,
@@ -137,6 +142,14 @@ class CollageServiceServicer:
     def PlanCollage(self, request, context):
         """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
         control pictures.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CutOut(self, request, context):
+        """Cuts the object out of a photograph: what a network on the CPU finds in it, its edge then refined from the colours, so
+        that none of the ground's stay. Equal pictures and models give equal answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -249,6 +262,11 @@ def add_CollageServiceServicer_to_server(servicer, server):
                     request_deserializer=collage_dot_v1_dot_collage__service__pb2.PlanCollageRequest.FromString,
                     response_serializer=collage_dot_v1_dot_collage__service__pb2.PlanCollageResponse.SerializeToString,
             ),
+            'CutOut': grpc.unary_unary_rpc_method_handler(
+                    servicer.CutOut,
+                    request_deserializer=collage_dot_v1_dot_collage__service__pb2.CutOutRequest.FromString,
+                    response_serializer=collage_dot_v1_dot_collage__service__pb2.CutOutResponse.SerializeToString,
+            ),
             'CreateJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateJob,
                     request_deserializer=collage_dot_v1_dot_collage__service__pb2.CreateJobRequest.FromString,
@@ -357,6 +375,33 @@ class CollageService:
             '/collage.v1.CollageService/PlanCollage',
             collage_dot_v1_dot_collage__service__pb2.PlanCollageRequest.SerializeToString,
             collage_dot_v1_dot_collage__service__pb2.PlanCollageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CutOut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collage.v1.CollageService/CutOut',
+            collage_dot_v1_dot_collage__service__pb2.CutOutRequest.SerializeToString,
+            collage_dot_v1_dot_collage__service__pb2.CutOutResponse.FromString,
             options,
             channel_credentials,
             insecure,

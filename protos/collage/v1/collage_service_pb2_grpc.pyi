@@ -47,6 +47,10 @@ class CollageServiceStub:
     """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
     control pictures.
     """
+    CutOut: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.CutOutRequest, _collage_service_pb2.CutOutResponse]
+    """Cuts the object out of a photograph: what a network on the CPU finds in it, its edge then refined from the colours, so
+    that none of the ground's stay. Equal pictures and models give equal answers.
+    """
     CreateJob: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.CreateJobRequest, _collage_service_pb2.CreateJobResponse]
     """Queues work and answers at once. Idempotent by request_id."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_collage_service_pb2.GetJobRequest, _collage_service_pb2.GetJobResponse]
@@ -96,6 +100,10 @@ class CollageServiceAsyncStub(CollageServiceStub):
     PlanCollage: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.PlanCollageRequest, _collage_service_pb2.PlanCollageResponse]  # type: ignore[assignment]
     """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
     control pictures.
+    """
+    CutOut: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.CutOutRequest, _collage_service_pb2.CutOutResponse]  # type: ignore[assignment]
+    """Cuts the object out of a photograph: what a network on the CPU finds in it, its edge then refined from the colours, so
+    that none of the ground's stay. Equal pictures and models give equal answers.
     """
     CreateJob: _aio.UnaryUnaryMultiCallable[_collage_service_pb2.CreateJobRequest, _collage_service_pb2.CreateJobResponse]  # type: ignore[assignment]
     """Queues work and answers at once. Idempotent by request_id."""
@@ -149,6 +157,16 @@ class CollageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_collage_service_pb2.PlanCollageResponse, _abc.Awaitable[_collage_service_pb2.PlanCollageResponse]]:
         """Validates, resolves every dial, draws composite and masks, estimates cost. Runs no model but the detectors that draw
         control pictures.
+        """
+
+    @_abc_1.abstractmethod
+    def CutOut(
+        self,
+        request: _collage_service_pb2.CutOutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_collage_service_pb2.CutOutResponse, _abc.Awaitable[_collage_service_pb2.CutOutResponse]]:
+        """Cuts the object out of a photograph: what a network on the CPU finds in it, its edge then refined from the colours, so
+        that none of the ground's stay. Equal pictures and models give equal answers.
         """
 
     @_abc_1.abstractmethod

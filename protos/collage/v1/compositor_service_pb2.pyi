@@ -44,6 +44,22 @@ class ComposeResponse(_message.Message):
     largest_noise: float
     def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ..., largest_noise: _Optional[float] = ...) -> None: ...
 
+class CutRequest(_message.Message):
+    __slots__ = ("image", "model")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    image: _blob_pb2.BlobRef
+    model: str
+    def __init__(self, image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+
+class CutResponse(_message.Message):
+    __slots__ = ("image", "model")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    image: _blob_pb2.BlobRef
+    model: str
+    def __init__(self, image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+
 class DescribeDetectorsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -40,6 +40,11 @@ class CompositorServiceStub:
                 request_serializer=collage_dot_v1_dot_compositor__service__pb2.ComposeRequest.SerializeToString,
                 response_deserializer=collage_dot_v1_dot_compositor__service__pb2.ComposeResponse.FromString,
                 _registered_method=True)
+        self.Cut = channel.unary_unary(
+                '/collage.v1.CompositorService/Cut',
+                request_serializer=collage_dot_v1_dot_compositor__service__pb2.CutRequest.SerializeToString,
+                response_deserializer=collage_dot_v1_dot_compositor__service__pb2.CutResponse.FromString,
+                _registered_method=True)
         self.DescribeDetectors = channel.unary_unary(
                 '/collage.v1.CompositorService/DescribeDetectors',
                 request_serializer=collage_dot_v1_dot_compositor__service__pb2.DescribeDetectorsRequest.SerializeToString,
@@ -53,6 +58,13 @@ class CompositorServiceServicer:
 
     def Compose(self, request, context):
         """The same request gives the same digests; a plate made before is found, not made again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cut(self, request, context):
+        """Cuts the object out of a photograph. The same request gives the same digest; what was cut out before is found.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_CompositorServiceServicer_to_server(servicer, server):
                     servicer.Compose,
                     request_deserializer=collage_dot_v1_dot_compositor__service__pb2.ComposeRequest.FromString,
                     response_serializer=collage_dot_v1_dot_compositor__service__pb2.ComposeResponse.SerializeToString,
+            ),
+            'Cut': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cut,
+                    request_deserializer=collage_dot_v1_dot_compositor__service__pb2.CutRequest.FromString,
+                    response_serializer=collage_dot_v1_dot_compositor__service__pb2.CutResponse.SerializeToString,
             ),
             'DescribeDetectors': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeDetectors,
@@ -107,6 +124,33 @@ class CompositorService:
             '/collage.v1.CompositorService/Compose',
             collage_dot_v1_dot_compositor__service__pb2.ComposeRequest.SerializeToString,
             collage_dot_v1_dot_compositor__service__pb2.ComposeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collage.v1.CompositorService/Cut',
+            collage_dot_v1_dot_compositor__service__pb2.CutRequest.SerializeToString,
+            collage_dot_v1_dot_compositor__service__pb2.CutResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class CompositorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CompositorServiceAsyncStub: ...
     Compose: _grpc.UnaryUnaryMultiCallable[_compositor_service_pb2.ComposeRequest, _compositor_service_pb2.ComposeResponse]
     """The same request gives the same digests; a plate made before is found, not made again."""
+    Cut: _grpc.UnaryUnaryMultiCallable[_compositor_service_pb2.CutRequest, _compositor_service_pb2.CutResponse]
+    """Cuts the object out of a photograph. The same request gives the same digest; what was cut out before is found."""
     DescribeDetectors: _grpc.UnaryUnaryMultiCallable[_compositor_service_pb2.DescribeDetectorsRequest, _compositor_service_pb2.DescribeDetectorsResponse]
     """What control pictures are drawn here."""
 
@@ -45,6 +47,8 @@ class CompositorServiceAsyncStub(CompositorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Compose: _aio.UnaryUnaryMultiCallable[_compositor_service_pb2.ComposeRequest, _compositor_service_pb2.ComposeResponse]  # type: ignore[assignment]
     """The same request gives the same digests; a plate made before is found, not made again."""
+    Cut: _aio.UnaryUnaryMultiCallable[_compositor_service_pb2.CutRequest, _compositor_service_pb2.CutResponse]  # type: ignore[assignment]
+    """Cuts the object out of a photograph. The same request gives the same digest; what was cut out before is found."""
     DescribeDetectors: _aio.UnaryUnaryMultiCallable[_compositor_service_pb2.DescribeDetectorsRequest, _compositor_service_pb2.DescribeDetectorsResponse]  # type: ignore[assignment]
     """What control pictures are drawn here."""
 
@@ -58,6 +62,14 @@ class CompositorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_compositor_service_pb2.ComposeResponse, _abc.Awaitable[_compositor_service_pb2.ComposeResponse]]:
         """The same request gives the same digests; a plate made before is found, not made again."""
+
+    @_abc_1.abstractmethod
+    def Cut(
+        self,
+        request: _compositor_service_pb2.CutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_compositor_service_pb2.CutResponse, _abc.Awaitable[_compositor_service_pb2.CutResponse]]:
+        """Cuts the object out of a photograph. The same request gives the same digest; what was cut out before is found."""
 
     @_abc_1.abstractmethod
     def DescribeDetectors(

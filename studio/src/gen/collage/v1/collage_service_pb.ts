@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file collage/v1/collage_service.proto.
  */
 export const file_collage_v1_collage_service: GenFile = /*@__PURE__*/
-  fileDesc("CiBjb2xsYWdlL3YxL2NvbGxhZ2Vfc2VydmljZS5wcm90bxIKY29sbGFnZS52MSJiChJQbGFuQ29sbGFnZVJlcXVlc3QSJAoHY29sbGFnZRgBIAEoCzITLmNvbGxhZ2UudjEuQ29sbGFnZRImCghzYW1wbGluZxgCIAEoCzIULmNvbGxhZ2UudjEuU2FtcGxpbmciNQoTUGxhbkNvbGxhZ2VSZXNwb25zZRIeCgRwbGFuGAEgASgLMhAuY29sbGFnZS52MS5QbGFuIuICCgRQbGFuEiYKCWNvbXBvc2l0ZRgBIAEoCzITLmNvbGxhZ2UudjEuQmxvYlJlZhIlCgZsYXllcnMYAiADKAsyFS5jb2xsYWdlLnYxLkxheWVyUGxhbhIlCgh3YXJuaW5ncxgDIAMoCzITLmNvbGxhZ2UudjEuV2FybmluZxIOCgZwcm9tcHQYBCABKAkSJgoIc2FtcGxpbmcYBSABKAsyFC5jb2xsYWdlLnYxLlNhbXBsaW5nEhUKDXByb21wdF90b2tlbnMYBiABKAUSGwoTcHJvbXB0X3Rva2Vuc19saW1pdBgHIAEoBRIZChFlc3RpbWF0ZWRfc2Vjb25kcxgIIAEoARIeChZlc3RpbWF0ZWRfbWVtb3J5X2J5dGVzGAkgASgDEh0KFWVzdGltYXRlZF9zZWNvbmRzX2xvdxgKIAEoARIeChZlc3RpbWF0ZWRfc2Vjb25kc19oaWdoGAsgASgBIqoBChBDcmVhdGVKb2JSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSLAoIZ2VuZXJhdGUYAiABKAsyGC5jb2xsYWdlLnYxLkdlbmVyYXRlV29ya0gAEiQKBHJlZG8YAyABKAsyFC5jb2xsYWdlLnYxLlJlZG9Xb3JrSAASJgoFbGVhcm4YBCABKAsyFS5jb2xsYWdlLnYxLkxlYXJuV29ya0gAQgYKBHdvcmsidwoMR2VuZXJhdGVXb3JrEiQKB2NvbGxhZ2UYASABKAsyEy5jb2xsYWdlLnYxLkNvbGxhZ2USJgoIc2FtcGxpbmcYAiABKAsyFC5jb2xsYWdlLnYxLlNhbXBsaW5nEhkKEXNraXBfZmFpbGVkX3dvcmRzGAMgASgIIvgBCghSZWRvV29yaxIkCgdjb2xsYWdlGAEgASgLMhMuY29sbGFnZS52MS5Db2xsYWdlEiEKBnBhcmVudBgCIAEoCzIRLmNvbGxhZ2UudjEuSW1hZ2USDgoGbGF5ZXJzGAMgAygJEiYKCHNhbXBsaW5nGAQgASgLMhQuY29sbGFnZS52MS5TYW1wbGluZxIUCgdmZWF0aGVyGAUgASgBSACIAQESGwoOcmVzdG9yZV9jdXRvdXQYBiABKAhIAYgBARIZChFza2lwX2ZhaWxlZF93b3JkcxgHIAEoCEIKCghfZmVhdGhlckIRCg9fcmVzdG9yZV9jdXRvdXQiUAoJTGVhcm5Xb3JrEiQKB2NvbGxhZ2UYASABKAsyEy5jb2xsYWdlLnYxLkNvbGxhZ2USDgoGbGF5ZXJzGAIgAygJEg0KBW1vZGVsGAMgASgJIjEKEUNyZWF0ZUpvYlJlc3BvbnNlEhwKA2pvYhgBIAEoCzIPLmNvbGxhZ2UudjEuSm9iIt4CCgNKb2ISDAoEbmFtZRgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJEiMKBXN0YXRlGAMgASgOMhQuY29sbGFnZS52MS5Kb2JTdGF0ZRIvCgtjcmVhdGVfdGltZRgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLgoKc3RhcnRfdGltZRgFIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoIZW5kX3RpbWUYBiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhAKCGF0dGVtcHRzGAcgASgFEh4KBHBsYW4YCCABKAsyEC5jb2xsYWdlLnYxLlBsYW4SKgoGaW1hZ2VzGAkgAygLMhouY29sbGFnZS52MS5HZW5lcmF0ZWRJbWFnZRIjCgVlcnJvchgKIAEoCzIULmNvbGxhZ2UudjEuSm9iRXJyb3IiUAoISm9iRXJyb3ISDAoEY29kZRgBIAEoBRIPCgdtZXNzYWdlGAIgASgJEiUKB2RldGFpbHMYAyADKAsyFC5nb29nbGUucHJvdG9idWYuQW55IqwBCg5HZW5lcmF0ZWRJbWFnZRINCgVpbmRleBgBIAEoBRIMCgRzZWVkGAIgASgEEiEKBGJsb2IYAyABKAsyEy5jb2xsYWdlLnYxLkJsb2JSZWYSFAoMbW9kZWxfZGlnZXN0GAQgASgJEhsKDmNoYW5nZWRfcGl4ZWxzGAUgASgDSACIAQESFAoMZG93bmxvYWRfdXJsGAYgASgJQhEKD19jaGFuZ2VkX3BpeGVscyIdCg1HZXRKb2JSZXF1ZXN0EgwKBG5hbWUYASABKAkiLgoOR2V0Sm9iUmVzcG9uc2USHAoDam9iGAEgASgLMg8uY29sbGFnZS52MS5Kb2IiOAoPTGlzdEpvYnNSZXF1ZXN0EhEKCXBhZ2Vfc2l6ZRgBIAEoBRISCgpwYWdlX3Rva2VuGAIgASgJIkoKEExpc3RKb2JzUmVzcG9uc2USHQoEam9icxgBIAMoCzIPLmNvbGxhZ2UudjEuSm9iEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSIgChBDYW5jZWxKb2JSZXF1ZXN0EgwKBG5hbWUYASABKAkiMQoRQ2FuY2VsSm9iUmVzcG9uc2USHAoDam9iGAEgASgLMg8uY29sbGFnZS52MS5Kb2IiNwoPV2F0Y2hKb2JSZXF1ZXN0EgwKBG5hbWUYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAMiNwoQV2F0Y2hKb2JSZXNwb25zZRIjCgVldmVudBgBIAEoCzIULmNvbGxhZ2UudjEuSm9iRXZlbnQimgQKCEpvYkV2ZW50EgsKA2pvYhgBIAEoCRIQCghzZXF1ZW5jZRgCIAEoAxIoCgR0aW1lGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIkCgZxdWV1ZWQYBCABKAsyEi5jb2xsYWdlLnYxLlF1ZXVlZEgAEjEKDXN0YWdlX3N0YXJ0ZWQYBSABKAsyGC5jb2xsYWdlLnYxLlN0YWdlU3RhcnRlZEgAEiYKB3BsYW5uZWQYBiABKAsyEy5jb2xsYWdlLnYxLlBsYW5uZWRIABIgCgRzdGVwGAcgASgLMhAuY29sbGFnZS52MS5TdGVwSAASJgoHcHJldmlldxgIIAEoCzITLmNvbGxhZ2UudjEuUHJldmlld0gAEigKBHdvcmQYCSABKAsyGC5jb2xsYWdlLnYxLldvcmRQcm9ncmVzc0gAEisKBWltYWdlGAogASgLMhouY29sbGFnZS52MS5HZW5lcmF0ZWRJbWFnZUgAEiYKB3dhcm5pbmcYCyABKAsyEy5jb2xsYWdlLnYxLldhcm5pbmdIABIgCgRkb25lGAwgASgLMhAuY29sbGFnZS52MS5Eb25lSAASJgoGZmFpbGVkGA0gASgLMhQuY29sbGFnZS52MS5Kb2JFcnJvckgAEikKCWNhbmNlbGxlZBgOIAEoCzIULmNvbGxhZ2UudjEuSm9iRXJyb3JIAEIGCgRraW5kIhoKBlF1ZXVlZBIQCghwb3NpdGlvbhgBIAEoBSIuCgxTdGFnZVN0YXJ0ZWQSDQoFc3RhZ2UYASABKAkSDwoHYXR0ZW1wdBgCIAEoBSIpCgdQbGFubmVkEh4KBHBsYW4YASABKAsyEC5jb2xsYWdlLnYxLlBsYW4iIwoEU3RlcBIMCgRzdGVwGAEgASgFEg0KBXRvdGFsGAIgASgFIjMKB1ByZXZpZXcSDQoFaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRILCgNwbmcYAyABKAwiVgoMV29yZFByb2dyZXNzEg0KBWxheWVyGAEgASgJEgwKBHN0ZXAYAiABKAUSDQoFdG90YWwYAyABKAUSDAoEbG9zcxgEIAEoARIMCgR3b3JkGAUgASgJInYKBERvbmUSOQoNc3RhZ2Vfc2Vjb25kcxgBIAMoCzIiLmNvbGxhZ2UudjEuRG9uZS5TdGFnZVNlY29uZHNFbnRyeRozChFTdGFnZVNlY29uZHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAE6AjgBIu0BChVHZW5lcmF0ZUltYWdlc1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIkCgdjb2xsYWdlGAIgASgLMhMuY29sbGFnZS52MS5Db2xsYWdlEiYKCHNhbXBsaW5nGAMgASgLMhQuY29sbGFnZS52MS5TYW1wbGluZxIzCg1vbl9kaXNjb25uZWN0GAQgASgOMhwuY29sbGFnZS52MS5EaXNjb25uZWN0UG9saWN5EhkKEXNraXBfZmFpbGVkX3dvcmRzGAUgASgIEiIKBHJlZG8YBiABKAsyFC5jb2xsYWdlLnYxLlJlZG9Xb3JrIj0KFkdlbmVyYXRlSW1hZ2VzUmVzcG9uc2USIwoFZXZlbnQYASABKAsyFC5jb2xsYWdlLnYxLkpvYkV2ZW50IiMKEUNoZWNrQmxvYnNSZXF1ZXN0Eg4KBnNoYTI1NhgBIAMoCSIsChJDaGVja0Jsb2JzUmVzcG9uc2USFgoObWlzc2luZ19zaGEyNTYYASADKAkiUAoOUHV0QmxvYlJlcXVlc3QSJQoGaGVhZGVyGAEgASgLMhMuY29sbGFnZS52MS5CbG9iUmVmSAASDwoFY2h1bmsYAiABKAxIAEIGCgRwYXJ0IjQKD1B1dEJsb2JSZXNwb25zZRIhCgRibG9iGAEgASgLMhMuY29sbGFnZS52MS5CbG9iUmVmIiAKDkdldEJsb2JSZXF1ZXN0Eg4KBnNoYTI1NhgBIAEoCSJRCg9HZXRCbG9iUmVzcG9uc2USJQoGaGVhZGVyGAEgASgLMhMuY29sbGFnZS52MS5CbG9iUmVmSAASDwoFY2h1bmsYAiABKAxIAEIGCgRwYXJ0IjoKEUxpc3RNb2RlbHNSZXF1ZXN0EhEKCXBhZ2Vfc2l6ZRgBIAEoBRISCgpwYWdlX3Rva2VuGAIgASgJIlAKEkxpc3RNb2RlbHNSZXNwb25zZRIhCgZtb2RlbHMYASADKAsyES5jb2xsYWdlLnYxLk1vZGVsEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSKOAwoFTW9kZWwSDAoEbmFtZRgBIAEoCRIOCgZkaWdlc3QYAiABKAkSDgoGZmFtaWx5GAMgASgJEhUKDXNpemVfbXVsdGlwbGUYBCABKAUSEAoIbWluX3NpZGUYBSABKAUSEAoIbWF4X3NpZGUYBiABKAUSEwoLbmF0aXZlX3NpZGUYByABKAUSGwoTcHJvbXB0X3Rva2Vuc19saW1pdBgIIAEoBRIQCghzYW1wbGVycxgJIAMoCRIVCg1jb250cm9sX2tpbmRzGAogAygJEiYKCGRlZmF1bHRzGAsgASgLMhQuY29sbGFnZS52MS5TYW1wbGluZxISCgptYXhfbGF5ZXJzGAwgASgFEhUKDWxhdGVudF9mYWN0b3IYDSABKAUSEAoIYWRhcHRlcnMYDiADKAkSEgoKbWF4X2ltYWdlcxgPIAEoBRIRCgltYXhfc3RlcHMYECABKAUSGwoTZHJhd25fY29udHJvbF9raW5kcxgRIAMoCRIYChBtYXhfd29ya19zZWNvbmRzGBIgASgBIqUBCgRXb3JkEgwKBG5hbWUYASABKAkSDAoEdGV4dBgCIAEoCRIUCgxtb2RlbF9kaWdlc3QYAyABKAkSJAoHdmVjdG9ycxgEIAEoCzITLmNvbGxhZ2UudjEuQmxvYlJlZhIvCgtjcmVhdGVfdGltZRgFIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASFAoMdmVjdG9yX2NvdW50GAYgASgFIjkKEExpc3RXb3Jkc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkiTQoRTGlzdFdvcmRzUmVzcG9uc2USHwoFd29yZHMYASADKAsyEC5jb2xsYWdlLnYxLldvcmQSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIh4KDkdldFdvcmRSZXF1ZXN0EgwKBG5hbWUYASABKAkiMQoPR2V0V29yZFJlc3BvbnNlEh4KBHdvcmQYASABKAsyEC5jb2xsYWdlLnYxLldvcmQiVgoRSW1wb3J0V29yZFJlcXVlc3QSDAoEdGV4dBgBIAEoCRINCgVtb2RlbBgCIAEoCRIkCgd2ZWN0b3JzGAMgASgLMhMuY29sbGFnZS52MS5CbG9iUmVmIjQKEkltcG9ydFdvcmRSZXNwb25zZRIeCgR3b3JkGAEgASgLMhAuY29sbGFnZS52MS5Xb3JkIiEKEURlbGV0ZVdvcmRSZXF1ZXN0EgwKBG5hbWUYASABKAkiFAoSRGVsZXRlV29yZFJlc3BvbnNlKpUBCghKb2JTdGF0ZRIZChVKT0JfU1RBVEVfVU5TUEVDSUZJRUQQABIUChBKT0JfU1RBVEVfUVVFVUVEEAESFQoRSk9CX1NUQVRFX1JVTk5JTkcQAhISCg5KT0JfU1RBVEVfRE9ORRADEhQKEEpPQl9TVEFURV9GQUlMRUQQBBIXChNKT0JfU1RBVEVfQ0FOQ0VMTEVEEAUqcQoQRGlzY29ubmVjdFBvbGljeRIhCh1ESVNDT05ORUNUX1BPTElDWV9VTlNQRUNJRklFRBAAEhwKGERJU0NPTk5FQ1RfUE9MSUNZX0RFVEFDSBABEhwKGERJU0NPTk5FQ1RfUE9MSUNZX0NBTkNFTBACMu4ICg5Db2xsYWdlU2VydmljZRJOCgtQbGFuQ29sbGFnZRIeLmNvbGxhZ2UudjEuUGxhbkNvbGxhZ2VSZXF1ZXN0Gh8uY29sbGFnZS52MS5QbGFuQ29sbGFnZVJlc3BvbnNlEkgKCUNyZWF0ZUpvYhIcLmNvbGxhZ2UudjEuQ3JlYXRlSm9iUmVxdWVzdBodLmNvbGxhZ2UudjEuQ3JlYXRlSm9iUmVzcG9uc2USPwoGR2V0Sm9iEhkuY29sbGFnZS52MS5HZXRKb2JSZXF1ZXN0GhouY29sbGFnZS52MS5HZXRKb2JSZXNwb25zZRJFCghMaXN0Sm9icxIbLmNvbGxhZ2UudjEuTGlzdEpvYnNSZXF1ZXN0GhwuY29sbGFnZS52MS5MaXN0Sm9ic1Jlc3BvbnNlEkgKCUNhbmNlbEpvYhIcLmNvbGxhZ2UudjEuQ2FuY2VsSm9iUmVxdWVzdBodLmNvbGxhZ2UudjEuQ2FuY2VsSm9iUmVzcG9uc2USRwoIV2F0Y2hKb2ISGy5jb2xsYWdlLnYxLldhdGNoSm9iUmVxdWVzdBocLmNvbGxhZ2UudjEuV2F0Y2hKb2JSZXNwb25zZTABElkKDkdlbmVyYXRlSW1hZ2VzEiEuY29sbGFnZS52MS5HZW5lcmF0ZUltYWdlc1JlcXVlc3QaIi5jb2xsYWdlLnYxLkdlbmVyYXRlSW1hZ2VzUmVzcG9uc2UwARJLCgpDaGVja0Jsb2JzEh0uY29sbGFnZS52MS5DaGVja0Jsb2JzUmVxdWVzdBoeLmNvbGxhZ2UudjEuQ2hlY2tCbG9ic1Jlc3BvbnNlEkQKB1B1dEJsb2ISGi5jb2xsYWdlLnYxLlB1dEJsb2JSZXF1ZXN0GhsuY29sbGFnZS52MS5QdXRCbG9iUmVzcG9uc2UoARJECgdHZXRCbG9iEhouY29sbGFnZS52MS5HZXRCbG9iUmVxdWVzdBobLmNvbGxhZ2UudjEuR2V0QmxvYlJlc3BvbnNlMAESSwoKTGlzdE1vZGVscxIdLmNvbGxhZ2UudjEuTGlzdE1vZGVsc1JlcXVlc3QaHi5jb2xsYWdlLnYxLkxpc3RNb2RlbHNSZXNwb25zZRJICglMaXN0V29yZHMSHC5jb2xsYWdlLnYxLkxpc3RXb3Jkc1JlcXVlc3QaHS5jb2xsYWdlLnYxLkxpc3RXb3Jkc1Jlc3BvbnNlEkIKB0dldFdvcmQSGi5jb2xsYWdlLnYxLkdldFdvcmRSZXF1ZXN0GhsuY29sbGFnZS52MS5HZXRXb3JkUmVzcG9uc2USSwoKSW1wb3J0V29yZBIdLmNvbGxhZ2UudjEuSW1wb3J0V29yZFJlcXVlc3QaHi5jb2xsYWdlLnYxLkltcG9ydFdvcmRSZXNwb25zZRJLCgpEZWxldGVXb3JkEh0uY29sbGFnZS52MS5EZWxldGVXb3JkUmVxdWVzdBoeLmNvbGxhZ2UudjEuRGVsZXRlV29yZFJlc3BvbnNlYgZwcm90bzM", [file_collage_v1_blob, file_collage_v1_collage, file_google_protobuf_any, file_google_protobuf_timestamp]);
+  fileDesc("CiBjb2xsYWdlL3YxL2NvbGxhZ2Vfc2VydmljZS5wcm90bxIKY29sbGFnZS52MSJiChJQbGFuQ29sbGFnZVJlcXVlc3QSJAoHY29sbGFnZRgBIAEoCzITLmNvbGxhZ2UudjEuQ29sbGFnZRImCghzYW1wbGluZxgCIAEoCzIULmNvbGxhZ2UudjEuU2FtcGxpbmciNQoTUGxhbkNvbGxhZ2VSZXNwb25zZRIeCgRwbGFuGAEgASgLMhAuY29sbGFnZS52MS5QbGFuIkAKDUN1dE91dFJlcXVlc3QSIAoFaW1hZ2UYASABKAsyES5jb2xsYWdlLnYxLkltYWdlEg0KBW1vZGVsGAIgASgJIkEKDkN1dE91dFJlc3BvbnNlEiAKBWltYWdlGAEgASgLMhEuY29sbGFnZS52MS5JbWFnZRINCgVtb2RlbBgCIAEoCSLiAgoEUGxhbhImCgljb21wb3NpdGUYASABKAsyEy5jb2xsYWdlLnYxLkJsb2JSZWYSJQoGbGF5ZXJzGAIgAygLMhUuY29sbGFnZS52MS5MYXllclBsYW4SJQoId2FybmluZ3MYAyADKAsyEy5jb2xsYWdlLnYxLldhcm5pbmcSDgoGcHJvbXB0GAQgASgJEiYKCHNhbXBsaW5nGAUgASgLMhQuY29sbGFnZS52MS5TYW1wbGluZxIVCg1wcm9tcHRfdG9rZW5zGAYgASgFEhsKE3Byb21wdF90b2tlbnNfbGltaXQYByABKAUSGQoRZXN0aW1hdGVkX3NlY29uZHMYCCABKAESHgoWZXN0aW1hdGVkX21lbW9yeV9ieXRlcxgJIAEoAxIdChVlc3RpbWF0ZWRfc2Vjb25kc19sb3cYCiABKAESHgoWZXN0aW1hdGVkX3NlY29uZHNfaGlnaBgLIAEoASKqAQoQQ3JlYXRlSm9iUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiwKCGdlbmVyYXRlGAIgASgLMhguY29sbGFnZS52MS5HZW5lcmF0ZVdvcmtIABIkCgRyZWRvGAMgASgLMhQuY29sbGFnZS52MS5SZWRvV29ya0gAEiYKBWxlYXJuGAQgASgLMhUuY29sbGFnZS52MS5MZWFybldvcmtIAEIGCgR3b3JrIncKDEdlbmVyYXRlV29yaxIkCgdjb2xsYWdlGAEgASgLMhMuY29sbGFnZS52MS5Db2xsYWdlEiYKCHNhbXBsaW5nGAIgASgLMhQuY29sbGFnZS52MS5TYW1wbGluZxIZChFza2lwX2ZhaWxlZF93b3JkcxgDIAEoCCL4AQoIUmVkb1dvcmsSJAoHY29sbGFnZRgBIAEoCzITLmNvbGxhZ2UudjEuQ29sbGFnZRIhCgZwYXJlbnQYAiABKAsyES5jb2xsYWdlLnYxLkltYWdlEg4KBmxheWVycxgDIAMoCRImCghzYW1wbGluZxgEIAEoCzIULmNvbGxhZ2UudjEuU2FtcGxpbmcSFAoHZmVhdGhlchgFIAEoAUgAiAEBEhsKDnJlc3RvcmVfY3V0b3V0GAYgASgISAGIAQESGQoRc2tpcF9mYWlsZWRfd29yZHMYByABKAhCCgoIX2ZlYXRoZXJCEQoPX3Jlc3RvcmVfY3V0b3V0IlAKCUxlYXJuV29yaxIkCgdjb2xsYWdlGAEgASgLMhMuY29sbGFnZS52MS5Db2xsYWdlEg4KBmxheWVycxgCIAMoCRINCgVtb2RlbBgDIAEoCSIxChFDcmVhdGVKb2JSZXNwb25zZRIcCgNqb2IYASABKAsyDy5jb2xsYWdlLnYxLkpvYiLeAgoDSm9iEgwKBG5hbWUYASABKAkSEgoKcmVxdWVzdF9pZBgCIAEoCRIjCgVzdGF0ZRgDIAEoDjIULmNvbGxhZ2UudjEuSm9iU3RhdGUSLwoLY3JlYXRlX3RpbWUYBCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi4KCnN0YXJ0X3RpbWUYBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiwKCGVuZF90aW1lGAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIQCghhdHRlbXB0cxgHIAEoBRIeCgRwbGFuGAggASgLMhAuY29sbGFnZS52MS5QbGFuEioKBmltYWdlcxgJIAMoCzIaLmNvbGxhZ2UudjEuR2VuZXJhdGVkSW1hZ2USIwoFZXJyb3IYCiABKAsyFC5jb2xsYWdlLnYxLkpvYkVycm9yIlAKCEpvYkVycm9yEgwKBGNvZGUYASABKAUSDwoHbWVzc2FnZRgCIAEoCRIlCgdkZXRhaWxzGAMgAygLMhQuZ29vZ2xlLnByb3RvYnVmLkFueSKsAQoOR2VuZXJhdGVkSW1hZ2USDQoFaW5kZXgYASABKAUSDAoEc2VlZBgCIAEoBBIhCgRibG9iGAMgASgLMhMuY29sbGFnZS52MS5CbG9iUmVmEhQKDG1vZGVsX2RpZ2VzdBgEIAEoCRIbCg5jaGFuZ2VkX3BpeGVscxgFIAEoA0gAiAEBEhQKDGRvd25sb2FkX3VybBgGIAEoCUIRCg9fY2hhbmdlZF9waXhlbHMiHQoNR2V0Sm9iUmVxdWVzdBIMCgRuYW1lGAEgASgJIi4KDkdldEpvYlJlc3BvbnNlEhwKA2pvYhgBIAEoCzIPLmNvbGxhZ2UudjEuSm9iIjgKD0xpc3RKb2JzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCSJKChBMaXN0Sm9ic1Jlc3BvbnNlEh0KBGpvYnMYASADKAsyDy5jb2xsYWdlLnYxLkpvYhIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiIAoQQ2FuY2VsSm9iUmVxdWVzdBIMCgRuYW1lGAEgASgJIjEKEUNhbmNlbEpvYlJlc3BvbnNlEhwKA2pvYhgBIAEoCzIPLmNvbGxhZ2UudjEuSm9iIjcKD1dhdGNoSm9iUmVxdWVzdBIMCgRuYW1lGAEgASgJEhYKDmFmdGVyX3NlcXVlbmNlGAIgASgDIjcKEFdhdGNoSm9iUmVzcG9uc2USIwoFZXZlbnQYASABKAsyFC5jb2xsYWdlLnYxLkpvYkV2ZW50IpoECghKb2JFdmVudBILCgNqb2IYASABKAkSEAoIc2VxdWVuY2UYAiABKAMSKAoEdGltZRgDIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJAoGcXVldWVkGAQgASgLMhIuY29sbGFnZS52MS5RdWV1ZWRIABIxCg1zdGFnZV9zdGFydGVkGAUgASgLMhguY29sbGFnZS52MS5TdGFnZVN0YXJ0ZWRIABImCgdwbGFubmVkGAYgASgLMhMuY29sbGFnZS52MS5QbGFubmVkSAASIAoEc3RlcBgHIAEoCzIQLmNvbGxhZ2UudjEuU3RlcEgAEiYKB3ByZXZpZXcYCCABKAsyEy5jb2xsYWdlLnYxLlByZXZpZXdIABIoCgR3b3JkGAkgASgLMhguY29sbGFnZS52MS5Xb3JkUHJvZ3Jlc3NIABIrCgVpbWFnZRgKIAEoCzIaLmNvbGxhZ2UudjEuR2VuZXJhdGVkSW1hZ2VIABImCgd3YXJuaW5nGAsgASgLMhMuY29sbGFnZS52MS5XYXJuaW5nSAASIAoEZG9uZRgMIAEoCzIQLmNvbGxhZ2UudjEuRG9uZUgAEiYKBmZhaWxlZBgNIAEoCzIULmNvbGxhZ2UudjEuSm9iRXJyb3JIABIpCgljYW5jZWxsZWQYDiABKAsyFC5jb2xsYWdlLnYxLkpvYkVycm9ySABCBgoEa2luZCIaCgZRdWV1ZWQSEAoIcG9zaXRpb24YASABKAUiLgoMU3RhZ2VTdGFydGVkEg0KBXN0YWdlGAEgASgJEg8KB2F0dGVtcHQYAiABKAUiKQoHUGxhbm5lZBIeCgRwbGFuGAEgASgLMhAuY29sbGFnZS52MS5QbGFuIiMKBFN0ZXASDAoEc3RlcBgBIAEoBRINCgV0b3RhbBgCIAEoBSIzCgdQcmV2aWV3Eg0KBWluZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSCwoDcG5nGAMgASgMIlYKDFdvcmRQcm9ncmVzcxINCgVsYXllchgBIAEoCRIMCgRzdGVwGAIgASgFEg0KBXRvdGFsGAMgASgFEgwKBGxvc3MYBCABKAESDAoEd29yZBgFIAEoCSJ2CgREb25lEjkKDXN0YWdlX3NlY29uZHMYASADKAsyIi5jb2xsYWdlLnYxLkRvbmUuU3RhZ2VTZWNvbmRzRW50cnkaMwoRU3RhZ2VTZWNvbmRzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgBOgI4ASLtAQoVR2VuZXJhdGVJbWFnZXNSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSJAoHY29sbGFnZRgCIAEoCzITLmNvbGxhZ2UudjEuQ29sbGFnZRImCghzYW1wbGluZxgDIAEoCzIULmNvbGxhZ2UudjEuU2FtcGxpbmcSMwoNb25fZGlzY29ubmVjdBgEIAEoDjIcLmNvbGxhZ2UudjEuRGlzY29ubmVjdFBvbGljeRIZChFza2lwX2ZhaWxlZF93b3JkcxgFIAEoCBIiCgRyZWRvGAYgASgLMhQuY29sbGFnZS52MS5SZWRvV29yayI9ChZHZW5lcmF0ZUltYWdlc1Jlc3BvbnNlEiMKBWV2ZW50GAEgASgLMhQuY29sbGFnZS52MS5Kb2JFdmVudCIjChFDaGVja0Jsb2JzUmVxdWVzdBIOCgZzaGEyNTYYASADKAkiLAoSQ2hlY2tCbG9ic1Jlc3BvbnNlEhYKDm1pc3Npbmdfc2hhMjU2GAEgAygJIlAKDlB1dEJsb2JSZXF1ZXN0EiUKBmhlYWRlchgBIAEoCzITLmNvbGxhZ2UudjEuQmxvYlJlZkgAEg8KBWNodW5rGAIgASgMSABCBgoEcGFydCI0Cg9QdXRCbG9iUmVzcG9uc2USIQoEYmxvYhgBIAEoCzITLmNvbGxhZ2UudjEuQmxvYlJlZiIgCg5HZXRCbG9iUmVxdWVzdBIOCgZzaGEyNTYYASABKAkiUQoPR2V0QmxvYlJlc3BvbnNlEiUKBmhlYWRlchgBIAEoCzITLmNvbGxhZ2UudjEuQmxvYlJlZkgAEg8KBWNodW5rGAIgASgMSABCBgoEcGFydCI6ChFMaXN0TW9kZWxzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCSJQChJMaXN0TW9kZWxzUmVzcG9uc2USIQoGbW9kZWxzGAEgAygLMhEuY29sbGFnZS52MS5Nb2RlbBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkijgMKBU1vZGVsEgwKBG5hbWUYASABKAkSDgoGZGlnZXN0GAIgASgJEg4KBmZhbWlseRgDIAEoCRIVCg1zaXplX211bHRpcGxlGAQgASgFEhAKCG1pbl9zaWRlGAUgASgFEhAKCG1heF9zaWRlGAYgASgFEhMKC25hdGl2ZV9zaWRlGAcgASgFEhsKE3Byb21wdF90b2tlbnNfbGltaXQYCCABKAUSEAoIc2FtcGxlcnMYCSADKAkSFQoNY29udHJvbF9raW5kcxgKIAMoCRImCghkZWZhdWx0cxgLIAEoCzIULmNvbGxhZ2UudjEuU2FtcGxpbmcSEgoKbWF4X2xheWVycxgMIAEoBRIVCg1sYXRlbnRfZmFjdG9yGA0gASgFEhAKCGFkYXB0ZXJzGA4gAygJEhIKCm1heF9pbWFnZXMYDyABKAUSEQoJbWF4X3N0ZXBzGBAgASgFEhsKE2RyYXduX2NvbnRyb2xfa2luZHMYESADKAkSGAoQbWF4X3dvcmtfc2Vjb25kcxgSIAEoASKlAQoEV29yZBIMCgRuYW1lGAEgASgJEgwKBHRleHQYAiABKAkSFAoMbW9kZWxfZGlnZXN0GAMgASgJEiQKB3ZlY3RvcnMYBCABKAsyEy5jb2xsYWdlLnYxLkJsb2JSZWYSLwoLY3JlYXRlX3RpbWUYBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhQKDHZlY3Rvcl9jb3VudBgGIAEoBSI5ChBMaXN0V29yZHNSZXF1ZXN0EhEKCXBhZ2Vfc2l6ZRgBIAEoBRISCgpwYWdlX3Rva2VuGAIgASgJIk0KEUxpc3RXb3Jkc1Jlc3BvbnNlEh8KBXdvcmRzGAEgAygLMhAuY29sbGFnZS52MS5Xb3JkEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSIeCg5HZXRXb3JkUmVxdWVzdBIMCgRuYW1lGAEgASgJIjEKD0dldFdvcmRSZXNwb25zZRIeCgR3b3JkGAEgASgLMhAuY29sbGFnZS52MS5Xb3JkIlYKEUltcG9ydFdvcmRSZXF1ZXN0EgwKBHRleHQYASABKAkSDQoFbW9kZWwYAiABKAkSJAoHdmVjdG9ycxgDIAEoCzITLmNvbGxhZ2UudjEuQmxvYlJlZiI0ChJJbXBvcnRXb3JkUmVzcG9uc2USHgoEd29yZBgBIAEoCzIQLmNvbGxhZ2UudjEuV29yZCIhChFEZWxldGVXb3JkUmVxdWVzdBIMCgRuYW1lGAEgASgJIhQKEkRlbGV0ZVdvcmRSZXNwb25zZSqVAQoISm9iU3RhdGUSGQoVSk9CX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQSk9CX1NUQVRFX1FVRVVFRBABEhUKEUpPQl9TVEFURV9SVU5OSU5HEAISEgoOSk9CX1NUQVRFX0RPTkUQAxIUChBKT0JfU1RBVEVfRkFJTEVEEAQSFwoTSk9CX1NUQVRFX0NBTkNFTExFRBAFKnEKEERpc2Nvbm5lY3RQb2xpY3kSIQodRElTQ09OTkVDVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIcChhESVNDT05ORUNUX1BPTElDWV9ERVRBQ0gQARIcChhESVNDT05ORUNUX1BPTElDWV9DQU5DRUwQAjKvCQoOQ29sbGFnZVNlcnZpY2USTgoLUGxhbkNvbGxhZ2USHi5jb2xsYWdlLnYxLlBsYW5Db2xsYWdlUmVxdWVzdBofLmNvbGxhZ2UudjEuUGxhbkNvbGxhZ2VSZXNwb25zZRI/CgZDdXRPdXQSGS5jb2xsYWdlLnYxLkN1dE91dFJlcXVlc3QaGi5jb2xsYWdlLnYxLkN1dE91dFJlc3BvbnNlEkgKCUNyZWF0ZUpvYhIcLmNvbGxhZ2UudjEuQ3JlYXRlSm9iUmVxdWVzdBodLmNvbGxhZ2UudjEuQ3JlYXRlSm9iUmVzcG9uc2USPwoGR2V0Sm9iEhkuY29sbGFnZS52MS5HZXRKb2JSZXF1ZXN0GhouY29sbGFnZS52MS5HZXRKb2JSZXNwb25zZRJFCghMaXN0Sm9icxIbLmNvbGxhZ2UudjEuTGlzdEpvYnNSZXF1ZXN0GhwuY29sbGFnZS52MS5MaXN0Sm9ic1Jlc3BvbnNlEkgKCUNhbmNlbEpvYhIcLmNvbGxhZ2UudjEuQ2FuY2VsSm9iUmVxdWVzdBodLmNvbGxhZ2UudjEuQ2FuY2VsSm9iUmVzcG9uc2USRwoIV2F0Y2hKb2ISGy5jb2xsYWdlLnYxLldhdGNoSm9iUmVxdWVzdBocLmNvbGxhZ2UudjEuV2F0Y2hKb2JSZXNwb25zZTABElkKDkdlbmVyYXRlSW1hZ2VzEiEuY29sbGFnZS52MS5HZW5lcmF0ZUltYWdlc1JlcXVlc3QaIi5jb2xsYWdlLnYxLkdlbmVyYXRlSW1hZ2VzUmVzcG9uc2UwARJLCgpDaGVja0Jsb2JzEh0uY29sbGFnZS52MS5DaGVja0Jsb2JzUmVxdWVzdBoeLmNvbGxhZ2UudjEuQ2hlY2tCbG9ic1Jlc3BvbnNlEkQKB1B1dEJsb2ISGi5jb2xsYWdlLnYxLlB1dEJsb2JSZXF1ZXN0GhsuY29sbGFnZS52MS5QdXRCbG9iUmVzcG9uc2UoARJECgdHZXRCbG9iEhouY29sbGFnZS52MS5HZXRCbG9iUmVxdWVzdBobLmNvbGxhZ2UudjEuR2V0QmxvYlJlc3BvbnNlMAESSwoKTGlzdE1vZGVscxIdLmNvbGxhZ2UudjEuTGlzdE1vZGVsc1JlcXVlc3QaHi5jb2xsYWdlLnYxLkxpc3RNb2RlbHNSZXNwb25zZRJICglMaXN0V29yZHMSHC5jb2xsYWdlLnYxLkxpc3RXb3Jkc1JlcXVlc3QaHS5jb2xsYWdlLnYxLkxpc3RXb3Jkc1Jlc3BvbnNlEkIKB0dldFdvcmQSGi5jb2xsYWdlLnYxLkdldFdvcmRSZXF1ZXN0GhsuY29sbGFnZS52MS5HZXRXb3JkUmVzcG9uc2USSwoKSW1wb3J0V29yZBIdLmNvbGxhZ2UudjEuSW1wb3J0V29yZFJlcXVlc3QaHi5jb2xsYWdlLnYxLkltcG9ydFdvcmRSZXNwb25zZRJLCgpEZWxldGVXb3JkEh0uY29sbGFnZS52MS5EZWxldGVXb3JkUmVxdWVzdBoeLmNvbGxhZ2UudjEuRGVsZXRlV29yZFJlc3BvbnNlYgZwcm90bzM", [file_collage_v1_blob, file_collage_v1_collage, file_google_protobuf_any, file_google_protobuf_timestamp]);
 
 /**
  * @generated from message collage.v1.PlanCollageRequest
@@ -58,6 +58,59 @@ export type PlanCollageResponse = Message<"collage.v1.PlanCollageResponse"> & {
  */
 export const PlanCollageResponseSchema: GenMessage<PlanCollageResponse> = /*@__PURE__*/
   messageDesc(file_collage_v1_collage_service, 1);
+
+/**
+ * @generated from message collage.v1.CutOutRequest
+ */
+export type CutOutRequest = Message<"collage.v1.CutOutRequest"> & {
+  /**
+   * Required. Where it is transparent already it stays so. INVALID_ARGUMENT with the reason NOTHING_FOUND where the network
+   * sees no object in it.
+   *
+   * @generated from field: collage.v1.Image image = 1;
+   */
+  image?: Image | undefined;
+
+  /**
+   * One of the server's cut-out models. Empty: its default.
+   *
+   * @generated from field: string model = 2;
+   */
+  model: string;
+};
+
+/**
+ * Describes the message collage.v1.CutOutRequest.
+ * Use `create(CutOutRequestSchema)` to create a new message.
+ */
+export const CutOutRequestSchema: GenMessage<CutOutRequest> = /*@__PURE__*/
+  messageDesc(file_collage_v1_collage_service, 2);
+
+/**
+ * @generated from message collage.v1.CutOutResponse
+ */
+export type CutOutResponse = Message<"collage.v1.CutOutResponse"> & {
+  /**
+   * An RGBA PNG of the picture's size, upright: the object alone, in its own colours. It is a blob.
+   *
+   * @generated from field: collage.v1.Image image = 1;
+   */
+  image?: Image | undefined;
+
+  /**
+   * The model that found it.
+   *
+   * @generated from field: string model = 2;
+   */
+  model: string;
+};
+
+/**
+ * Describes the message collage.v1.CutOutResponse.
+ * Use `create(CutOutResponseSchema)` to create a new message.
+ */
+export const CutOutResponseSchema: GenMessage<CutOutResponse> = /*@__PURE__*/
+  messageDesc(file_collage_v1_collage_service, 3);
 
 /**
  * Everything that is known before a model runs.
@@ -149,7 +202,7 @@ export type Plan = Message<"collage.v1.Plan"> & {
  * Use `create(PlanSchema)` to create a new message.
  */
 export const PlanSchema: GenMessage<Plan> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 2);
+  messageDesc(file_collage_v1_collage_service, 4);
 
 /**
  * @generated from message collage.v1.CreateJobRequest
@@ -192,7 +245,7 @@ export type CreateJobRequest = Message<"collage.v1.CreateJobRequest"> & {
  * Use `create(CreateJobRequestSchema)` to create a new message.
  */
 export const CreateJobRequestSchema: GenMessage<CreateJobRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 3);
+  messageDesc(file_collage_v1_collage_service, 5);
 
 /**
  * A collage becomes pictures.
@@ -224,7 +277,7 @@ export type GenerateWork = Message<"collage.v1.GenerateWork"> & {
  * Use `create(GenerateWorkSchema)` to create a new message.
  */
 export const GenerateWorkSchema: GenMessage<GenerateWork> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 4);
+  messageDesc(file_collage_v1_collage_service, 6);
 
 /**
  * Some layers of an earlier picture are drawn again; every pixel outside their masks stays byte for byte.
@@ -288,7 +341,7 @@ export type RedoWork = Message<"collage.v1.RedoWork"> & {
  * Use `create(RedoWorkSchema)` to create a new message.
  */
 export const RedoWorkSchema: GenMessage<RedoWork> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 5);
+  messageDesc(file_collage_v1_collage_service, 7);
 
 /**
  * Words are learned for layers, and no picture is made.
@@ -321,7 +374,7 @@ export type LearnWork = Message<"collage.v1.LearnWork"> & {
  * Use `create(LearnWorkSchema)` to create a new message.
  */
 export const LearnWorkSchema: GenMessage<LearnWork> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 6);
+  messageDesc(file_collage_v1_collage_service, 8);
 
 /**
  * @generated from message collage.v1.CreateJobResponse
@@ -338,7 +391,7 @@ export type CreateJobResponse = Message<"collage.v1.CreateJobResponse"> & {
  * Use `create(CreateJobResponseSchema)` to create a new message.
  */
 export const CreateJobResponseSchema: GenMessage<CreateJobResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 7);
+  messageDesc(file_collage_v1_collage_service, 9);
 
 /**
  * One piece of queued work. Nothing removes it, or what was stored for it, so far.
@@ -413,7 +466,7 @@ export type Job = Message<"collage.v1.Job"> & {
  * Use `create(JobSchema)` to create a new message.
  */
 export const JobSchema: GenMessage<Job> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 8);
+  messageDesc(file_collage_v1_collage_service, 10);
 
 /**
  * A google.rpc.Status, spelled here so that clients need no further files.
@@ -446,7 +499,7 @@ export type JobError = Message<"collage.v1.JobError"> & {
  * Use `create(JobErrorSchema)` to create a new message.
  */
 export const JobErrorSchema: GenMessage<JobError> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 9);
+  messageDesc(file_collage_v1_collage_service, 11);
 
 /**
  * @generated from message collage.v1.GeneratedImage
@@ -502,7 +555,7 @@ export type GeneratedImage = Message<"collage.v1.GeneratedImage"> & {
  * Use `create(GeneratedImageSchema)` to create a new message.
  */
 export const GeneratedImageSchema: GenMessage<GeneratedImage> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 10);
+  messageDesc(file_collage_v1_collage_service, 12);
 
 /**
  * @generated from message collage.v1.GetJobRequest
@@ -519,7 +572,7 @@ export type GetJobRequest = Message<"collage.v1.GetJobRequest"> & {
  * Use `create(GetJobRequestSchema)` to create a new message.
  */
 export const GetJobRequestSchema: GenMessage<GetJobRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 11);
+  messageDesc(file_collage_v1_collage_service, 13);
 
 /**
  * @generated from message collage.v1.GetJobResponse
@@ -536,7 +589,7 @@ export type GetJobResponse = Message<"collage.v1.GetJobResponse"> & {
  * Use `create(GetJobResponseSchema)` to create a new message.
  */
 export const GetJobResponseSchema: GenMessage<GetJobResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 12);
+  messageDesc(file_collage_v1_collage_service, 14);
 
 /**
  * @generated from message collage.v1.ListJobsRequest
@@ -562,7 +615,7 @@ export type ListJobsRequest = Message<"collage.v1.ListJobsRequest"> & {
  * Use `create(ListJobsRequestSchema)` to create a new message.
  */
 export const ListJobsRequestSchema: GenMessage<ListJobsRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 13);
+  messageDesc(file_collage_v1_collage_service, 15);
 
 /**
  * @generated from message collage.v1.ListJobsResponse
@@ -588,7 +641,7 @@ export type ListJobsResponse = Message<"collage.v1.ListJobsResponse"> & {
  * Use `create(ListJobsResponseSchema)` to create a new message.
  */
 export const ListJobsResponseSchema: GenMessage<ListJobsResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 14);
+  messageDesc(file_collage_v1_collage_service, 16);
 
 /**
  * @generated from message collage.v1.CancelJobRequest
@@ -605,7 +658,7 @@ export type CancelJobRequest = Message<"collage.v1.CancelJobRequest"> & {
  * Use `create(CancelJobRequestSchema)` to create a new message.
  */
 export const CancelJobRequestSchema: GenMessage<CancelJobRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 15);
+  messageDesc(file_collage_v1_collage_service, 17);
 
 /**
  * @generated from message collage.v1.CancelJobResponse
@@ -622,7 +675,7 @@ export type CancelJobResponse = Message<"collage.v1.CancelJobResponse"> & {
  * Use `create(CancelJobResponseSchema)` to create a new message.
  */
 export const CancelJobResponseSchema: GenMessage<CancelJobResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 16);
+  messageDesc(file_collage_v1_collage_service, 18);
 
 /**
  * @generated from message collage.v1.WatchJobRequest
@@ -646,7 +699,7 @@ export type WatchJobRequest = Message<"collage.v1.WatchJobRequest"> & {
  * Use `create(WatchJobRequestSchema)` to create a new message.
  */
 export const WatchJobRequestSchema: GenMessage<WatchJobRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 17);
+  messageDesc(file_collage_v1_collage_service, 19);
 
 /**
  * @generated from message collage.v1.WatchJobResponse
@@ -663,7 +716,7 @@ export type WatchJobResponse = Message<"collage.v1.WatchJobResponse"> & {
  * Use `create(WatchJobResponseSchema)` to create a new message.
  */
 export const WatchJobResponseSchema: GenMessage<WatchJobResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 18);
+  messageDesc(file_collage_v1_collage_service, 20);
 
 /**
  * One line of a job's log.
@@ -768,7 +821,7 @@ export type JobEvent = Message<"collage.v1.JobEvent"> & {
  * Use `create(JobEventSchema)` to create a new message.
  */
 export const JobEventSchema: GenMessage<JobEvent> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 19);
+  messageDesc(file_collage_v1_collage_service, 21);
 
 /**
  * @generated from message collage.v1.Queued
@@ -788,7 +841,7 @@ export type Queued = Message<"collage.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 20);
+  messageDesc(file_collage_v1_collage_service, 22);
 
 /**
  * @generated from message collage.v1.StageStarted
@@ -814,7 +867,7 @@ export type StageStarted = Message<"collage.v1.StageStarted"> & {
  * Use `create(StageStartedSchema)` to create a new message.
  */
 export const StageStartedSchema: GenMessage<StageStarted> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 21);
+  messageDesc(file_collage_v1_collage_service, 23);
 
 /**
  * @generated from message collage.v1.Planned
@@ -831,7 +884,7 @@ export type Planned = Message<"collage.v1.Planned"> & {
  * Use `create(PlannedSchema)` to create a new message.
  */
 export const PlannedSchema: GenMessage<Planned> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 22);
+  messageDesc(file_collage_v1_collage_service, 24);
 
 /**
  * @generated from message collage.v1.Step
@@ -855,7 +908,7 @@ export type Step = Message<"collage.v1.Step"> & {
  * Use `create(StepSchema)` to create a new message.
  */
 export const StepSchema: GenMessage<Step> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 23);
+  messageDesc(file_collage_v1_collage_service, 25);
 
 /**
  * @generated from message collage.v1.Preview
@@ -888,7 +941,7 @@ export type Preview = Message<"collage.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 24);
+  messageDesc(file_collage_v1_collage_service, 26);
 
 /**
  * @generated from message collage.v1.WordProgress
@@ -931,7 +984,7 @@ export type WordProgress = Message<"collage.v1.WordProgress"> & {
  * Use `create(WordProgressSchema)` to create a new message.
  */
 export const WordProgressSchema: GenMessage<WordProgress> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 25);
+  messageDesc(file_collage_v1_collage_service, 27);
 
 /**
  * @generated from message collage.v1.Done
@@ -950,7 +1003,7 @@ export type Done = Message<"collage.v1.Done"> & {
  * Use `create(DoneSchema)` to create a new message.
  */
 export const DoneSchema: GenMessage<Done> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 26);
+  messageDesc(file_collage_v1_collage_service, 28);
 
 /**
  * @generated from message collage.v1.GenerateImagesRequest
@@ -998,7 +1051,7 @@ export type GenerateImagesRequest = Message<"collage.v1.GenerateImagesRequest"> 
  * Use `create(GenerateImagesRequestSchema)` to create a new message.
  */
 export const GenerateImagesRequestSchema: GenMessage<GenerateImagesRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 27);
+  messageDesc(file_collage_v1_collage_service, 29);
 
 /**
  * @generated from message collage.v1.GenerateImagesResponse
@@ -1015,7 +1068,7 @@ export type GenerateImagesResponse = Message<"collage.v1.GenerateImagesResponse"
  * Use `create(GenerateImagesResponseSchema)` to create a new message.
  */
 export const GenerateImagesResponseSchema: GenMessage<GenerateImagesResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 28);
+  messageDesc(file_collage_v1_collage_service, 30);
 
 /**
  * @generated from message collage.v1.CheckBlobsRequest
@@ -1034,7 +1087,7 @@ export type CheckBlobsRequest = Message<"collage.v1.CheckBlobsRequest"> & {
  * Use `create(CheckBlobsRequestSchema)` to create a new message.
  */
 export const CheckBlobsRequestSchema: GenMessage<CheckBlobsRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 29);
+  messageDesc(file_collage_v1_collage_service, 31);
 
 /**
  * @generated from message collage.v1.CheckBlobsResponse
@@ -1053,7 +1106,7 @@ export type CheckBlobsResponse = Message<"collage.v1.CheckBlobsResponse"> & {
  * Use `create(CheckBlobsResponseSchema)` to create a new message.
  */
 export const CheckBlobsResponseSchema: GenMessage<CheckBlobsResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 30);
+  messageDesc(file_collage_v1_collage_service, 32);
 
 /**
  * @generated from message collage.v1.PutBlobRequest
@@ -1086,7 +1139,7 @@ export type PutBlobRequest = Message<"collage.v1.PutBlobRequest"> & {
  * Use `create(PutBlobRequestSchema)` to create a new message.
  */
 export const PutBlobRequestSchema: GenMessage<PutBlobRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 31);
+  messageDesc(file_collage_v1_collage_service, 33);
 
 /**
  * @generated from message collage.v1.PutBlobResponse
@@ -1103,7 +1156,7 @@ export type PutBlobResponse = Message<"collage.v1.PutBlobResponse"> & {
  * Use `create(PutBlobResponseSchema)` to create a new message.
  */
 export const PutBlobResponseSchema: GenMessage<PutBlobResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 32);
+  messageDesc(file_collage_v1_collage_service, 34);
 
 /**
  * @generated from message collage.v1.GetBlobRequest
@@ -1120,7 +1173,7 @@ export type GetBlobRequest = Message<"collage.v1.GetBlobRequest"> & {
  * Use `create(GetBlobRequestSchema)` to create a new message.
  */
 export const GetBlobRequestSchema: GenMessage<GetBlobRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 33);
+  messageDesc(file_collage_v1_collage_service, 35);
 
 /**
  * @generated from message collage.v1.GetBlobResponse
@@ -1153,7 +1206,7 @@ export type GetBlobResponse = Message<"collage.v1.GetBlobResponse"> & {
  * Use `create(GetBlobResponseSchema)` to create a new message.
  */
 export const GetBlobResponseSchema: GenMessage<GetBlobResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 34);
+  messageDesc(file_collage_v1_collage_service, 36);
 
 /**
  * @generated from message collage.v1.ListModelsRequest
@@ -1177,7 +1230,7 @@ export type ListModelsRequest = Message<"collage.v1.ListModelsRequest"> & {
  * Use `create(ListModelsRequestSchema)` to create a new message.
  */
 export const ListModelsRequestSchema: GenMessage<ListModelsRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 35);
+  messageDesc(file_collage_v1_collage_service, 37);
 
 /**
  * @generated from message collage.v1.ListModelsResponse
@@ -1199,7 +1252,7 @@ export type ListModelsResponse = Message<"collage.v1.ListModelsResponse"> & {
  * Use `create(ListModelsResponseSchema)` to create a new message.
  */
 export const ListModelsResponseSchema: GenMessage<ListModelsResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 36);
+  messageDesc(file_collage_v1_collage_service, 38);
 
 /**
  * A model that is served, and what it takes.
@@ -1339,7 +1392,7 @@ export type Model = Message<"collage.v1.Model"> & {
  * Use `create(ModelSchema)` to create a new message.
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 37);
+  messageDesc(file_collage_v1_collage_service, 39);
 
 /**
  * A learned word: the appearance of one layer, as vectors for one text encoder.
@@ -1391,7 +1444,7 @@ export type Word = Message<"collage.v1.Word"> & {
  * Use `create(WordSchema)` to create a new message.
  */
 export const WordSchema: GenMessage<Word> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 38);
+  messageDesc(file_collage_v1_collage_service, 40);
 
 /**
  * @generated from message collage.v1.ListWordsRequest
@@ -1415,7 +1468,7 @@ export type ListWordsRequest = Message<"collage.v1.ListWordsRequest"> & {
  * Use `create(ListWordsRequestSchema)` to create a new message.
  */
 export const ListWordsRequestSchema: GenMessage<ListWordsRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 39);
+  messageDesc(file_collage_v1_collage_service, 41);
 
 /**
  * @generated from message collage.v1.ListWordsResponse
@@ -1437,7 +1490,7 @@ export type ListWordsResponse = Message<"collage.v1.ListWordsResponse"> & {
  * Use `create(ListWordsResponseSchema)` to create a new message.
  */
 export const ListWordsResponseSchema: GenMessage<ListWordsResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 40);
+  messageDesc(file_collage_v1_collage_service, 42);
 
 /**
  * @generated from message collage.v1.GetWordRequest
@@ -1454,7 +1507,7 @@ export type GetWordRequest = Message<"collage.v1.GetWordRequest"> & {
  * Use `create(GetWordRequestSchema)` to create a new message.
  */
 export const GetWordRequestSchema: GenMessage<GetWordRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 41);
+  messageDesc(file_collage_v1_collage_service, 43);
 
 /**
  * @generated from message collage.v1.GetWordResponse
@@ -1471,7 +1524,7 @@ export type GetWordResponse = Message<"collage.v1.GetWordResponse"> & {
  * Use `create(GetWordResponseSchema)` to create a new message.
  */
 export const GetWordResponseSchema: GenMessage<GetWordResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 42);
+  messageDesc(file_collage_v1_collage_service, 44);
 
 /**
  * @generated from message collage.v1.ImportWordRequest
@@ -1502,7 +1555,7 @@ export type ImportWordRequest = Message<"collage.v1.ImportWordRequest"> & {
  * Use `create(ImportWordRequestSchema)` to create a new message.
  */
 export const ImportWordRequestSchema: GenMessage<ImportWordRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 43);
+  messageDesc(file_collage_v1_collage_service, 45);
 
 /**
  * @generated from message collage.v1.ImportWordResponse
@@ -1519,7 +1572,7 @@ export type ImportWordResponse = Message<"collage.v1.ImportWordResponse"> & {
  * Use `create(ImportWordResponseSchema)` to create a new message.
  */
 export const ImportWordResponseSchema: GenMessage<ImportWordResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 44);
+  messageDesc(file_collage_v1_collage_service, 46);
 
 /**
  * @generated from message collage.v1.DeleteWordRequest
@@ -1536,7 +1589,7 @@ export type DeleteWordRequest = Message<"collage.v1.DeleteWordRequest"> & {
  * Use `create(DeleteWordRequestSchema)` to create a new message.
  */
 export const DeleteWordRequestSchema: GenMessage<DeleteWordRequest> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 45);
+  messageDesc(file_collage_v1_collage_service, 47);
 
 /**
  * @generated from message collage.v1.DeleteWordResponse
@@ -1549,7 +1602,7 @@ export type DeleteWordResponse = Message<"collage.v1.DeleteWordResponse"> & {
  * Use `create(DeleteWordResponseSchema)` to create a new message.
  */
 export const DeleteWordResponseSchema: GenMessage<DeleteWordResponse> = /*@__PURE__*/
-  messageDesc(file_collage_v1_collage_service, 46);
+  messageDesc(file_collage_v1_collage_service, 48);
 
 /**
  * @generated from enum collage.v1.JobState
@@ -1649,6 +1702,17 @@ export const CollageService: GenService<{
     methodKind: "unary";
     input: typeof PlanCollageRequestSchema;
     output: typeof PlanCollageResponseSchema;
+  },
+  /**
+   * Cuts the object out of a photograph: what a network on the CPU finds in it, its edge then refined from the colours, so
+   * that none of the ground's stay. Equal pictures and models give equal answers.
+   *
+   * @generated from rpc collage.v1.CollageService.CutOut
+   */
+  cutOut: {
+    methodKind: "unary";
+    input: typeof CutOutRequestSchema;
+    output: typeof CutOutResponseSchema;
   },
   /**
    * Queues work and answers at once. Idempotent by request_id.
