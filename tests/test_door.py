@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -19,11 +20,13 @@ import pytest
 from google.protobuf import json_format
 
 from collage.v1 import collage_service_pb2 as pb
+from door import calls, exchange
 from door.contract import descriptor_set
 from door.server import serving
 from local import edge, embedded
 from local.processes import Process, free_port, program
 from testing import system, toy
+from testing.waiting import until
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
@@ -178,6 +181,28 @@ needs_connect = pytest.mark.skipif(
 )
 
 
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(
+    os.environ.get("COLLAGE_TEST_CHROMIUM") != "required"
+    and (not CHROMIUM or not (ROOT / "studio/node_modules/playwright-core").is_dir()),
+    reason="no chromium here, or studio/node_modules is not installed (make studio)",
+)
+
+
+def node(script, *arguments):
+    """What a script of this folder prints, as JSON."""
+    done = subprocess.run(
+        ["node", "--input-type=module", "-", *map(str, arguments)],
+        input=(ROOT / "tests" / script).read_bytes(),
+        # Where its imports are found.
+        cwd=ROOT / "studio",
+        capture_output=True,
+        timeout=2 * LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
 def events(answer):
     """The events of a stream: id, name and data of each."""
     found = []
@@ -192,11 +217,10 @@ def events(answer):
     return found
 
 
-def request(request_id=None, **changes):
-    request_id = request_id or str(uuid.uuid4())
+def request(**more):
     sampling = {"steps": 3, "seed": 5}
     return pb.GenerateImagesRequest(
-        request_id=request_id, collage=system.collage(**changes), sampling=sampling
+        request_id=str(uuid.uuid4()), collage=system.collage(), sampling=sampling, **more
     )
 
 
@@ -447,16 +471,7 @@ def test_the_client_that_pages_use(curl, tmp_path):
     (tmp_path / "contract.pb").write_bytes(descriptor_set())
     asked = request()
     (tmp_path / "request.json").write_text(json_format.MessageToJson(asked))
-    done = subprocess.run(
-        ["node", "--input-type=module", "-", curl.url, *map(str, sorted(tmp_path.iterdir()))],
-        input=(ROOT / "tests/connect.mjs").read_bytes(),
-        # Where its imports are found.
-        cwd=ROOT / "studio",
-        capture_output=True,
-        timeout=2 * LIMIT_S,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    saw = json.loads(done.stdout)
+    saw = node("connect.mjs", curl.url, *sorted(tmp_path.iterdir()))
     assert saw["models"] == ["toy"]
     plan = json_format.ParseDict(saw["plan"], pb.Plan())
     by_json = curl.call(
@@ -584,3 +599,90 @@ def test_envoy_sends_streams_in_json_to_our_door():
     methods = pb.DESCRIPTOR.services_by_name["CollageService"].methods
     streams = {each.name for each in methods if each.server_streaming or each.client_streaming}
     assert set(route.split("|")) == streams
+
+
+def raw(curl, head, body=b""):
+    """A connection on which so much of a request was sent."""
+    place = urlsplit(curl.url)
+    connection = socket.create_connection((place.hostname, place.port), timeout=LIMIT_S)
+    connection.sendall(f"{head}\r\nHost: {place.netloc}\r\n\r\n".encode() + body)
+    return connection
+
+
+POST = f"POST {SERVICE}%s HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d"
+
+
+def test_whoever_goes_takes_the_job_along_where_that_was_asked_for(curl):
+    asked = request(on_disconnect=pb.DISCONNECT_POLICY_CANCEL)
+    asked.sampling.steps = 900
+    body = json_format.MessageToJson(asked).encode()
+    with raw(curl, POST % ("GenerateImages", len(body)), body) as connection:
+        told = b""
+        while b'"step"' not in told:
+            told += connection.recv(65536)
+    name = re.search(rb"jobs/job-[0-9a-f]+", told)[0].decode()
+
+    def is_cancelled():
+        job = curl.call("GetJob", json.dumps({"name": name}).encode()).json["job"]
+        return job["state"] == "JOB_STATE_CANCELLED"
+
+    asyncio.run(until(is_cancelled))
+
+
+def limited(run, gateway, monkeypatch, **limits):
+    """A door of our own with other limits."""
+    for name, value in limits.items():
+        for module in (calls, exchange):
+            monkeypatch.setattr(module, name, value, raising=False)
+    return Curl(run.enter(serving("127.0.0.1:0", gateway=gateway)))
+
+
+def test_calls_that_are_too_many_are_refused_in_words(run, gateway, monkeypatch):
+    curl = limited(run, gateway, monkeypatch, MAX_CALLS=2)
+    # Two whose bodies never come.
+    with raw(curl, POST % ("GetJob", 10)), raw(curl, POST % ("GetJob", 10)):
+        refused = curl.call("ListModels", b"{}")
+        assert refused.status == 429 and "2 calls are under way" in refused.json["message"]
+    asyncio.run(until(lambda: curl.call("ListModels", b"{}").status == 200))
+
+
+def test_bodies_that_hold_too_much_or_come_too_slowly_are_refused(run, gateway, monkeypatch):
+    curl = limited(run, gateway, monkeypatch, MAX_HELD_BYTES=1000, MESSAGE_S=0.5)
+    message = pb.GetJobRequest(name="jobs/" + "n" * 1000)
+    refused = curl.call("GetJob", message)
+    assert refused.status == 429 and "bytes of messages" in refused.json["message"]
+    assert web(curl, "GetJob", framed(message.SerializeToString()))[1]["grpc-status"] == "8"
+    for kind in ("application/json", "application/grpc-web+proto"):
+        with raw(curl, (POST % ("GetJob", 10)).replace("application/json", kind), b"{") as slow:
+            told = slow.recv(65536)
+            while b"within 0.5 s" not in told:
+                told += slow.recv(65536)
+            assert told.split()[1] == (b"504" if kind == "application/json" else b"200")
+    # What was held is given back.
+    assert curl.call("ListModels", b"{}").status == 200
+
+
+@needs_chromium
+def test_a_page_of_another_site_gets_nothing_in_a_real_browser(curl):
+    data = system.cutout(91)
+    assert curl.put(data).status == 200
+    before = curl.call("ListJobs", b"{}").json
+    saw = node("cross_site.mjs", curl.url, CHROMIUM, hashlib.sha256(data).hexdigest())
+    assert set(saw["pages"]) == {"evil.example", "127.0.0.1", "localhost"}
+    for site, got in saw["pages"].items():
+        # What the browser lets no page see it calls opaque, or fails; nothing of it was done or told.
+        for way in ("call", "plain", "put", "get", "start"):
+            assert got[way] == "refused", (site, way)
+        for way in ("blind", "blindGet", "page"):
+            assert got[way] in ("opaque 0", "refused"), (site, way)
+        assert (got["image"], got["script"]) == ("refused", "refused")
+        assert got["framed"] != "Collage Studio"
+        assert "ORIGIN_NOT_NAMED" in got["posted"]
+        assert got["visit"] == 200
+        # The visit and what its page loads came last; whatever came before was refused.
+        # Playwright is not told of every one.
+        assert set(got["statuses"][: got["statuses"].index(200)]) == {403}
+    assert saw["rebound"] == 421
+    assert (saw["own"], saw["call"], saw["policy"]) == (200, 200, [])
+    assert curl.call("ListJobs", b"{}").json == before
+    assert curl(f"/blobs/{'0' * 64}").status == 404
