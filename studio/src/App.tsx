@@ -3,6 +3,7 @@ import { Canvas } from "./canvas/Canvas"
 import { SelectionTools, Tools, ViewTools } from "./canvas/Tools"
 import { useKeys } from "./canvas/useKeys"
 import { Draw } from "./draw/Draw"
+import { closeResults } from "./draw/looking"
 import { Results } from "./draw/Results"
 import { Export } from "./export/Export"
 import { Inspector } from "./inspector/Inspector"
@@ -57,7 +58,10 @@ export function App() {
               type="button"
               role="tab"
               aria-selected={tab === key}
-              onClick={() => setTab(key)}
+              onClick={() => {
+                closeResults()
+                setTab(key)
+              }}
             >
               {words.tabs[key]}
             </button>

@@ -23,9 +23,11 @@ export function Results() {
   const versions = useVersions((state) => state.versions)
   const version = versions.find((candidate) => candidate.id === id)
   const heading = useRef<HTMLHeadingElement>(null)
+  // What was pressed is gone with the view before; keys and screen readers go on from the heading.
+  // biome-ignore lint/correctness/useExhaustiveDependencies: after each change of the view
   useEffect(() => {
     if (id) heading.current?.focus()
-  }, [id])
+  }, [id, view])
   if (!version) return <Over />
   const option = { version: version.id, index }
   const image = imageOf(option)
