@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from psd_tools import ParseLimitError, ParseLimits, PSDImage
+from psd_tools.composite.utils import has_fill
+from psd_tools.composite.vector import draw_vector_mask
 from psd_tools.constants import BlendMode, ChannelID, ColorMode, Compression
 
 from collage.v1 import collage_pb2
@@ -54,17 +56,23 @@ _LIMITS = ParseLimits(
 # What psd-tools may take for the pixels of one layer, its copies counted.
 _ALLOCATED_BYTES = 2**30
 _MAX_GROUPS = 32
+# Kinds of layers that say what they look like, and may have no pixels.
+_PAINTED = ("shape", "solidcolorfill", "gradientfill", "patternfill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """A layer with what its groups give it, and the ones it is clipped to."""
+    """A layer with what its groups give it, and the one it is cut to.
+
+    is_painted: whether it has no pixels, so that what it says of itself is painted.
+    """
 
     layer: Any
     opacity: float
     visible: bool
     masks: tuple[Any, ...]
     base: Any
+    is_painted: bool
     notes: tuple[tuple[str, str], ...]
 
 
@@ -293,6 +301,8 @@ def _collage(
         )
     for each in layers:
         stack.lay(_found(each, file))
+    if not stack.collage.layers:
+        bounds.check_count(_LAYERS, 0)
     return stack.collage, stack.warnings
 
 
@@ -320,31 +330,45 @@ def _flattened(
             if own < 1 and len(layer) > 1:
                 told = f"opacity {own:g} of group {layer.name!r} is given to each of its layers"
                 inner += (("GROUP_OPACITY", told),)
+            if layer.kind == "artboard":
+                told = f"artboard {layer.name!r} cuts nothing here, and its colour is not kept"
+                inner += (("ARTBOARD", told),)
             below = (*masks, layer) if _has_mask(layer) else masks
             yield from _flattened(layer, opacity * own, shown, below, inner, left_out, depth + 1)
             notes, base = (), None
             continue
-        if not layer.has_pixels() or layer.width < 1 or layer.height < 1:
+        is_painted = not layer.has_pixels() and layer.kind in _PAINTED
+        if not (layer.has_pixels() or is_painted) or layer.width < 1 or layer.height < 1:
             told = f"has no pixels of its own ({layer.kind}) and is left out"
             left_out.append(("LAYER_LEFT_OUT", layer.name, told))
             continue
-        clipped = base if getattr(layer, "clipping", False) else None
-        if clipped is None:
-            base = layer
-        found = [*notes]
-        if clipped is not None:
-            found.append(("CLIPPED", f"layer {layer.name!r} is cut to {clipped.name!r} below it"))
-        if layer.has_effects():
-            found.append(("EFFECTS", f"effects of layer {layer.name!r} are not kept"))
+        is_cut = bool(getattr(layer, "clipping", False))
+        found = [*notes, *_losses(layer)]
+        if is_cut and base is None:
+            told = f"layer {layer.name!r} is cut to a group below it, which is not kept"
+            found.append(("CLIPPED", told))
+        elif is_cut:
+            found.append(("CLIPPED", f"layer {layer.name!r} is cut to the one below it"))
         yield _Layer(
             layer=layer,
-            opacity=opacity * own * layer.fill_opacity / 255,
+            # What is painted has its own opacity in its pixels.
+            opacity=opacity if is_painted else opacity * own * layer.fill_opacity / 255,
             visible=shown,
             masks=masks,
-            base=clipped,
+            base=base if is_cut else None,
+            is_painted=is_painted,
             notes=tuple(found),
         )
+        base = base if is_cut else layer
         notes = ()
+
+
+def _losses(layer: Any) -> Iterator[tuple[str, str]]:
+    """What a layer has beside its pixels that is not in them."""
+    if layer.has_effects():
+        yield "EFFECTS", f"effects of layer {layer.name!r} are not kept"
+    if layer.has_stroke() and layer.stroke is not None and layer.stroke.enabled:
+        yield "STROKE", f"the stroke of layer {layer.name!r} is not kept"
 
 
 def _mode(layer: Any) -> str:
@@ -383,22 +407,80 @@ def _found(each: _Layer, file: Any) -> Found:
 def _pixels(each: _Layer, file: Any) -> Drawn:
     """The stored pixels, their alpha multiplied by every mask."""
     layer = each.layer
-    drawn = _drawn(layer.topil(), layer.topil(ChannelID.TRANSPARENCY_MASK))
-    factors = [_mask(layer, layer)] if _has_mask(layer) else []
-    factors += [_mask(group, layer) for group in each.masks]
-    if each.base is not None:
-        below = _drawn(each.base.topil(), each.base.topil(ChannelID.TRANSPARENCY_MASK))
+    notes: list[tuple[str, str]] = []
+    if each.is_painted:
+        drawn, factors = _painted(layer, notes), []
+    else:
+        drawn = _stored(layer)
+        factors = [] if _repeats(layer, drawn) else _own(layer, layer, notes)
+    for group in each.masks:
+        factors += _own(group, layer, notes)
+    if each.base is not None and each.base.has_pixels():
+        below = _stored(each.base)
         factors.append(_over(Image.fromarray(below.pixels_HW4[..., 3]), each.base, layer, 0))
-        if _has_mask(each.base):
-            factors.append(_mask(each.base, layer))
+        factors += [] if _repeats(each.base, below) else _own(each.base, layer, notes)
     if not factors:
-        return drawn
+        return Drawn(pixels_HW4=drawn.pixels_HW4, notes=tuple(notes))
     alpha_HW = drawn.pixels_HW4[..., 3].astype(np.float32)
     for factor_HW in factors:
         alpha_HW *= factor_HW / np.float32(255)
     pixels_HW4 = drawn.pixels_HW4.copy()
     pixels_HW4[..., 3] = np.rint(alpha_HW).astype(np.uint8)
-    return Drawn(pixels_HW4=pixels_HW4)
+    return Drawn(pixels_HW4=pixels_HW4, notes=tuple(notes))
+
+
+def _stored(layer: Any) -> Drawn:
+    """The pixels that the file holds of a layer."""
+    return _drawn(layer.topil(), layer.topil(ChannelID.TRANSPARENCY_MASK))
+
+
+def _painted(layer: Any, notes: list[tuple[str, str]]) -> Drawn:
+    """A fill or a shape without pixels, where it lies."""
+    try:
+        picture = layer.composite(viewport=layer.bbox, layer_filter=lambda other: other is layer)
+        return _drawn(picture, None)
+    except MemoryError:
+        raise
+    # psd-tools paints what it can, with libraries that may be missing.
+    except Exception as error:
+        told = f"layer {layer.name!r} cannot be painted ({type(error).__name__})"
+        notes.append(("LAYER_LEFT_OUT", told))
+        return Drawn(pixels_HW4=np.zeros((layer.height, layer.width, 4), np.uint8))
+
+
+def _repeats(layer: Any, drawn: Drawn) -> bool:
+    """Whether the mask of a shape or fill is its alpha once more."""
+    if layer.kind not in _PAINTED or not _has_mask(layer) or layer.mask.bbox != layer.bbox:
+        return False
+    picture = layer.mask.topil()
+    return picture is not None and np.array_equal(
+        np.asarray(picture.convert("L")), drawn.pixels_HW4[..., 3]
+    )
+
+
+def _own(owner: Any, layer: Any, notes: list[tuple[str, str]]) -> list[NDArray[np.float32]]:
+    """The masks of a layer or group where `layer` is, 0 to 255."""
+    if not _has_mask(owner):
+        return []
+    found = [_mask(owner, layer)]
+    path = owner.vector_mask
+    # Where there are pixels of a fill, or of both masks together, the path is in them.
+    if path is None or path.disabled or owner.mask.has_real() or has_fill(owner):
+        return found
+    try:
+        covered_HW = draw_vector_mask(owner, layer.bbox).reshape(layer.height, layer.width)
+    except MemoryError:
+        raise
+    # As above.
+    except Exception as error:
+        told = f"the vector mask of {owner.name!r} is not kept ({type(error).__name__})"
+        notes.append(("VECTOR_MASK", told))
+        return found
+    parameters = owner.mask.parameters
+    density = parameters.vector_mask_density if parameters else None
+    share = 1.0 if density is None else density / 255
+    # As psd-tools has it, the path's density is that of both.
+    return [255 * (share * found[0] / 255 * covered_HW + (1 - share)).astype(np.float32)]
 
 
 def _mask(owner: Any, layer: Any) -> NDArray[np.float32]:
@@ -416,7 +498,10 @@ def _mask(owner: Any, layer: Any) -> NDArray[np.float32]:
         made_HW = np.full((layer.height, layer.width), outside, np.float32)
     else:
         made_HW = _over(picture.convert("L"), place, layer, outside)
-    density = mask.parameters.user_mask_density if mask.parameters else None
+    density = None
+    if mask.parameters:
+        density = mask.parameters.user_mask_density
+        density = mask.parameters.vector_mask_density if density is None else density
     if density is not None:
         made_HW = 255 - (255 - made_HW) * np.float32(density / 255)
     return made_HW
@@ -446,5 +531,5 @@ def _read_background(each: _Layer, collage: collage_pb2.Collage) -> None:
     if not each.visible:
         return
     layer = each.layer
-    pixels_HW4 = _drawn(layer.topil(), layer.topil(ChannelID.TRANSPARENCY_MASK)).pixels_HW4
+    pixels_HW4 = _stored(layer).pixels_HW4
     set_background(collage, pixels_HW4, layer.left, layer.top)

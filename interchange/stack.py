@@ -32,10 +32,14 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """The pixels of a layer, HW4 with straight alpha, and the encoded file that they came from if it will do."""
+    """The pixels of a layer, HW4 with straight alpha, and the encoded file that they came from if it will do.
+
+    notes: what of the layer is not kept, a reason and a sentence each.
+    """
 
     pixels_HW4: NDArray[np.uint8]
     encoded: bytes = b""
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +110,7 @@ class Stack:
             self.warn("LAYER_EMPTY", found.place, f"layer {found.name!r} is empty and left out")
             return
         where = f"collage.layers[{len(self.collage.layers)}]"
-        for reason, message in found.notes:
+        for reason, message in (*found.notes, *drawn.notes):
             self.warn(reason, where, message)
         layer = self.collage.layers.add()
         layer.CopyFrom(found.settings)
