@@ -11,6 +11,7 @@ from io import BytesIO
 from interchange import bounds
 from interchange.bounds import FILE, entry
 from services.common.errors import InvalidRequest
+from services.common.field import Field
 
 SIGNATURE = b"PK\x03\x04"
 _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
@@ -41,13 +42,14 @@ class Archive:
             )
         self._infos: dict[str, zipfile.ZipInfo] = {}
         total = 0
+        # Some writers of OpenRaster begin names with a slash. Nothing of such a file is ever written to a disk.
+        is_stack = any(info.filename == "stack.xml" for info in infos)
         for info in infos:
-            _check_name(info)
-            if info.filename in self._infos:
-                raise InvalidRequest.of(
-                    entry(info.filename), "stands twice in the archive; allowed: once"
-                )
-            self._infos[info.filename] = info
+            name = info.orig_filename.removeprefix("/") if is_stack else info.orig_filename
+            _check_name(name, entry(info.orig_filename))
+            if name in self._infos:
+                raise InvalidRequest.of(entry(name), "stands twice in the archive; allowed: once")
+            self._infos[name] = info
             if not info.is_dir():
                 _check_size(info)
                 total += info.file_size
@@ -124,18 +126,16 @@ def _check_directory(data: bytes) -> None:
         )
 
 
-def _check_name(info: zipfile.ZipInfo) -> None:
-    # `filename` is cut at a NUL, and on some systems has its separators changed.
-    name = info.orig_filename
+def _check_name(name: str, field: Field) -> None:
     parts = name.removesuffix("/").split("/")
     if len(name) > bounds.MAX_NAME_CHARACTERS:
         raise InvalidRequest.of(
-            entry(name),
+            field,
             f"has a name of {len(name)} characters; allowed: at most {bounds.MAX_NAME_CHARACTERS}",
         )
     if not all(parts) or {"..", "."} & {*parts} or not name.isprintable() or {*"\\:"} & {*name}:
         raise InvalidRequest.of(
-            entry(name), "is no name of a file within the archive, such as data/1.png"
+            field, "is no name of a file within the archive, such as data/1.png"
         )
 
 

@@ -304,7 +304,7 @@ def _taken(layers: list[_Layer], at: int, role: str, name: str) -> _Layer | None
 def _source(layer: _Layer) -> str:
     if "src" not in layer.element.attributes:
         raise InvalidRequest.of(layer.element.place["src"], "is missing")
-    return layer.element.attributes["src"]
+    return layer.element.attributes["src"].removeprefix("/")
 
 
 def _weigh(archive: Archive, layer: _Layer, tally: Tally) -> None:

@@ -403,6 +403,16 @@ def test_files_as_other_tools_write_them_open(tool, names, texts, opacities, rea
     assert again == collage
 
 
+def test_names_that_begin_with_a_slash_are_those_without_in_openraster():
+    """As pyora writes them; nothing of such a file is written to a disk."""
+    parts = entries(foreign(one(opacity="1.0")))
+    slashed = {f"/{name}" if name.startswith("data") else name: parts[name] for name in parts}
+    slashed["stack.xml"] = parts["stack.xml"].replace(b"data/", b"/data/")
+    assert work.opened(rezipped(slashed))[0] == work.opened(rezipped(parts))[0]
+    parts["/data/layer0.png"] = parts["data/layer0.png"]
+    assert refusal(rezipped(parts)).field == "file[data/layer0.png]"
+
+
 def test_a_blend_mode_is_rendered_into_the_layer():
     rng = np.random.default_rng(2)
     below, above = picture(rng, 64, 48, mode="RGB"), picture(rng, 64, 48)
