@@ -18,7 +18,9 @@ from services.common.telemetry import log
 MAX_CONNECTIONS = 2048
 # Seconds for exchanges under way to end before they are cut off: streams do not end by themselves.
 DRAIN_S = 2
-# Of the process that opens files: what draws comes first.
+# Files opened or written at once, each by a process that may take 3 GiB.
+_OPENERS = 2
+# Of these processes: what draws comes first.
 _NICENESS = 5
 
 
@@ -54,7 +56,7 @@ async def serving(
     """
     host, _, port = address.rpartition(":")
     async with connect(gateway, passes_on=True) as channel:
-        interchange = Interchange(niceness=_NICENESS)
+        interchange = Interchange(processes=_OPENERS, niceness=_NICENESS)
         door = application(
             channel,
             bound=host,

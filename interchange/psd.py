@@ -19,6 +19,7 @@ from PIL import Image
 from psd_tools import ParseLimitError, ParseLimits, PSDImage
 from psd_tools.composite.utils import has_fill
 from psd_tools.composite.vector import draw_vector_mask
+from psd_tools.compression import PSDDecompressionWarning
 from psd_tools.constants import BlendMode, ChannelID, ColorMode, Compression
 
 from collage.v1 import collage_pb2
@@ -203,6 +204,8 @@ def read(data: bytes) -> tuple[collage_pb2.Collage, list[collage_pb2.Warning]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Pixels that cannot be unpacked would be black.
+            warnings.simplefilter("error", PSDDecompressionWarning)
             return _collage(data, outline)
     except (InvalidRequest, MemoryError):
         raise

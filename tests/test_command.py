@@ -378,6 +378,14 @@ async def test_a_collage_may_be_a_file_of_another_tool(collage, folder, studio):
         assert opened.read("data/result.png") == (folder / "out" / "image-0.png").read_bytes()
 
 
+async def test_what_opens_files_is_named_where_it_is_missing(collage, folder, monkeypatch):
+    (folder / "a.psd").write_bytes(b"8BPS")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = await collage("plan", folder / "a.psd", "--out", folder / "out")
+    assert code == 1
+    assert "psd_tools is not installed: install collage-diffusion[files] [NOT_INSTALLED]" in err
+
+
 async def test_converting_writes_over_nothing_unasked(collage, folder):
     (folder / "a.psd").write_text("mine")
     code, _, err = await collage("convert", folder, folder / "a.psd")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from psd_tools import PSDImage
-from psd_tools.constants import BlendMode
+from psd_tools.constants import BlendMode, Compression
 
 from collage.v1 import collage_pb2
 from collage_client import files
@@ -479,6 +479,17 @@ def test_masks_groups_and_modes_of_a_psd_are_in_its_layers():
     screened = decode(up.image.data)[5, 5, :3] / 255
     a, b = pixels[5, 5, :3] / 255, ground[2, 10, :3] / 255
     assert np.abs(screened - (a + b - a * b)).max() < 1 / 255
+
+
+def test_pixels_that_unpack_to_more_than_they_are_said_to_are_refused():
+    file = psd_of([("a", np.full((64, 64, 4), 9, np.uint8), 0, 0, {})])
+    packed = zlib.compress(bytes(50_000_000), 9)
+    for channel, info in zip(file[0]._channels, file[0]._record.channel_info, strict=True):
+        channel.compression, channel.data = Compression.ZIP, packed
+        info.length = len(packed) + 2
+    made = io.BytesIO()
+    file._record.write(made)
+    assert refusal(made.getvalue()).field == "file"
 
 
 def zipped(*names, data=b"x"):
