@@ -289,24 +289,24 @@ def _collage(
         stack.warn("RESULT_LEFT_OUT", str(_LAYERS), "the drawn picture is no layer")
     if background:
         _read_background(background, stack.collage)
-    if not layers:
-        if outline.layers:
-            stack.warn("FLAT", str(_LAYERS), "no layer has pixels; the whole picture is taken")
-        Tally().add(FILE, file.width, file.height)
-        stack.lay(
-            Found(
-                place=str(FILE),
-                name="picture",
-                left=0,
-                top=0,
-                draw=lambda: _drawn(file.topil(), None),
-            )
-        )
     for each in layers:
-        stack.lay(_found(each, file))
+        stack.lay(_found(each))
+    if not stack.collage.layers:
+        _lay_flat(file, stack, is_listed=bool(outline.layers))
+    return stack.collage, stack.warnings
+
+
+def _lay_flat(file: Any, stack: Stack, *, is_listed: bool) -> None:
+    """Lays the whole picture as the one layer."""
+    if is_listed:
+        stack.warn("FLAT", str(_LAYERS), "no layer has pixels; the whole picture is taken")
+    Tally().add(FILE, file.width, file.height)
+    picture = file.topil()
+    if picture is not None:
+        drawn = _drawn(picture, None)
+        stack.lay(Found(place=str(FILE), name="picture", left=0, top=0, draw=lambda: drawn))
     if not stack.collage.layers:
         bounds.check_count(_LAYERS, 0)
-    return stack.collage, stack.warnings
 
 
 def _flattened(
@@ -392,14 +392,14 @@ def _taken(layers: list[_Layer], name: str) -> _Layer | None:
     return found[0] if found else None
 
 
-def _found(each: _Layer, file: Any) -> Found:
+def _found(each: _Layer) -> Found:
     layer = each.layer
     return Found(
         place=f"{_LAYERS}[{layer.name[:40]!r}]",
         name=layer.name,
         left=layer.left,
         top=layer.top,
-        draw=lambda: _pixels(each, file),
+        draw=lambda: _pixels(each),
         opacity=None if each.opacity == 1 else each.opacity,
         visible=None if each.visible else False,
         mode=_mode(layer),
@@ -407,7 +407,7 @@ def _found(each: _Layer, file: Any) -> Found:
     )
 
 
-def _pixels(each: _Layer, file: Any) -> Drawn:
+def _pixels(each: _Layer) -> Drawn:
     """The stored pixels, their alpha multiplied by every mask."""
     layer = each.layer
     notes: list[tuple[str, str]] = []

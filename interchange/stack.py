@@ -107,6 +107,8 @@ class Stack:
         """
         drawn = found.draw()
         if not found.is_ours and not drawn.pixels_HW4[..., 3].any():
+            for reason, message in drawn.notes:
+                self.warn(reason, found.place, message)
             self.warn("LAYER_EMPTY", found.place, f"layer {found.name!r} is empty and left out")
             return
         where = f"collage.layers[{len(self.collage.layers)}]"
