@@ -42,6 +42,7 @@ class Studio(Service):
         self.works = []
         self.submitted = asyncio.Event()
         self.stalls = False
+        self.cut = []
 
     def planned(self, collage, sampling):
         used = collage_pb2.Sampling(model="mini", sampler="euler", steps=4, guidance_scale=5)
@@ -120,6 +121,11 @@ class Studio(Service):
                 wrong.field_violations.add(field=field, description=f"must be at most {limit}")
                 await context.abort_with_status(refused(3, "one field is wrong", wrong))
         return pb.PlanCollageResponse(plan=self.planned(request.collage, request.sampling))
+
+    async def CutOut(self, request, context):
+        self.cut.append((self.blobs[request.image.blob.sha256], request.model))
+        ref = blob_pb2.BlobRef(sha256=sha(COMPOSITE))
+        return pb.CutOutResponse(image=blob_pb2.Image(blob=ref), model=request.model)
 
     async def GenerateImages(self, request, context):
         drawn = pb.GenerateWork(collage=request.collage, sampling=request.sampling)
@@ -263,6 +269,7 @@ async def test_redo_takes_every_dial_of_its_own_and_of_sampling(studio, collage,
 
 async def test_json_is_all_that_standard_output_holds(studio, collage, folder):
     out = folder / "out"
+    (folder / "photo.png").write_bytes(png(1, 2, 3))
     code, printed, progress = await collage("generate", folder, "--out", out, "--json")
     told = json.loads(printed)
     assert code == 0
@@ -277,6 +284,7 @@ async def test_json_is_all_that_standard_output_holds(studio, collage, folder):
             "values",
         ),
         (["learn", folder, "--layer", "one"], "words"),
+        (["cutout", folder / "photo.png"], "files"),
         (["jobs"], "jobs"),
         (["words"], "words"),
         (["words", "list"], "words"),
@@ -322,6 +330,21 @@ async def test_a_job_is_shown_watched_fetched_and_cancelled_by_its_name(studio, 
     assert (again / "image-1.png").read_bytes() == (folder / "out" / "image-1.png").read_bytes()
     assert (await collage("job", "cancel", "jobs/a"))[0] == 0
     assert [request.name for request in studio.called("CancelJob")] == ["jobs/a"]
+
+
+async def test_a_cut_out_is_written_beside_its_photograph_or_where_it_is_told(
+    collage, studio, tmp_path
+):
+    photo = tmp_path / "cup.of.tea.png"
+    photo.write_bytes(png(1, 2, 3))
+    code, printed, _ = await collage("cutout", photo)
+    assert (code, printed.split()) == (0, ["wrote", str(tmp_path / "cup.of.tea-cutout.png")])
+    assert (tmp_path / "cup.of.tea-cutout.png").read_bytes() == COMPOSITE
+    code, _, _ = await collage("cutout", photo, "--out", tmp_path / "x" / "y.png", "--model", "m")
+    assert (tmp_path / "x" / "y.png").read_bytes() == COMPOSITE
+    assert studio.cut == [(png(1, 2, 3), ""), (png(1, 2, 3), "m")]
+    code, _, told = await collage("cutout", tmp_path / "none.png")
+    assert code == 2 and "none.png" in told
 
 
 def test_the_version_is_told(capsys):

@@ -93,6 +93,9 @@ def test_the_clients_wheel_is_small_and_holds_the_contract(wheels):
 def test_the_servers_wheel_holds_the_model_and_no_cache(wheels):
     names = names_in(wheels[1])
     assert "collage_diffusion/models/mini/weights/unet/diffusion_pytorch_model.safetensors" in names
+    assert {
+        f"collage_diffusion/models/cutout/{name}" for name in ("u2netp.onnx", "LICENSE")
+    } <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from local import embedded
-from services.common.models_file import read_detectors, read_sources
+from services.common.models_file import read_cutouts, read_detectors, read_sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +44,8 @@ def test_the_models_file_in_the_readme_can_be_read(tmp_path):
     detectors = {each.kind: each for each in read_detectors(str(tmp_path / "models.yaml"))}
     assert set(detectors) < set(model.controlnets)
     assert detectors["depth"].file == tmp_path / "detectors" / "depth.onnx"
+    cutout, bundled = read_cutouts(str(tmp_path / "models.yaml"))
+    assert (cutout.kind, cutout.side, bundled.kind) == ("hair", 512, "u2netp")
 
 
 def test_every_path_the_readme_names_is_there():

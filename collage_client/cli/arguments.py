@@ -138,6 +138,30 @@ def _add_drawing(commands: Any) -> None:
 
     sub = _command(
         commands,
+        "cutout",
+        drawing.cut_out,
+        "Cut the object out of a photograph.",
+        "Writes a PNG that a layer takes as its picture: transparent around the object, whose edge keeps none of\n"
+        "the ground's colour.",
+    )
+    sub.add_argument("photo", metavar="PHOTO", type=Path, help="PNG, JPEG or WebP")
+    sub.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="file to write (default: PHOTO's name with -cutout.png)",
+    )
+    sub.add_argument(
+        "--model",
+        metavar="NAME",
+        dest="cutout_model",
+        default="",
+        help="one of the server's cut-out models (default: its first)",
+    )
+    add_server(sub)
+
+    sub = _command(
+        commands,
         "redo",
         drawing.redo,
         "Draw layers of an earlier result again.",

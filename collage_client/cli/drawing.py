@@ -9,7 +9,7 @@ from pathlib import Path
 
 from collage.v1 import collage_pb2
 from collage.v1 import collage_service_pb2 as pb
-from collage_client import AsyncJob, CollageError, InvalidInput, JobResult
+from collage_client import AsyncJob, CollageError, InvalidInput, JobResult, _disk
 from collage_client.cli import conversion, report, results
 from collage_client.cli.folder import Folder
 from collage_client.cli.server import connected, served_model
@@ -59,6 +59,20 @@ async def plan(args: argparse.Namespace) -> None:
     written = results.write_plan(out, collage, made, drawn)
     text = f"{report.plan(made, collage.size)}\n{report.cost(made)}\n{report.paths(written.files)}"
     args.output.tell(text, written.tree)
+
+
+async def cut_out(args: argparse.Namespace) -> None:
+    """Cuts the object out of a photograph and writes it."""
+    try:
+        data = _disk.picture(args.photo)
+    except _disk.Unreadable as error:
+        raise InvalidInput.in_field("PHOTO", f"{args.photo}: {error}", reason="FILE") from error
+    out = args.out or args.photo.with_name(f"{args.photo.stem}-cutout.png")
+    async with connected(args) as client:
+        cutout = await client.fetch(await client.cut_out(data, model=args.cutout_model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(cutout)
+    args.output.tell(report.paths([out]), {"photo": str(args.photo), "files": [str(out)]})
 
 
 async def redo(args: argparse.Namespace) -> None:
