@@ -208,6 +208,8 @@ async def examples(target: Target) -> dict[str, list[Any]]:
     requests = [
         pb.PlanCollageRequest(collage=scene, sampling=settings),
         pb.PlanCollageRequest(collage=full),
+        pb.CutOutRequest(image={"data": cutout(3)}),
+        pb.CutOutRequest(image={"blob": blob}, model="u2netp"),
         pb.CreateJobRequest(request_id=identity, generate={"collage": full, "sampling": settings}),
         pb.CreateJobRequest(generate={"collage": stored, "sampling": settings}),
         pb.CreateJobRequest(redo={**redo, "sampling": settings}),
@@ -234,6 +236,7 @@ async def examples(target: Target) -> dict[str, list[Any]]:
             latent_factor=4,
             redo={"parent": plate.composite, "layers": ["a"], "feather": 4.0},
         ),
+        compositor_service_pb2.CutRequest(image=blob, model="u2netp"),
         compositor_service_pb2.DescribeDetectorsRequest(),
         generator_service_pb2.GenerateRequest(plate=plate.plate, layers=controls, **plain),
         generator_service_pb2.GenerateRequest(
@@ -548,6 +551,7 @@ class Fuzz:
         asked = {
             "ImportWord": pb.ImportWordRequest(text=strangers.text(rng), vectors=blob),
             "PlanCollage": pb.PlanCollageRequest(**drawing),
+            "CutOut": pb.CutOutRequest(image={"blob": blob}),
             "GenerateImages": pb.GenerateImagesRequest(**drawing),
             "CreateJob": pb.CreateJobRequest(learn={"collage": scene}),
         }

@@ -13,7 +13,12 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from collage.v1 import compositor_service_pb2, compositor_service_pb2_grpc
+from collage.v1 import collage_service_pb2 as pb
+from collage.v1 import (
+    collage_service_pb2_grpc,
+    compositor_service_pb2,
+    compositor_service_pb2_grpc,
+)
 from collage_client import AsyncCollageClient, CollageClient, CollageError
 from local import embedded
 from services.common.blobs import FolderBlobStore, put_blob
@@ -338,6 +343,18 @@ async def test_the_client_cuts_out_what_a_layer_takes(tmp_path):
             with pytest.raises(CollageError) as caught:
                 await client.cut_out(b"no picture")
             assert [each.field for each in caught.value.field_violations] == ["image"]
+        async with connect(server.address) as channel:
+            stub = collage_service_pb2_grpc.CollageServiceStub(channel)
+            for image in ({}, {"path": "photo.jpg"}, {"data": bytes(2**20 + 1)}, {"data": b""}):
+                with pytest.raises(grpc.RpcError) as refused:
+                    await stub.CutOut(pb.CutOutRequest(image=image), timeout=LIMIT_S)
+                error = from_rpc(refused.value)
+                assert isinstance(error, InvalidRequest)
+                assert error.violations[0].field.startswith("image"), image
+            with pytest.raises(grpc.RpcError) as refused:
+                missing = pb.CutOutRequest(image={"blob": {"sha256": "0" * 64}})
+                await stub.CutOut(missing, timeout=LIMIT_S)
+            assert isinstance(from_rpc(refused.value), MissingBlobs)
         with CollageClient(server.address) as sync:
             assert await asyncio.to_thread(sync.cut_out, photo) == blob
     finally:
