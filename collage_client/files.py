@@ -1,8 +1,8 @@
 """Collage files: `collage.yaml`, the JSON form of the `Collage` message with picture paths relative to the file.
 
-`load` reads one and names every mistake by field and line, `attach` puts the pictures' bytes in, `save` writes
-a self-contained copy. One schema: what the message does not know, a file may not say. A file may come from a stranger:
-it names pictures in its own folder, and no content of it costs more than a message.
+`load` reads one and names every mistake by field and line, `attach` puts the pictures' bytes in, `fit` makes it another
+size, `save` writes a self-contained copy. One schema: what the message does not know, a file may not say. A file may
+come from a stranger: it names pictures in its own folder, and no content of it costs more than a message.
 """
 
 from __future__ import annotations
@@ -69,6 +69,25 @@ def attach(collage: collage_pb2.Collage) -> collage_pb2.Collage:
                 picture.data = _disk.picture(Path(picture.path))
             except _disk.Unreadable as error:
                 raise InvalidInput.in_field(f"{field}.path", str(error), reason="FILE") from error
+    return copy
+
+
+def fit(collage: collage_pb2.Collage, width: int, height: int) -> collage_pb2.Collage:
+    """A copy on a canvas of that size in pixels: all layers are scaled alike, as large as fits, about its centre."""
+    copy = collage_pb2.Collage()
+    copy.CopyFrom(collage)
+    copy.size.width, copy.size.height = width, height
+    before = collage.size
+    if not before.width or not before.height or before == copy.size:
+        return copy
+    scale = min(width / before.width, height / before.height)
+    for layer in copy.layers:
+        transform = layer.transform
+        if transform.HasField("x"):
+            transform.x = (transform.x - before.width / 2) * scale + width / 2
+        if transform.HasField("y"):
+            transform.y = (transform.y - before.height / 2) * scale + height / 2
+        transform.scale = (transform.scale if transform.HasField("scale") else 1.0) * scale
     return copy
 
 

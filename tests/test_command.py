@@ -394,6 +394,12 @@ async def test_a_collage_may_be_a_file_of_another_tool(collage, folder, studio):
     (work,) = studio.works
     for layer, was in zip(work.collage.layers, direct.layers, strict=True):
         assert (layer.name, layer.text, layer.transform) == (was.name, was.text, was.transform)
+    code, _, err = await collage(
+        "generate", folder / "a.ora", "--size", "64x64", "--out", folder / "large"
+    )
+    assert code == 0, err
+    assert (studio.works[1].collage.size.width, studio.works[1].collage.size.height) == (64, 64)
+    assert studio.works[1].collage.layers[0].transform.scale == 2
     # The picture drawn of it is its top layer.
     code, _, err = await collage("convert", folder / "out", folder / "b.ora")
     assert code == 0, err

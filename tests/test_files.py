@@ -208,3 +208,19 @@ layers:
     assert files.place(folder, field) == f"{file}, line {line}"
     assert files.place(folder, "sampling.steps") == files.place(folder, "collages") == ""
     assert files.place(folder / "gone", field) == ""
+
+
+def test_a_collage_fits_a_canvas_of_another_size():
+    collage = collage_pb2.Collage()
+    collage.size.width, collage.size.height = 640, 320
+    collage.layers.add(name="centred")
+    placed = collage.layers.add(name="placed").transform
+    placed.x, placed.y, placed.scale = 0, 320, 0.5
+    fitted = files.fit(collage, 128, 128)
+    assert (fitted.size.width, fitted.size.height) == (128, 128)
+    centred, moved = (layer.transform for layer in fitted.layers)
+    assert not centred.HasField("x")
+    assert centred.scale == 0.2
+    # 640 x 320 becomes 128 x 64, in the middle.
+    assert (moved.x, moved.y, moved.scale) == (0, 96, 0.1)
+    assert files.fit(collage, 640, 320) == collage

@@ -22,6 +22,7 @@ from collage_client.cli.options import (
     add_sampling,
     add_served,
     add_server,
+    add_size,
     count,
     dial,
     port,
@@ -248,6 +249,7 @@ def _add_drawing(commands: Any) -> None:
     )
     sub.add_argument("path", metavar="FROM", type=Path, help=COLLAGE)
     add_allow(sub)
+    add_size(sub)
     sub.add_argument(
         "out", metavar="TO", type=Path, help="an .ora, .psd or .zip file, or a folder, to write"
     )

@@ -33,7 +33,7 @@ async def collage(args: argparse.Namespace) -> collage_pb2.Collage:
     found, warnings = await _opened(args.path, args.allow)
     for warning in warnings:
         args.output.note(f"{warning.field}: {warning.message} [{warning.reason}]")
-    return found
+    return _fitted(found, args)
 
 
 async def convert(args: argparse.Namespace) -> None:
@@ -46,12 +46,14 @@ async def convert(args: argparse.Namespace) -> None:
     if form is not None and args.out.exists() and not args.force:
         raise _refused("TO", f"{args.out} exists; --force writes over it")
     found, warnings = await _opened(args.path, args.allow)
+    # What was drawn at another size shows another canvas.
+    picture = _result(args.path, args.image) if form and not args.size else b""
+    found = _fitted(found, args)
     if form is None:
         folder = Folder(args.out)
         folder.clear()
         written = [folder.write(name, data) for name, data in files.parts(found).items()][-1]
     else:
-        picture = _result(args.path, args.image)
         async with _interchange() as interchange:
             _write(args.out, await interchange.saved(found, form, picture))
         written = args.out
@@ -68,6 +70,11 @@ async def convert(args: argparse.Namespace) -> None:
             ],
         },
     )
+
+
+def _fitted(found: collage_pb2.Collage, args: argparse.Namespace) -> collage_pb2.Collage:
+    size = getattr(args, "size", None)
+    return files.fit(found, *size) if size else found
 
 
 async def _opened(

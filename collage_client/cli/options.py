@@ -64,10 +64,30 @@ def address(text: str) -> str:
     return text
 
 
+def size(text: str) -> tuple[int, int]:
+    """Reads `128x96` or `128`: a canvas' width and height in pixels."""
+    width, _, height = text.lower().partition("x")
+    try:
+        return count(width), count(height or width)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; WIDTHxHEIGHT or SIDE") from None
+
+
 def add_path(parser: argparse.ArgumentParser) -> None:
     """The collage."""
     parser.add_argument("path", metavar="PATH", type=Path, help=COLLAGE)
     add_allow(parser)
+    add_size(parser)
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """What its canvas becomes."""
+    parser.add_argument(
+        "--size",
+        metavar="WxH",
+        type=size,
+        help="make its canvas this size, and all on it larger or smaller to fit (default: as it is)",
+    )
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:
