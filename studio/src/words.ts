@@ -38,6 +38,7 @@ export const words = {
     group: "Group or ungroup",
     front: "One step to the front",
     back: "One step to the back",
+    keys: "Keys",
     zoomIn: "Zoom in",
     zoomOut: "Zoom out",
     fit: "Show all",
@@ -66,6 +67,61 @@ export const words = {
       noise: "How freely each place is drawn: black stays, white is drawn anew.",
       control: "The lines that hold structure.",
     },
+  },
+  keys: {
+    title: "Keys",
+    groups: [
+      {
+        title: "Everywhere",
+        keys: [
+          ["Ctrl Z", "Undo"],
+          ["Ctrl Shift Z", "Redo"],
+          ["Ctrl A", "Select all layers"],
+          ["Ctrl V", "Paste a picture as a layer"],
+          ["+  −  0", "Zoom in, zoom out, show all"],
+          ["Escape", "Let go of a tool, then of the selection"],
+        ],
+      },
+      {
+        title: "Selected layers",
+        keys: [
+          ["Arrows", "Move by 1 pixel, with Shift by 10 (on the collage)"],
+          ["Ctrl D", "Duplicate"],
+          ["Delete", "Delete"],
+          ["H  J", "Flip left and right, top and bottom"],
+          ["L", "Lock or unlock"],
+          ["Ctrl G", "Group or ungroup"],
+          ["Ctrl ]  Ctrl [", "One step to the front, to the back"],
+          ["E  B  C", "Eraser, brush, crop"],
+        ],
+      },
+      {
+        title: "Eraser and brush",
+        keys: [
+          ["]  [", "Larger, smaller; with Shift softer, harder"],
+          ["Arrows, Enter", "Move the brush, paint with it"],
+        ],
+      },
+      {
+        title: "List of layers",
+        keys: [
+          ["Up  Down", "Go through the layers"],
+          ["Alt Up  Alt Down", "One step to the front, to the back"],
+          ["Shift Enter", "Add to the selection"],
+          ["F2", "Rename"],
+        ],
+      },
+      {
+        title: "Pointer",
+        keys: [
+          ["Shift click", "Add to the selection"],
+          ["Ctrl drag", "Without snapping"],
+          ["Shift drag", "Along one direction"],
+          ["Space drag", "Pan"],
+          ["Wheel", "Zoom"],
+        ],
+      },
+    ],
   },
   art: {
     title: "Art to play with",
@@ -171,8 +227,9 @@ export const words = {
     top: "Top",
     right: "Right",
     bottom: "Bottom",
-    apply: "Crop",
+    apply: "Apply",
     cancel: "Cancel",
+    cannotCut: "This server cannot remove backgrounds. Use the eraser.",
     chooseOne: "Select one layer to paint on.",
     notKept: "This stroke could not be kept. The picture is too large for this browser.",
     brushAt: (x: number, y: number) => `Brush at ${x}, ${y}`,

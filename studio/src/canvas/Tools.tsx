@@ -7,6 +7,7 @@ import { useDocument, useHistory, useStudio } from "../store"
 import { Button } from "../ui/Button"
 import { words } from "../words"
 import { ArtShelf } from "./Art"
+import { Keys } from "./Keys"
 import { type Overlay, showAll, useDesk, useView, zoomIn, zoomOut } from "./view"
 
 /** What the whole collage is done with: undo, and pictures in. */
@@ -43,6 +44,7 @@ export function Tools() {
         aria-expanded={isOpen}
         onClick={() => setOpen(!isOpen)}
       />
+      <Keys />
       {isOpen && <ArtShelf opener={opener} close={() => setOpen(false)} />}
     </>
   )

@@ -23,6 +23,8 @@ export function useKeys(): void {
   useEffect(() => {
     const press = (event: KeyboardEvent) => {
       if (event.defaultPrevented || event.isComposing) return
+      // A window has keys of its own.
+      if (event.target instanceof Element && event.target.closest("dialog, [popover]")) return
       if (does(event)) event.preventDefault()
     }
     window.addEventListener("keydown", press)

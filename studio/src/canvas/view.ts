@@ -47,6 +47,8 @@ export const useView = create<View>()(() => ({
 const SMALLEST = 0.05
 const LARGEST = 64
 const MARGIN = 24
+// Above and below, where there is room: the tools that float there.
+const TOOLS = 56
 const STEP = 1.25
 
 export function toView(point: Point): Point {
@@ -58,10 +60,11 @@ export function toView(point: Point): Point {
 export function showAll(canvas: Extent): void {
   const { region } = useView.getState()
   if (!region.width || !region.height) return
-  const margin = Math.min(MARGIN, region.width / 16)
+  const beside = Math.min(MARGIN, region.width / 16)
+  const above = region.height > 480 ? TOOLS : Math.min(MARGIN, region.height / 16)
   const scale = Math.min(
-    (region.width - 2 * margin) / canvas.width,
-    (region.height - 2 * margin) / canvas.height,
+    (region.width - 2 * beside) / canvas.width,
+    (region.height - 2 * above) / canvas.height,
   )
   useView.setState({
     scale,
