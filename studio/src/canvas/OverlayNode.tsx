@@ -2,12 +2,15 @@ import type Konva from "konva"
 import { useEffect } from "react"
 import { Shape } from "react-konva"
 import { create } from "zustand"
-import type { Extent } from "../document"
+import { type Document, type Extent, pictureOf, placement } from "../document"
 import type { LayerPlan } from "../gen/collage/v1/collage_pb"
 import type { Plan } from "../gen/collage/v1/collage_service_pb"
+import { useModel } from "../models"
+import { usePictures } from "../pictures"
 import { usePlan } from "../plan"
 import { download } from "../server"
 import { useDocument } from "../store"
+import { noiseMap } from "./noise"
 import { type Overlay, useDesk } from "./view"
 
 /** The overlay as it is painted, and what it is of. */
@@ -18,20 +21,22 @@ export const usePainted = create<{ picture?: CanvasImageSource; plan?: Plan; kin
 /** What the newest plan shows of the collage, over it. */
 export function OverlayNode({ size, kind }: { size: Extent; kind: Overlay }) {
   const plan = usePlan((state) => state.plan)
+  const of = usePlan((state) => state.of)
+  const cell = useModel()?.latentFactor || 8
   const painted = usePainted()
   // What is of an older plan stays until the new one is painted, but another overlay never shows in its place.
   const picture = plan && painted.kind === kind ? painted.picture : undefined
   useEffect(() => {
-    if (!plan) return
+    if (!plan || !of) return
     let isOld = false
-    paint(plan, size, kind)
+    paint(plan, of, kind, cell)
       .then((picture) => isOld || usePainted.setState({ picture, plan, kind }))
       // The next plan brings another.
       .catch(() => {})
     return () => {
       isOld = true
     }
-  }, [plan, size, kind])
+  }, [plan, of, kind, cell])
   if (!picture) return null
   return (
     <Shape
@@ -82,9 +87,11 @@ export function tint(index: number): string {
 
 async function paint(
   { composite, layers }: Plan,
-  { width, height }: Extent,
+  { size, pieces }: Document,
   kind: Overlay,
+  cell: number,
 ): Promise<CanvasImageSource> {
+  const { width, height } = size
   if (kind === "composite") return bitmap(composite?.sha256 ?? "")
   const sheet = blank(width, height)
   const context = sheet.getContext("2d") as CanvasRenderingContext2D
@@ -93,24 +100,47 @@ async function paint(
       context.drawImage(await masked(layer, tint(index), 0.6, width, height), 0, 0)
     return sheet
   }
+  if (kind === "noise") {
+    const painted = await Promise.all(
+      layers.map(async (layer) => ({ mask: await cover(layer, size), noise: layer.noise })),
+    )
+    const map = noiseMap(painted, size, cell)
+    const small = blank(map.width, map.height)
+    const pixels = new ImageData(map.width, map.height)
+    map.values.forEach((value, index) => {
+      const grey = Math.round(255 * value)
+      pixels.data.set([grey, grey, grey, 255], 4 * index)
+    })
+    small.getContext("2d")?.putImageData(pixels, 0, 0)
+    return small
+  }
+  // Those that came with the collage: they lie as their layers do.
   context.fillStyle = "#000"
   context.fillRect(0, 0, width, height)
-  // Strength where each layer shows; what no layer covers is drawn freely.
-  if (kind === "noise") {
-    context.fillStyle = "#fff"
-    context.fillRect(0, 0, width, height)
-    for (const layer of layers) {
-      const grey = Math.round(layer.noise * 255)
-      context.drawImage(await masked(layer, `rgb(${grey} ${grey} ${grey})`, 1, width, height), 0, 0)
-    }
-    return sheet
-  }
   context.globalCompositeOperation = "lighter"
-  for (const { structure } of layers)
-    for (const { image } of structure)
-      if (image?.source.case === "blob")
-        context.drawImage(await bitmap(image.source.value.sha256), 0, 0, width, height)
+  for (const { layer } of pieces)
+    for (const { image } of layer.structure) {
+      if (image?.source.case !== "blob") continue
+      const picture = await bitmap(image.source.value.sha256)
+      const own = usePictures.getState().pixels.get(pictureOf(layer))
+      if (!own || layer.visible === false) continue
+      const at = placement(layer, size)
+      context.save()
+      context.translate(at.x, at.y)
+      context.rotate((at.rotation * Math.PI) / 180)
+      context.scale(at.scale * (at.flipHorizontal ? -1 : 1), at.scale * (at.flipVertical ? -1 : 1))
+      context.drawImage(picture, -own.width / 2, -own.height / 2, own.width, own.height)
+      context.restore()
+    }
   return sheet
+}
+
+/** A layer's soft visible mask, 0 to 1. */
+async function cover({ mask }: LayerPlan, { width, height }: Extent): Promise<Float32Array> {
+  const context = blank(width, height).getContext("2d") as CanvasRenderingContext2D
+  context.drawImage(await bitmap(mask?.sha256 ?? ""), 0, 0, width, height)
+  const { data } = context.getImageData(0, 0, width, height)
+  return Float32Array.from({ length: width * height }, (_, at) => (data[4 * at] as number) / 255)
 }
 
 /** A layer's soft visible mask in one colour. */

@@ -81,10 +81,15 @@ export function SelectionTools() {
 
 /** Zoom, and what of the plan lies over the collage. */
 export function ViewTools() {
-  const { size } = useDocument()
+  const { size, pieces } = useDocument()
+  const hasControl = pieces.some(({ layer }) => layer.structure.some(({ image }) => image))
   const scale = useView((view) => view.scale)
   const overlay = useDesk((desk) => desk.overlay)
   const { tools, canvas } = words
+  // Control pictures that the service draws are not told by its plan.
+  const shown = (Object.keys(canvas.overlays) as Overlay[]).filter(
+    (key) => key !== "control" || hasControl || overlay === key,
+  )
   return (
     <div className="floating bottom" role="toolbar" aria-label={tools.view}>
       <Button icon="zoomOut" name={tools.zoomOut} onClick={zoomOut} />
@@ -99,7 +104,7 @@ export function ViewTools() {
           title={canvas.overlayHelp[overlay]}
           onChange={(event) => useDesk.setState({ overlay: event.target.value as Overlay })}
         >
-          {(Object.keys(canvas.overlays) as Overlay[]).map((key) => (
+          {shown.map((key) => (
             <option key={key} value={key}>
               {canvas.overlays[key]}
             </option>

@@ -2,6 +2,7 @@ import { describe, expect, it } from "vitest"
 import type { Placement } from "../document"
 import { boxOf, hits, toCanvas, toPicture } from "./geometry"
 import { keyOf } from "./keys"
+import { noiseMap } from "./noise"
 import { snap, targets } from "./snap"
 
 const at: Placement = {
@@ -83,4 +84,16 @@ it.each([
   ["ArrowUp", "ArrowUp", "ArrowUp"],
 ])("%s at %s is the key %s", (key, code, name) => {
   expect(keyOf({ key, code })).toBe(name)
+})
+
+it("the noise map is free where nothing lies, and nowhere freer than a layer's noise allows", () => {
+  const size = { width: 64, height: 32 }
+  const left = Float32Array.from({ length: 64 * 32 }, (_, i) => (i % 64 < 32 ? 1 : 0))
+  const map = noiseMap([{ mask: left, noise: 0.25 }], size, 2)
+  expect([map.width, map.height]).toEqual([32, 16])
+  expect(map.values[0]).toBeCloseTo(0.25)
+  expect(map.values[31]).toBeCloseTo(1)
+  expect(map.values[15]).toBeCloseTo(0.25)
+  // The blur holds back beyond the border.
+  expect(map.values[16]).toBeLessThan(0.999)
 })

@@ -38,12 +38,21 @@ export function Layers() {
   const focus = (index: number) =>
     list.current?.querySelectorAll<HTMLElement>(".row-name")[index]?.focus()
 
-  // What moved in the order keeps the focus where it went.
+  // What moved in the order keeps the focus where it went; where a row with the focus is gone, the next one has it.
   const keep = useRef("")
+  const place = useRef<number>(undefined)
+  const count = useRef(0)
   // biome-ignore lint/correctness/useExhaustiveDependencies: after each change of the order
   useEffect(() => {
     if (keep.current) focus(front.findIndex(({ id }) => id === keep.current))
+    else if (
+      place.current !== undefined &&
+      front.length < count.current &&
+      document.activeElement === document.body
+    )
+      focus(Math.min(place.current, front.length - 1))
     keep.current = ""
+    count.current = front.length
   }, [pieces])
 
   const press = (event: KeyboardEvent, piece: Piece, index: number) => {
@@ -84,6 +93,13 @@ export function Layers() {
         ref={list}
         className="rows"
         aria-label={words.layers.frontFirst}
+        onFocus={(event) => {
+          const rows = [...event.currentTarget.children]
+          place.current = rows.findIndex((row) => row.contains(event.target))
+        }}
+        onBlur={(event) => {
+          if (event.relatedTarget) place.current = undefined
+        }}
         onDragLeave={(event) => {
           if (!event.currentTarget.contains(event.relatedTarget as Node | null)) setGap(undefined)
         }}
