@@ -1,4 +1,9 @@
-"""The contract as descriptors, for programs that read it at run time: Envoy, and clients without generated code."""
+"""The contract as descriptors, for programs that read it at run time: Envoy, and clients without generated code.
+
+`python -m door.contract` writes them to standard output.
+"""
+
+import sys
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorSet
@@ -34,3 +39,7 @@ def _name_in_json(message: DescriptorProto) -> None:
         field.json_name = first + "".join(each[:1].upper() + each[1:] for each in more)
     for nested in message.nested_type:
         _name_in_json(nested)
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(descriptor_set())

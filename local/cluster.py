@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2, collage_service_pb2_grpc
-from local.layout import Layout, Part, lay_out
+from local.layout import Layout, Part, Web, lay_out
 from local.processes import ProcessFailed
 from services.common.rpc import connect
 from services.common.telemetry import log
@@ -49,6 +49,7 @@ class Cluster:
         port: of the first gateway, the others following; 0: free ones, the same ones each time for this folder.
         models: what the generator serves, see `COLLAGE_MODELS`; empty for the bundled model.
         threads: of one operation in the generator; 0 for one a core.
+        http: where browsers and scripts come in, if they do: by Envoy where it is installed, else by our own door.
         tell: hears of every process that died and was started again.
     """
 
@@ -60,6 +61,7 @@ class Cluster:
         port: int = 0,
         models: str = "",
         threads: int = 0,
+        http: Web | None = None,
         tell: Callable[[str], None] = log.info,
     ) -> None:
         if gateways < 1:
@@ -69,6 +71,7 @@ class Cluster:
         self._port = port
         self._models = models
         self._threads = threads
+        self._http = http
         self._tell = tell
         self._open = contextlib.ExitStack()
         self._layout = Layout(stages=(), addresses=(), blobs="", jobs="")
@@ -176,6 +179,7 @@ class Cluster:
             models=self._models,
             threads=self._threads,
             inherited=(lock.fileno(),),
+            http=self._http,
         )
         self._parts = {part.name: part for stage in self._layout.stages for part in stage}
         self.restarts = dict.fromkeys(self._parts, 0)

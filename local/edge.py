@@ -48,8 +48,8 @@ def configure(
     del transcoder["proto_descriptor"]
     transcoder["proto_descriptor_bin"] = base64.b64encode(descriptor_set()).decode()
     named = manager["route_config"]["virtual_hosts"][0]
-    host, _, port = address.rpartition(":")
-    answered = dict.fromkeys([*named["domains"], host, *hosts])
+    port = address.rpartition(":")[2]
+    answered = dict.fromkeys([*named["domains"], *names(address), *hosts])
     named["domains"] = list(answered)
     own = [f"{scheme}://{name}:{port}" for scheme in ("http", "https") for name in answered]
     own += [f"https://{name}" for name in answered]
@@ -71,13 +71,20 @@ def configure(
     return ("-c", str(file), "--use-dynamic-base-id", "--log-level", "warning")
 
 
+def names(address: str) -> tuple[str, ...]:
+    """The host name of an address that is listened on; none where that is every one."""
+    host = address.rpartition(":")[0]
+    return () if host in ("0.0.0.0", "[::]") else (host,)
+
+
 def check(address: str) -> None:
     """Returns when a door answers a call, raises while it does not; blocks."""
     host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=PROBE_S)
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=PROBE_S)
     try:
         path = "/collage.v1.CollageService/ListJobs"
-        connection.request("POST", path, b"{}", {"content-type": "application/json"})
+        head = {"content-type": "application/json", "host": f"localhost:{port}"}
+        connection.request("POST", path, b"{}", head)
         status = connection.getresponse().status
     finally:
         connection.close()

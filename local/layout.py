@@ -6,6 +6,7 @@ anything.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -17,11 +18,13 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from local.edge import check, configure, names
 from local.processes import (
     Process,
     free_port,
     nats_command,
     probe_nats,
+    program,
     seaweed_command,
     seaweed_keys,
     write_private,
@@ -39,6 +42,7 @@ SEAWEED_PORTS = 11
 # Deadlines in seconds for an orderly end. A gateway first finishes the jobs it works on; SeaweedFS has been seen to
 # take minutes, and loses nothing when killed.
 GATEWAY_GRACE_S, SERVICE_GRACE_S, STORAGE_GRACE_S = 45.0, 10.0, 5.0
+DOOR_GRACE_S = 5.0
 PROBE_S = 2.0
 
 Probe = Callable[[], Awaitable[None]]
@@ -53,6 +57,15 @@ class Part:
     process: Process
     probe: Probe
     grace_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Web:
+    """Where HTTP is answered (`address`, host:port), and to whom: see `door.origins.Guard`."""
+
+    address: str
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +112,14 @@ class _Deed:
 
 
 def lay_out(
-    data: Path, *, gateways: int, port: int, models: str, threads: int, inherited: Sequence[int]
+    data: Path,
+    *,
+    gateways: int,
+    port: int,
+    models: str,
+    threads: int,
+    inherited: Sequence[int],
+    http: Web | None = None,
 ) -> Layout:
     """The cluster of a data folder, the same one each time.
 
@@ -110,13 +130,16 @@ def lay_out(
         models: see `COLLAGE_MODELS`.
         threads: see `COLLAGE_THREADS`; 0 for what that says.
         inherited: open files that every process keeps.
+        http: where browsers and scripts come in, if they do.
 
     Raises:
         InvalidSetting: a variable of the environment is wrong, or one that is told here.
     """
     fronts = [f"gateway-{number + 1}" for number in range(gateways)]
     internal = [f"seaweedfs-{number}" for number in range(SEAWEED_PORTS)]
-    deed = _Deed.of(data / "cluster.json", ["nats", "seaweedfs", *internal, *SERVICES, *fronts])
+    deed = _Deed.of(
+        data / "cluster.json", ["nats", "seaweedfs", *internal, *SERVICES, *fronts, "door"]
+    )
     ports = dict(deed.ports)
     if port:
         ports |= {name: port + number for number, name in enumerate(fronts)}
@@ -138,21 +161,61 @@ def lay_out(
         )
 
     def part(name: str, module: str, grace_s: float) -> Part:
-        kind = PARTS[module.rpartition(".")[2]]
         all_told = {**told, "address": at[name], "metrics_port": metrics[name]}
+        return ours(name, module, all_told, grace_s, lambda: check_health(at[name]))
+
+    def ours(
+        name: str, module: str, all_told: Mapping[str, Any], grace_s: float, probe: Probe
+    ) -> Part:
+        """One of our processes, told what it takes of all that."""
+        kind = PARTS[module.rpartition(".")[2]]
         own = {each.name: all_told[each.name] for each in fields(kind) if each.name in all_told}
         # What is wrong stops the start here, in words, and not in the log of a part.
         settings(kind, **own)
         command = (sys.executable, "-m", module)
         return Part(
             name=name,
-            where=at[name],
+            where=all_told["address"],
             process=process(
                 name, command, **{variable(key): str(value) for key, value in own.items()}
             ),
-            probe=lambda: check_health(at[name]),
+            probe=probe,
             grace_s=grace_s,
         )
+
+    def web(http: Web) -> tuple[tuple[Part, ...], ...]:
+        """Our door, and Envoy before it where it is installed."""
+        try:
+            envoy = program("envoy")
+        except FileNotFoundError:
+            envoy = ""
+        place = at["door"] if envoy else http.address
+        hosts = (*http.hosts, *names(http.address))
+        told = {
+            "address": place,
+            "gateway": at[fronts[0]],
+            "http_hosts": ",".join(hosts),
+            "http_origins": ",".join(http.origins),
+        }
+        door = ours("door", "door", told, DOOR_GRACE_S, lambda: asyncio.to_thread(check, place))
+        if not envoy:
+            return ((door,),)
+        arguments = configure(
+            data / "envoy" / "envoy.json",
+            address=http.address,
+            gateways=[at[name] for name in fronts],
+            door=place,
+            hosts=http.hosts,
+            origins=http.origins,
+        )
+        edge = Part(
+            name="envoy",
+            where=f"http://{http.address}",
+            process=process("envoy", (envoy, *arguments)),
+            probe=lambda: asyncio.to_thread(check, http.address),
+            grace_s=DOOR_GRACE_S,
+        )
+        return ((door,), (edge,))
 
     nats = nats_command(
         data / "nats",
@@ -185,6 +248,7 @@ def lay_out(
             (queue, storage),
             tuple(part(name, f"services.{name}", SERVICE_GRACE_S) for name in SERVICES),
             tuple(part(name, "gateway", GATEWAY_GRACE_S) for name in fronts),
+            *(web(http) if http else ()),
         ),
         addresses=tuple(at[name] for name in fronts),
         blobs=blobs,

@@ -19,7 +19,9 @@ import pytest
 
 from collage.v1 import blob_pb2, collage_pb2
 from collage_client import AsyncCollageClient
+from local import edge
 from local.cluster import Cluster
+from local.layout import Web
 from local.processes import ProcessFailed, free_port
 from services.common.blobs import blob_key
 from services.common.settings import open_blobs
@@ -57,7 +59,13 @@ def digests(events):
 
 async def test_a_job_survives_the_gateway_and_the_generator_with_the_same_pictures(tmp_path):
     # With one gateway it is certain who works on the job.
-    cluster = Cluster(tmp_path / "data", models=f"toy={toy.mini(tmp_path / 'model')}", threads=1)
+    place = f"127.0.0.1:{free_port()}"
+    cluster = Cluster(
+        tmp_path / "data",
+        models=f"toy={toy.mini(tmp_path / 'model')}",
+        threads=1,
+        http=Web(address=place),
+    )
     await cluster.start()
     try:
         with pytest.raises(OSError, match="runs on this folder already"):
@@ -67,6 +75,10 @@ async def test_a_job_survives_the_gateway_and_the_generator_with_the_same_pictur
             calm = [event async for event in await client.generate(COLLAGE, SAMPLING)]
             assert len(digests(calm)) == 2
             await forget_results(cluster)
+            # By Envoy, and by Envoy and our door.
+            await asyncio.to_thread(edge.check, place)
+            page = await asyncio.to_thread(urllib.request.urlopen, f"http://{place}/")
+            assert b"Collage Studio" in page.read()
 
             seen, to_kill = [], ["generator", "gateway-1"]
             async for event in await client.generate(COLLAGE, SAMPLING):
@@ -95,7 +107,7 @@ async def test_a_job_survives_the_gateway_and_the_generator_with_the_same_pictur
     finally:
         pids = [cluster.pid(name) for name in cluster.names]
         await cluster.stop()
-    assert len(pids) == 6
+    assert len(pids) == 8
     assert not any(map(is_alive, pids))
 
 

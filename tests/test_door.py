@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import uuid
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from google.protobuf import json_format
+from PIL import Image
 
 from collage.v1 import collage_service_pb2 as pb
 from door import calls, exchange
@@ -660,6 +662,29 @@ def test_bodies_that_hold_too_much_or_come_too_slowly_are_refused(run, gateway, 
             assert told.split()[1] == (b"504" if kind == "application/json" else b"200")
     # What was held is given back.
     assert curl.call("ListModels", b"{}").status == 200
+
+
+def test_the_commands_in_the_docs(curl, tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/http.md").read_text(), re.DOTALL)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "DOOR": curl.url, "PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT}/protos"},
+        capture_output=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b'"name"' in done.stdout and b'"mediaType"' in done.stdout
+    with Image.open(tmp_path / "salmon.png") as picture:
+        assert picture.size == (64, 64)
+    assert (tmp_path / "signature").read_bytes() == b"\x89PNG\r\n\x1a\n"
+    rest = (tmp_path / "rest.txt").read_text()
+    assert "\nid: 5\n" in f"\n{rest}" and "id: 4\n" not in rest and '"done"' in rest
+    assert "JOB_NOT_FOUND" in (tmp_path / "error.txt").read_text()
+    assert (tmp_path / "error.txt").read_text().endswith("\n404\n")
+    assert (tmp_path / "contract.pb").read_bytes() == descriptor_set()
 
 
 @needs_chromium

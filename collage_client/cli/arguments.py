@@ -355,7 +355,8 @@ def _add_serving(commands: Any) -> None:
         "cluster",
         server.cluster,
         "Run the production shape as processes on this machine, until Ctrl-C.",
-        "NATS, SeaweedFS, the three services and as many gateways as wanted. A second Ctrl-C waits for nobody.",
+        "NATS, SeaweedFS, the three services and as many gateways as wanted; with --http the door, and Envoy before\n"
+        "it where it is installed. A second Ctrl-C waits for nobody.",
     )
     sub.add_argument(
         "--gateways", metavar="N", type=count, default=2, help="how many (default: %(default)s)"
@@ -367,6 +368,7 @@ def _add_serving(commands: Any) -> None:
         default=50051,
         help="of the first gateway, the others following (default: %(default)s); 0 for free ones",
     )
+    add_door(sub, default=None)
     add_served(sub)
     add_data(sub)
     sub.set_defaults(data=Path("data/cluster"), server="")

@@ -143,6 +143,7 @@ async def cluster(args: argparse.Namespace) -> int:
     try:
         enter()
         from local import cluster as processes
+        from local.layout import Web
         from local.served import models_setting
         from services.common.settings import InvalidSetting
     except ModuleNotFoundError as error:
@@ -153,6 +154,8 @@ async def cluster(args: argparse.Namespace) -> int:
         port=args.port,
         models=models_setting(args.model),
         threads=args.threads,
+        http=args.http
+        and Web(address=args.http, hosts=tuple(args.host_name), origins=tuple(args.origin)),
         tell=args.output.note,
     )
     try:
