@@ -8,7 +8,7 @@ from door.origins import InvalidOrigin
 from door.server import serving
 from services.common.settings import DoorSettings as Settings
 from services.common.settings import InvalidSetting, read, run, variable
-from services.common.telemetry import start_logging
+from services.common.telemetry import log, start_logging
 
 
 async def main() -> None:
@@ -24,7 +24,8 @@ async def main() -> None:
             gateway=settings.gateway,
             hosts=_names(settings.http_hosts),
             origins=_names(settings.http_origins),
-        ):
+        ) as url:
+            log.info("listening", name="door", address=url)
             await ended.wait()
     except InvalidOrigin as error:
         names = f"{variable('http_hosts')} and {variable('http_origins')}"

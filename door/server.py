@@ -7,21 +7,43 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from door.application import application
 from interchange.asking import Interchange
 from services.common.rpc import connect
-from services.common.telemetry import log
 
 # Connections at once; more are refused.
 MAX_CONNECTIONS = 2048
+# Seconds in which the head of a request has to come.
+HEAD_S = 15.0
 # Seconds for exchanges under way to end before they are cut off: streams do not end by themselves.
 DRAIN_S = 2
 # Files opened or written at once, each by a process that may take 3 GiB.
 _OPENERS = 2
 # Of these processes: what draws comes first.
 _NICENESS = 5
+
+
+class _Connection(H11Protocol):
+    """Is closed when the head of a request does not come in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._looking = self.loop.call_later(HEAD_S, self._look, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._looking.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, before: object) -> None:
+        """`before`: the last request that had come when it was looked last."""
+        if self.conn.their_state is h11.IDLE and self.cycle is before:
+            self.transport.close()
+            return
+        self._looking = self.loop.call_later(HEAD_S, self._look, self.cycle)
 
 
 class _Server(uvicorn.Server):
@@ -69,7 +91,7 @@ async def serving(
         url = f"http://{host}:{listening.getsockname()[1]}"
         config = uvicorn.Config(
             door,
-            http="h11",
+            http=_Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -81,7 +103,6 @@ async def serving(
         server = _Server(config)
         running = asyncio.create_task(server.serve(sockets=[listening]))
         try:
-            log.info("listening", name="door", address=url)
             yield url
         finally:
             server.should_exit = True

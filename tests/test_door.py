@@ -22,7 +22,7 @@ from google.protobuf import json_format
 from PIL import Image
 
 from collage.v1 import collage_service_pb2 as pb
-from door import calls, exchange
+from door import calls, exchange, server
 from door.contract import descriptor_set
 from door.server import serving
 from local import edge, embedded
@@ -685,6 +685,19 @@ def test_the_commands_in_the_docs(curl, tmp_path):
     assert "JOB_NOT_FOUND" in (tmp_path / "error.txt").read_text()
     assert (tmp_path / "error.txt").read_text().endswith("\n404\n")
     assert (tmp_path / "contract.pb").read_bytes() == descriptor_set()
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(run, gateway, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_S", 0.2)
+    curl = Curl(run.enter(serving("127.0.0.1:0", gateway=gateway)))
+    place = urlsplit(curl.url)
+    # An exchange under way, which was looked at before the other is.
+    with raw(curl, POST % ("GetJob", 2)) as waiting:
+        with socket.create_connection((place.hostname, place.port), timeout=LIMIT_S) as slow:
+            slow.sendall(b"POST / HTTP/1.1\r\nHost: 12")
+            assert slow.recv(100) == b""
+        waiting.sendall(b"{}")
+        assert waiting.recv(100).split()[1] == b"404"
 
 
 @needs_chromium

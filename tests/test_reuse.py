@@ -1,6 +1,7 @@
 """The server that a command leaves behind: found again, private, ended when idle or when it is another one's."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -80,6 +82,16 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def answers(url):
+    """Whether a call by this door is answered."""
+    call = urllib.request.Request(
+        f"{url}/collage.v1.CollageService/ListJobs", b"{}", {"Content-Type": "application/json"}
+    )
+    with contextlib.suppress(OSError):
+        return urllib.request.urlopen(call).status == 200
+    return False
 
 
 @pytest.fixture
@@ -184,6 +196,37 @@ def test_a_server_of_somebodys_own_is_used_and_never_ended_for_another_model(fol
         serve.terminate()
         serve.communicate(timeout=LIMIT_S)
     assert serve.returncode == 0
+
+
+def test_the_studio_joins_the_server_and_outlives_it(folder, data, model):
+    process = started(
+        *("studio", folder, "--no-open", "--http", "127.0.0.1:0", "--json"),
+        *("--data", data, "--model", model),
+    )
+    try:
+        told = ""
+        while not told.endswith("}\n"):
+            told += process.stdout.readline()
+        place = json.loads(told)
+        assert place["page"] == f"{place['http']}/?open=start"
+        begun = json.loads(urllib.request.urlopen(f"{place['http']}/start").read())
+        (layer,) = begun["collage"]["layers"]
+        picture = urllib.request.urlopen(
+            f"{place['http']}/blobs/{layer['image']['blob']['sha256']}"
+        )
+        assert picture.read() == (folder / "a.png").read_bytes()
+        _, first, _ = collage("server", "status", "--data", data)
+        assert first["state"] == "in use"
+        os.kill(first["pid"], signal.SIGKILL)
+        while "the server has ended" not in process.stderr.readline():
+            assert process.poll() is None
+        # The same address, once another server is there.
+        wait_until(lambda: resident(data).get("pid", first["pid"]) != first["pid"])
+        wait_until(lambda: answers(place["http"]))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 0
+    finally:
+        process.kill()
 
 
 def test_without_reuse_nothing_is_left(folder, data, model):

@@ -18,6 +18,8 @@ import grpc
 from collage_client import AsyncCollageClient, CollageError, InvalidInput
 
 _ANY_PORT = "127.0.0.1:0"
+# Seconds between two looks at whether a server is there.
+_LOOK_S = 1.0
 
 
 @asynccontextmanager
@@ -127,6 +129,18 @@ def door(
             raise InvalidInput.in_field("", str(error), reason="SETTING") from error
 
     return opened()
+
+
+async def lost(args: argparse.Namespace) -> None:
+    """Returns when the server that `reached` found in the data folder is gone; never for one that is named."""
+    residence = None if args.server else _residence(args)
+    found = residence.resident() if residence else None
+    if residence is None or found is None:
+        await asyncio.Event().wait()
+        return
+    # Another process' end is no event of the loop.
+    while residence.resident() == found:  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK_S)
 
 
 def interrupted() -> asyncio.Event:
