@@ -12,8 +12,9 @@ MEDIA_TYPES = {
     "psd": "image/vnd.adobe.photoshop",
     "zip": "application/zip",
 }
-# The largest file that is looked at. Pictures of one collage have at most 128 MiB together, and there may be a result.
-MAX_FILE_BYTES = 160 * 2**20
+# The largest file that is looked at. Pictures of one collage have at most 128 MiB together, and 32 rendered ones three
+# times as many.
+MAX_FILE_BYTES = 512 * 2**20
 # Longest that one file may take; 32 turned layers of 12 megapixels take two minutes on a busy machine.
 LIMIT_S = 180.0
 # Most memory that a process may take.

@@ -17,7 +17,7 @@ MAX_DIRECTORY_BYTES = 2**19
 MAX_NAME_CHARACTERS = 200
 # One entry unpacked, and all of them.
 MAX_ENTRY_BYTES = MAX_ENCODED_BYTES
-MAX_UNPACKED_BYTES = 256 * 2**20
+MAX_UNPACKED_BYTES = 640 * 2**20
 # Unpacked bytes to a packed one, of an entry above a megabyte. Pictures are packed already.
 MAX_RATIO, RATIO_FROM_BYTES = 100, 2**20
 # A description of layers: 32 of them with all their words and dials take a tenth.

@@ -26,6 +26,8 @@ from services.compositor.placement import place, stretch
 
 # As the compositor has it: a shift this near to whole pixels is one.
 _WHOLE_PIXELS = 1e-6
+# A picture of more than so many canvases is cut to its canvas, so that a file of photographs is not ten times as large.
+_WHOLE_CANVASES = 2
 _HEAD_BYTES = 33
 _DEPTH_AT = 24
 
@@ -133,7 +135,7 @@ class Scene:
                 self._stack.slide_under(placed, opacity=layer.opacity)
             height, width = pixels_HW4.shape[:2]
             corner = _corner(layer.transform, width, height, canvas.width, canvas.height)
-            if corner:
+            if corner and width * height <= _WHOLE_CANVASES * canvas.pixels:
                 left, top = corner
                 yield Sheet(index=index, pixels_HW4=pixels_HW4, left=left, top=top, is_whole=True)
             else:

@@ -232,27 +232,28 @@ def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
     scene = Scene(collage, result)
     size = (collage.size.width, collage.size.height)
     file = PSDImage.new("RGBA", size)
-    layers: list[tuple[str, NDArray[np.uint8], int, int, float, bool]] = [
-        (
+    if result:
+        _add(file, RESULT_NAME, scene.result_HW4)
+    # From the top down: one at a time is held as pixels.
+    for sheet in scene.sheets():
+        layer = _add(
+            file,
             collage.layers[sheet.index].name,
             sheet.pixels_HW4,
-            sheet.left,
-            sheet.top,
-            scene.opacity(sheet.index),
-            scene.is_visible(sheet.index),
+            left=sheet.left,
+            top=sheet.top,
+            opacity=round(scene.opacity(sheet.index) * 255),
         )
-        for sheet in scene.sheets()
-    ]
-    layers.append((BACKGROUND_NAME, opaque(scene.under_HW3), 0, 0, 1.0, True))
-    if result:
-        layers.insert(0, (RESULT_NAME, scene.result_HW4, 0, 0, 1.0, True))
-    for name, pixels_HW4, left, top, opacity, is_visible in reversed(layers):
-        layer = file.create_pixel_layer(
-            Image.fromarray(pixels_HW4), name=name, left=left, top=top, opacity=round(opacity * 255)
-        )
-        layer.visible = is_visible
+        layer.visible = scene.is_visible(sheet.index)
+    _add(file, BACKGROUND_NAME, opaque(scene.under_HW3))
     merged_HW4 = scene.result_HW4 if result else opaque(scene.composite_HW3())
     return _bytes(file, merged_HW4)
+
+
+def _add(file: Any, name: str, pixels_HW4: NDArray[np.uint8], **options: Any) -> Any:
+    """A layer below all others."""
+    layer = file.create_pixel_layer(Image.fromarray(pixels_HW4), name=name, **options)
+    return layer.move_to(file, index=0)
 
 
 def _bytes(file: Any, merged_HW4: NDArray[np.uint8]) -> bytes:

@@ -25,7 +25,8 @@ from collage_client.cli.folder import Folder
 # What such files begin with: archives, an archive of nothing, PSD.
 _STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"8BPS")
 _FORMS = {".ora": "ora", ".psd": "psd", ".zip": "zip"}
-_MAX_FILE_BYTES = 160 * 2**20
+# As much as is opened.
+_MAX_FILE_BYTES = 512 * 2**20
 
 
 async def collage(args: argparse.Namespace) -> collage_pb2.Collage:
