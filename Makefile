@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test slow installed mini setup proto docs format lint types check studio studio-check \
+.PHONY: demo test triton slow installed mini setup proto docs format lint types check studio studio-check \
 	cluster clean
 
 demo: setup
@@ -11,7 +11,7 @@ demo: setup
 	@echo "Look at out/demo/sheet.png: the composite, then the pictures."
 
 # A process a core, each with the tests of whole files; more than four want more memory than they save time.
-test: setup check
+test: setup triton check
 	$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # Models of real sizes: 8 GB of disk, 20 GiB of memory, and on two CPU cores a quarter of an hour.
@@ -33,6 +33,15 @@ $(VENV)/.ready: constraints.txt pyproject.toml packages/client/pyproject.toml
 	python3 -m venv --clear $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt torch numpy
 	$(PYTHON) -m pip install -q -c constraints.txt -e packages/client -e '.[dev]'
+	touch $@
+
+# NVIDIA's Triton server, for its binaries alone (144 MB): what its wheel asks for is older than what we have.
+triton: $(VENV)/triton/.ready
+TRITON := $(VENV)/triton/pytriton/tritonserver
+$(VENV)/triton/.ready: $(VENV)/.ready
+	$(PYTHON) -m pip install -q --no-deps --target $(@D) --upgrade nvidia-pytriton==0.7.0
+	cp $(TRITON)/python_backend_stubs/$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')/* \
+		$(TRITON)/backends/python/
 	touch $@
 
 check: setup lint types

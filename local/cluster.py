@@ -50,6 +50,7 @@ class Cluster:
         models: what the generator serves, see `COLLAGE_MODELS`; empty for the bundled model.
         threads: of one operation in the generator; 0 for one a core.
         http: where browsers and scripts come in, if they do: by Envoy where it is installed, else by our own door.
+        servers: how many Triton servers run the generator's networks; 0 for the generator itself.
         tell: hears of every process that died and was started again.
     """
 
@@ -62,6 +63,7 @@ class Cluster:
         models: str = "",
         threads: int = 0,
         http: Web | None = None,
+        servers: int = 0,
         tell: Callable[[str], None] = log.info,
     ) -> None:
         if gateways < 1:
@@ -72,6 +74,7 @@ class Cluster:
         self._models = models
         self._threads = threads
         self._http = http
+        self._servers = servers
         self._tell = tell
         self._open = contextlib.ExitStack()
         self._layout = Layout(stages=(), addresses=(), blobs="", jobs="")
@@ -178,6 +181,7 @@ class Cluster:
             port=self._port,
             models=self._models,
             threads=self._threads,
+            servers=self._servers,
             inherited=(lock.fileno(),),
             http=self._http,
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from local import triton
 from local.edge import check, configure, names
 from local.processes import (
     Process,
@@ -118,6 +119,7 @@ def lay_out(
     port: int,
     models: str,
     threads: int,
+    servers: int,
     inherited: Sequence[int],
     http: Web | None = None,
 ) -> Layout:
@@ -129,6 +131,7 @@ def lay_out(
         port: of the first gateway, the others following; 0 for free ones.
         models: see `COLLAGE_MODELS`.
         threads: see `COLLAGE_THREADS`; 0 for what that says.
+        servers: how many Triton servers run the generator's networks; 0 for the generator itself.
         inherited: open files that every process keeps.
         http: where browsers and scripts come in, if they do.
 
@@ -137,9 +140,9 @@ def lay_out(
     """
     fronts = [f"gateway-{number + 1}" for number in range(gateways)]
     internal = [f"seaweedfs-{number}" for number in range(SEAWEED_PORTS)]
-    deed = _Deed.of(
-        data / "cluster.json", ["nats", "seaweedfs", *internal, *SERVICES, *fronts, "door"]
-    )
+    models_at = [f"triton-{number + 1}" for number in range(servers)]
+    parts = ["nats", "seaweedfs", *internal, *models_at, *SERVICES, *fronts, "door"]
+    deed = _Deed.of(data / "cluster.json", parts)
     ports = dict(deed.ports)
     if port:
         ports |= {name: port + number for number, name in enumerate(fronts)}
@@ -149,7 +152,13 @@ def lay_out(
     blobs = f"s3://{deed.access_key}:{deed.secret_key}@{at['seaweedfs']}/{BUCKET}"
     told: dict[str, Any] = {"blobs": blobs, "jobs": jobs, "models": models}
     told |= {name: at[name] for name in SERVICES} | ({"threads": threads} if threads else {})
-    metrics = _metrics_ports([*SERVICES, *fronts])
+    if servers:
+        if variable("stages") in os.environ:
+            raise InvalidSetting(
+                f"{variable('stages')} and --stages both say who runs the networks"
+            )
+        told["stages"] = f"triton:{','.join(at[name] for name in models_at)}"
+    metrics = _metrics_ports([*models_at, *SERVICES, *fronts])
 
     def process(name: str, command: Sequence[str], **told: str) -> Process:
         return Process(
@@ -217,6 +226,22 @@ def lay_out(
         )
         return ((door,), (edge,))
 
+    def model_server(name: str) -> Part:
+        repository = str(data / "triton" / name)
+        line = (sys.executable, "-m", "local.triton", repository, f"--port={ports[name]}")
+        own = {key: str(told[key]) for key in ("models", "threads") if key in told}
+        return Part(
+            name=name,
+            where=at[name],
+            process=process(
+                name,
+                (*line, f"--metrics-port={metrics[name]}"),
+                **{variable(key): value for key, value in own.items()},
+            ),
+            probe=lambda: triton.answers(at[name]),
+            grace_s=SERVICE_GRACE_S,
+        )
+
     nats = nats_command(
         data / "nats",
         port=ports["nats"],
@@ -245,7 +270,7 @@ def lay_out(
     )
     return Layout(
         stages=(
-            (queue, storage),
+            (queue, storage, *map(model_server, models_at)),
             tuple(part(name, f"services.{name}", SERVICE_GRACE_S) for name in SERVICES),
             tuple(part(name, "gateway", GATEWAY_GRACE_S) for name in fronts),
             *(web(http) if http else ()),

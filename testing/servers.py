@@ -1,12 +1,16 @@
-"""Real NATS and S3 servers for tests, on free ports, over data folders that outlive a crash."""
+"""Real NATS, S3 and Triton servers for tests, on free ports, over data folders that outlive a crash."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from local import triton
 from local.processes import (
     Process,
     free_port,
@@ -78,3 +82,35 @@ async def seaweed(data: Path) -> AsyncIterator[Server]:
         yield server
     finally:
         await process.terminate(grace_s=3)
+
+
+class TritonServer(Server):
+    async def probe(self) -> None:
+        await triton.answers(self.url)
+
+    def kill_stage(self, stage: str) -> None:
+        """Ends the process of a stage at once; the server itself goes on."""
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                line = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace")
+                is_ours = str(os.getsid(int(pid))) == str(self.process.pid)
+                if is_ours and "triton_python_backend_stub" in line and f".{stage}/" in line:
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+@contextlib.asynccontextmanager
+async def triton_server(data: Path, models: str) -> AsyncIterator[TritonServer]:
+    """A Triton server of these models (see `COLLAGE_MODELS`), with one thread an operation."""
+    port = free_port()
+    process = Process(
+        "triton",
+        (sys.executable, "-m", "local.triton", str(data / "repository"), f"--port={port}"),
+        log=data / "triton.log",
+        environment={**os.environ, "COLLAGE_MODELS": models, "COLLAGE_THREADS": "1"},
+    )
+    server = TritonServer(f"127.0.0.1:{port}", process)
+    try:
+        await process.start(server.probe, timeout_s=240)
+        yield server
+    finally:
+        await process.terminate(grace_s=10)

@@ -23,6 +23,7 @@ from collage.v1 import (
     generator_service_pb2,
     generator_service_pb2_grpc,
 )
+from local import triton
 from services.common import color, wire
 from services.common.blobs import FolderBlobStore, put_blob
 from services.common.collage import Extent
@@ -46,6 +47,7 @@ from services.generator.folder_card import FolderCard, load_stages, read_catalog
 from services.generator.scheduler import Scheduler
 from services.generator.service import GeneratorServicer
 from testing import plates, toy
+from testing.servers import triton_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 WAIT_S = 20.0
@@ -57,13 +59,26 @@ def folder(tmp_path_factory):
     return toy.mini(tmp_path_factory.mktemp("toy") / "mini")
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["torch", "triton"])
+async def stages(request, folder, tmp_path_factory):
+    """Who runs the networks, as `COLLAGE_STAGES` takes it."""
+    if request.param == "torch":
+        yield "torch"
+        return
+    if not triton.is_here():
+        pytest.skip("no Triton server here: make triton")
+    async with triton_server(tmp_path_factory.mktemp("triton"), f"mini={folder}") as server:
+        yield f"triton:{server.url}"
+
+
 @contextlib.asynccontextmanager
-async def serving(folder, data, *, threads=1, max_rows=1, max_work_s=3600.0):
+async def serving(folder, data, *, stages="torch", threads=1, max_rows=1, max_work_s=3600.0):
     """A serving generator: its server, a stub, and its blobs."""
     settings = Settings(
         address="127.0.0.1:0",
         blobs=f"folder:{data}",
         models=f"mini={folder}",
+        stages=stages,
         threads=threads,
         max_rows=max_rows,
         max_work_s=max_work_s,
@@ -77,8 +92,8 @@ async def serving(folder, data, *, threads=1, max_rows=1, max_work_s=3600.0):
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(folder, tmp_path_factory):
-    async with serving(folder, tmp_path_factory.mktemp("blobs")) as parts:
+async def served(folder, stages, tmp_path_factory):
+    async with serving(folder, tmp_path_factory.mktemp("blobs"), stages=stages) as parts:
         yield parts
 
 

@@ -369,6 +369,15 @@ def _add_serving(commands: Any) -> None:
         help="of the first gateway, the others following (default: %(default)s); 0 for free ones",
     )
     add_door(sub, default=None)
+    sub.add_argument(
+        "--stages",
+        choices=("torch", "triton"),
+        default="torch",
+        help="who runs the networks: the generator, or NVIDIA Triton servers (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--servers", metavar="N", type=count, default=1, help="of Triton (default: %(default)s)"
+    )
     add_served(sub)
     add_data(sub)
     sub.set_defaults(data=Path("data/cluster"), server="")

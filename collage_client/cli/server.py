@@ -170,6 +170,7 @@ async def cluster(args: argparse.Namespace) -> int:
         threads=args.threads,
         http=args.http
         and Web(address=args.http, hosts=tuple(args.host_name), origins=tuple(args.origin)),
+        servers=args.servers if args.stages == "triton" else 0,
         tell=args.output.note,
     )
     try:

@@ -175,6 +175,11 @@ class GeneratorSettings:
     address: str = _setting("127.0.0.1:50054", _LISTEN, form=Form.ADDRESS)
     blobs: str = _setting("folder:data/blobs", _BLOBS)
     models: str = _setting("", _MODELS)
+    stages: str = _setting(
+        "torch",
+        "who runs the networks: torch, in this process; or triton:HOST:PORT[,HOST:PORT...], NVIDIA Triton servers, a "
+        "name standing for all its addresses",
+    )
     max_rows: int = _setting(
         1,
         "U-Net rows that jobs, and the pictures of one, may share; 1: no picture's bytes depend on the load",

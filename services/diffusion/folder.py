@@ -111,6 +111,29 @@ def read_network(kind: Any, folder: Path, part: str | None, *, dtype: torch.dtyp
         return torch.nn.Module.to(network, dtype).eval()
 
 
+def outline_network(kind: Any, folder: Path, part: str) -> Any:
+    """A network without its weights: its config and shapes, on torch's meta device, where nothing is computed.
+
+    Args:
+        kind: a class of diffusers or transformers.
+        folder: the model's.
+        part: the network's folder in it.
+
+    Raises:
+        NotAModel: its config is missing, or none of such a network.
+    """
+    read_config(folder / part / "config.json")
+    with _BUILDING, torch.inference_mode(False), quiet(), torch.device("meta"):
+        if hasattr(kind, "load_config"):
+            return kind.from_config(kind.load_config(folder, subfolder=part)).eval()
+        return kind(kind.config_class.from_pretrained(folder, subfolder=part)).eval()
+
+
+def is_outline(network: torch.nn.Module) -> bool:
+    """Whether it is an outline, see `outline_network`."""
+    return next(network.parameters()).device.type == "meta"
+
+
 def _told_of(report: Mapping[str, Any]) -> str | None:
     """What is wrong with weights as a library found them; None where each tensor had its place."""
     if missing := sorted(report["missing_keys"]):

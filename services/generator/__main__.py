@@ -3,28 +3,60 @@
 import asyncio
 import math
 import os
+import re
+from collections.abc import Callable
 
 from collage.v1 import generator_service_pb2_grpc
 from services.common.decoder import Decoder
 from services.common.rpc import Server
 from services.common.settings import GeneratorSettings as Settings
-from services.common.settings import open_blobs, read, run
+from services.common.settings import InvalidSetting, open_blobs, read, run
 from services.common.telemetry import serve_metrics, start_logging
+from services.diffusion.catalog import Catalog
 from services.generator.engine import Engine
-from services.generator.folder_card import load_stages, read_catalog
+from services.generator.folder_card import FolderCard, load_stages, read_catalog
 from services.generator.scheduler import Scheduler
 from services.generator.service import GeneratorServicer
+from services.generator.stages import Stages
+
+TRITON = "triton:"
+_ADDRESS = re.compile(r"\S+:\d{1,5}")
+
+
+def networks(settings: Settings) -> tuple[Catalog[FolderCard], Callable[[FolderCard], Stages]]:
+    """The models that the settings name, and what makes stages of one.
+
+    Raises:
+        InvalidSetting: a model cannot be used, or who is to run the networks is nobody.
+    """
+    if settings.stages == "torch":
+        return read_catalog(settings.models), load_stages
+    names = settings.stages.removeprefix(TRITON).split(",")
+    if not settings.stages.startswith(TRITON) or not all(map(_ADDRESS.fullmatch, names)):
+        raise InvalidSetting(
+            f"COLLAGE_STAGES is {settings.stages!r}; allowed: torch, triton:HOST:PORT[,HOST:PORT...]"
+        )
+    # An extra of its own.
+    from services.generator.triton.servers import Servers
+    from services.generator.triton.stages import TritonStages, as_served
+
+    servers, may_share = Servers(names), settings.max_rows > 1
+    catalog = Catalog.read(
+        settings.models,
+        lambda source: as_served(FolderCard.read(source, is_elsewhere=True), servers),
+    )
+    return catalog, lambda card: TritonStages(card, servers, may_share=may_share)
 
 
 async def build(settings: Settings) -> Server:
     """The generator, wired and not yet started."""
     blobs = await open_blobs(settings.blobs)
-    catalog = await asyncio.to_thread(read_catalog, settings.models)
+    catalog, load = await asyncio.to_thread(networks, settings)
     memory_bytes = settings.model_memory * 2**30 or math.inf
     catalog.check_memory(memory_bytes)
     engine = Engine(
         catalog,
-        load=load_stages,
+        load=load,
         scheduler=Scheduler(max_rows=settings.max_rows, max_waiting=settings.max_waiting),
         threads=settings.threads or len(os.sched_getaffinity(0)),
         memory_bytes=memory_bytes,

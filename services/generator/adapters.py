@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 from services.common.collage import Adapter
 from services.common.weights import ModelError, digest_file, find, tensors
-from services.diffusion.folder import parse_config, quiet, read_config
+from services.diffusion.folder import is_outline, parse_config, quiet, read_config
 
 # Parts of a model that an adapter may change.
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -197,7 +197,7 @@ class AdapterFile:
         return converted
 
     def load_into(self, networks: Mapping[str, Any], name: str) -> None:
-        """Adds the adapter under a name to the networks of a model, by part; it is on at once."""
+        """Adds the adapter under a name to these networks of a model, by part; it is on at once."""
         options = {
             "network_alphas": self.alphas,
             "metadata": self.metadata,
@@ -206,6 +206,8 @@ class AdapterFile:
         }
         with quiet():
             for part in self.parts:
+                if part not in networks:
+                    continue
                 if part == "unet":
                     Loader.load_lora_into_unet(dict(self.tensors), unet=networks[part], **options)
                 else:
@@ -222,8 +224,9 @@ class AdapterSwitch:
     """
 
     def __init__(self, networks: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """`networks`: the parts of one model by name; `files`: its adapters by name."""
+        """`networks`: the parts of one model by name; outlines are left alone. `files`: its adapters by name."""
         self._networks = networks
+        self._here = {part: each for part, each in networks.items() if not is_outline(each)}
         self._files = files
         self._parts: dict[str, tuple[str, ...]] = {}
         # None while a switch is under way: one that fails is done again in whole.
@@ -248,15 +251,15 @@ class AdapterSwitch:
                 config = self._networks["unet"].config
                 file = AdapterFile.read(self._files[adapter.name], config, widths)
                 try:
-                    file.load_into(self._networks, self._inner_name(adapter.name))
+                    file.load_into(self._here, self._inner_name(adapter.name))
                 except BaseException:
                     # What is half there would stand in the way of the next try.
-                    self._forget(self._inner_name(adapter.name), file.parts)
+                    self._forget(self._inner_name(adapter.name))
                     raise
                 self._parts[adapter.name] = file.parts
         names = [self._inner_name(adapter.name) for adapter in adapters]
         changed = {part for adapter in adapters for part in self._parts[adapter.name]}
-        for part, network in self._networks.items():
+        for part, network in self._here.items():
             set_adapter_layers(network, enabled=part in changed)
             if part in changed:
                 set_weights_and_activate_adapters(
@@ -273,10 +276,9 @@ class AdapterSwitch:
         """What PEFT calls an adapter: it makes module names of it, which may hold no dot and hide no method."""
         return f"adapter_{sorted(self._files).index(name)}"
 
-    def _forget(self, inner_name: str, parts: Sequence[str]) -> None:
+    def _forget(self, inner_name: str) -> None:
         """Takes an adapter out of every network that it got into."""
-        for part in parts:
-            network = self._networks[part]
+        for network in self._here.values():
             delete_adapter_layers(network, inner_name)
             getattr(network, "peft_config", {}).pop(inner_name, None)
 

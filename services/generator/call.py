@@ -21,6 +21,10 @@ from services.diffusion.text import TextStates
 LAYERS_MULTIPLE = 8
 
 
+class NotWanted(Exception):
+    """A call that was given up because its answer is not wanted any more; whose it was knows why."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Steering:
     """How a job's layers steer cross-attention, see `services.generator.attention`; the last ones may do nothing.

@@ -44,8 +44,12 @@ class FolderCard(GeneratorCard):
     adapter_files: Mapping[str, Path]
 
     @classmethod
-    def read(cls, source: ModelSource) -> "FolderCard":
+    def read(cls, source: ModelSource, *, is_elsewhere: bool = False) -> "FolderCard":
         """The card of a served model. Hashes the weights: seconds for a large model.
+
+        Args:
+            source: of the model.
+            is_elsewhere: its networks run on another machine, whose device it is that the source names.
 
         Raises:
             ModelError: no model, or none of a supported kind, or a ControlNet or adapter that does not fit it.
@@ -53,7 +57,7 @@ class FolderCard(GeneratorCard):
         folder = locate(source.source)
         facts = read_facts(folder)
         schedule.check(facts)
-        on = device.find(source.device)
+        on = device.find("cpu" if is_elsewhere else source.device)
         dtype = _dtype(source.dtype, on)
         vae_dtype = facts.vae_dtype(dtype)
         # Before all that takes long, or lies beside it: what is no model is told at once.

@@ -38,6 +38,7 @@ from services.diffusion import device
 from services.diffusion.catalog import Catalog
 from services.diffusion.pace import Call, Expected
 from services.diffusion.shelf import Shelf
+from services.generator.call import NotWanted
 from services.generator.card import Card
 from services.generator.conditioning import prepare
 from services.generator.job import Ended, Job, Mailbox, QueuedAt, RawImage, RawPreview, StepDone
@@ -326,7 +327,7 @@ class Runner(Generic[Card]):
         QUEUE_SECONDS.observe(time.monotonic() - entry.admitted_s)
         entry.mailbox.post(QueuedAt(place=0))
         job, cells = entry.job, entry.ticket.shape.cells
-        stages, start_s = self._stages_of(entry), time.monotonic()
+        stages, start_s = self._stages_of([entry]), time.monotonic()
         with self._stage(entry, stages, "encode_text"):
             conditioning = prepare(
                 stages,
@@ -362,8 +363,10 @@ class Runner(Generic[Card]):
         with self._changed:
             return self._scheduler.wants(entry.ticket, now_s=time.monotonic())
 
-    def _stages_of(self, entry: _Entry) -> Stages:
-        return self._shelf.take(self._card(entry))
+    def _stages_of(self, entries: Sequence[_Entry]) -> Stages:
+        """Their model's stages, for as long as one of them wants an answer."""
+        stages = self._shelf.take(self._card(entries[0]))
+        return stages.while_wanted(lambda: any(self._wants(entry) for entry in entries))
 
     def _card(self, entry: _Entry) -> Card:
         return self._catalog.find(entry.job.sampling.model, field="sampling.model")
@@ -404,7 +407,8 @@ class Runner(Generic[Card]):
         if not work:
             return
         entry = work[0].entry
-        stages, parts = self._stages_of(entry), tuple(each.part for each in work)
+        stages = self._stages_of([each.entry for each in work])
+        parts = tuple(each.part for each in work)
         try:
             start_s = time.monotonic()
             rows = step(stages, [each.run for each in work])
@@ -420,6 +424,9 @@ class Runner(Generic[Card]):
                 each.entry.worked_s += seconds * each.part.ticket.rows / shares
             with self._changed:
                 self._scheduler.stepped(parts, rows=rows, seconds=seconds)
+            return
+        if isinstance(failure, NotWanted):
+            # Every run is as it was; the next turn drops whom nobody waits for.
             return
         # Outside the handler: while an exception is handled, all that the failed call held stays in memory.
         if len(work) == 1:
@@ -440,7 +447,7 @@ class Runner(Generic[Card]):
     def _show(self, each: "_Work") -> None:
         """Has what is to be seen of a part made by the other thread: its pictures, or a preview where one is due."""
         entry, run, first = each.entry, each.run, each.part.index
-        stages, every = self._stages_of(entry), entry.job.sampling.preview_every
+        stages, every = self._stages_of([entry]), entry.job.sampling.preview_every
         if run.is_done:
             with self._changed:
                 self._scheduler.ended(each.part)
@@ -453,6 +460,9 @@ class Runner(Generic[Card]):
         """Does one job's own work; what goes wrong is that job's alone."""
         try:
             entry.context.copy().run(work, entry)
+            return
+        except NotWanted:
+            # The next turn drops it, and says why.
             return
         except Exception as error:
             failure = error

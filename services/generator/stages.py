@@ -7,7 +7,7 @@ Suffixes: B rows, W width of the guidance scale's embedding, C latent channels, 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
@@ -43,6 +43,12 @@ class Stages(Protocol):
     @property
     def device(self) -> torch.device:
         """Where latents and texts live."""
+
+    def while_wanted(self, is_wanted: Callable[[], bool]) -> "Stages":
+        """The same stages for work that is wanted as long as this says so.
+
+        A call that waits for somebody else is then given up soon, and raises `NotWanted`.
+        """
 
     def load_controlnets(self, kinds: Sequence[str]) -> None:
         """Has the ControlNets of these kinds in memory, so that no step has to wait for one; it changes no answer."""
@@ -96,6 +102,10 @@ class TorchStages:
     def device(self) -> torch.device:
         """Where latents and texts live."""
         return self._model.device
+
+    def while_wanted(self, is_wanted: Callable[[], bool]) -> "TorchStages":
+        """See `Stages`. Nobody is waited for here."""
+        return self
 
     def load_controlnets(self, kinds: Sequence[str]) -> None:
         """See `Stages`."""
