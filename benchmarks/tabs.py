@@ -38,19 +38,28 @@ ENDING_S = 300.0
 LOOK_S = 2.0
 
 
-def serve(folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], str, str]:
-    """A running server; its gRPC address and its page's."""
-    address, http = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+def serve(
+    folder: Path, ports: tuple[int, int] | None = None
+) -> tuple[subprocess.Popen[bytes], tuple[int, int]]:
+    """A running server on what lies in `folder`, and its ports: of gRPC and of the page.
+
+    Args:
+        folder: holds the tiny model, made where it is absent, and all that the server keeps.
+        ports: those of a server before this one; None: free ones.
+    """
+    grpc_port, http_port = ports or (free_port(), free_port())
+    model, log = folder / "toy", folder / "log"
+    if not model.is_dir():
+        toy.mini(model)
     command = [sys.executable, "-m", "collage_client.cli", "serve", "--data", str(folder / "data")]
-    command += ["--model", str(toy.mini(folder / "toy")), "--address", address, "--http", http]
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [*command, "--threads", "1"], stdout=subprocess.PIPE, stderr=output
-        )
+    command += ["--model", str(model), "--threads", "1"]
+    command += ["--address", f"127.0.0.1:{grpc_port}", "--http", f"127.0.0.1:{http_port}"]
+    with log.open("ab") as output:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output)
     assert server.stdout is not None, "opened so"
     for line in server.stdout:
-        if address in line.decode():
-            return server, address, f"http://{http}/"
+        if f"127.0.0.1:{http_port}" in line.decode():
+            return server, (grpc_port, http_port)
     raise SystemExit(f"the server did not start: {log.read_text()}")
 
 
@@ -98,7 +107,8 @@ def faults(versions: list[dict], jobs: dict[str, list[pb.JobEvent]]) -> Counter[
 
 async def draw(args: argparse.Namespace, folder: Path) -> int:
     """The whole course of it; 1 where a bar is missed."""
-    server, address, url = serve(folder, folder / "log")
+    server, (grpc_port, http_port) = serve(folder)
+    address, url = f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}/"
     seen: list[int] = []
     looking = asyncio.create_task(remembered(server.pid, seen))
     asked = {"url": url, "tabs": args.tabs, "seconds": args.seconds, "seed": args.seed}

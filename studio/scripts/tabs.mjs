@@ -28,7 +28,16 @@ const pause = (ms) => new Promise((next) => setTimeout(next, ms))
 async function opened(context) {
   const page = await context.newPage()
   page.setDefaultTimeout(60_000)
-  await page.goto(url)
+  // The server may be away for a while, as the network may.
+  for (let tries = 0; ; tries++) {
+    try {
+      await page.goto(url)
+      break
+    } catch (error) {
+      if (tries === 60) throw error
+      await pause(1000)
+    }
+  }
   await page.getByTestId("expected").waitFor()
   return page
 }

@@ -130,7 +130,7 @@ function OptionTile(props: { version: Version; index: number; isChosen: boolean 
   }
   const { width, height } = version.document.size
   return (
-    <li className={isChosen ? "chosen" : undefined}>
+    <li className={isChosen ? "looked-at" : undefined}>
       <figure style={{ "--aspect": width / height } as object}>
         <div className="picture" style={{ aspectRatio: `${width} / ${height}` }}>
           {image?.blob ? (

@@ -1,11 +1,10 @@
 // A version: what was asked for at one moment, the job that draws it, and the pictures that came of it.
 
 import type { Document, Option } from "../document"
-import {
-  type CreateJobRequest,
-  type GeneratedImage,
-  JobState,
-  type RedoWork,
+import type {
+  CreateJobRequest,
+  GeneratedImage,
+  RedoWork,
 } from "../gen/collage/v1/collage_service_pb"
 
 export type State = "new" | "queued" | "running" | "done" | "failed" | "cancelled"
@@ -57,21 +56,6 @@ export function options(version: Version): number {
   if (version.state === "done") return version.images.length
   const { value } = version.work
   return (value && "sampling" in value && value.sampling?.images) || 1
-}
-
-export function stateOf(state: JobState): State {
-  switch (state) {
-    case JobState.RUNNING:
-      return "running"
-    case JobState.DONE:
-      return "done"
-    case JobState.FAILED:
-      return "failed"
-    case JobState.CANCELLED:
-      return "cancelled"
-    default:
-      return "queued"
-  }
 }
 
 /** A version in the tree, `depth` steps below one without a parent. */

@@ -10,7 +10,7 @@ import { service, trouble } from "../server"
 import { say, tell } from "../voice"
 import { words } from "../words"
 import { AT_FIRST, advanced, setProgress, useProgress } from "./progress"
-import { isFinished, stateOf, type Version } from "./version"
+import { isFinished, type Version } from "./version"
 import { record, useVersions, versionNamed } from "./versions"
 
 // A browser has six connections to a server: more streams than this and nothing else gets through.
@@ -80,7 +80,8 @@ async function ask({ id, requestId, work, document }: Version): Promise<void> {
   if (!job || !now) return
   // Whoever cancelled it meanwhile meant this job.
   if (now.state === "cancelled") await service.cancelJob({ name: job.name })
-  else await record(id, { job: job.name, state: stateOf(job.state), sequence: 0n })
+  // One that is found again may be finished by now: then its log still tells its pictures, and its end.
+  else await record(id, { job: job.name, state: "queued", sequence: 0n })
 }
 
 /** Pictures that a redo names and its document does not: its parent, and layers cut by its brush. */
