@@ -205,6 +205,7 @@ def test_the_clients_wheel_draws_on_the_servers_wheel(wheels, tmp_path):
     ("extra", "command"),
     [
         ("", "collage-gateway"),
+        ("[door]", "collage-door"),
         ("[compositor]", "collage-compositor"),
         ("[inversion]", "collage-inversion"),
         ("[generator]", "collage-generator"),
