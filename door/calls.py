@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from collage.v1 import collage_service_pb2
 from door import events, status
-from door.exchange import Exchange, Gone, Holding, Load, too_large, too_slow
+from door.exchange import Exchange, Gone, Holding, Load, TooLarge, too_slow
 from services.common.errors import CollageError, InvalidRequest, NotSupported, quote
 from services.common.rpc import MESSAGE_S, READ_MESSAGE_BYTES
 
@@ -227,7 +227,7 @@ class _Web:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
 
-    async def messages(self, _: MethodDescriptor, holding: Holding) -> AsyncIterator[bytes]:
+    async def messages(self, method: MethodDescriptor, holding: Holding) -> AsyncIterator[bytes]:
         """The messages of the body, as they come."""
         data = bytearray()
         async for chunk in self.exchange.chunks():
@@ -240,12 +240,15 @@ class _Web:
                         f"frames of kind {data[0]} are not read; 0 is", reason="FRAME"
                     )
                 if size > READ_MESSAGE_BYTES:
-                    raise too_large(str(size), READ_MESSAGE_BYTES)
+                    raise TooLarge(str(size), READ_MESSAGE_BYTES)
                 if len(data) < _FRAME_BYTES + size:
                     break
                 message = bytes(data[_FRAME_BYTES : _FRAME_BYTES + size])
                 del data[: _FRAME_BYTES + size]
                 yield message
+                if method.client_streaming:
+                    # The others stay with their call.
+                    holding.give(_FRAME_BYTES + size)
         if data:
             raise InvalidRequest.of("request", f"breaks off: {len(data)} bytes are no whole frame")
 
@@ -320,7 +323,7 @@ class _Json:
         body = await self.exchange.body(JSON_BYTES, holding)
         if body is None:
             told = self.exchange.announced_bytes()
-            raise too_large(str(told) if told > 0 else "more", JSON_BYTES)
+            raise TooLarge(str(told) if told > 0 else "more", JSON_BYTES)
         request = await _beside(len(body), _parse, body, GetMessageClass(method.input_type))
         self._resumption.ask(request)
         yield request.SerializeToString()

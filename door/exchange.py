@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
+from google.rpc import code_pb2
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from services.common.admission import Budget
-from services.common.errors import CollageError, DeadlinePassed, Overloaded
+from services.common.errors import CollageError, DeadlinePassed
 from services.common.rpc import MESSAGE_S
 
 # Under way at once, streams too; and what the bodies of calls hold.
@@ -57,6 +58,11 @@ class Holding:
         """Raises `Overloaded` where that is more than there is."""
         self._budget.take(self._peer, size_bytes)
         self._bytes += size_bytes
+
+    def give(self, size_bytes: int) -> None:
+        """So much of it."""
+        self._budget.give(self._peer, size_bytes)
+        self._bytes -= size_bytes
 
     def give_back(self) -> None:
         """Everything."""
@@ -177,10 +183,13 @@ def too_slow() -> CollageError:
     return DeadlinePassed(f"the message did not arrive within {MESSAGE_S:g} s")
 
 
-def too_large(size: str, limit_bytes: int) -> CollageError:
-    """Of a message that is not even read; what is read the gateway refuses in its own words."""
-    return Overloaded(
-        f"the message has {size} bytes; read are at most {limit_bytes}; upload pictures with PUT /blobs/SHA256",
-        reason="MESSAGE_TOO_LARGE",
-        retry_after_s=0,
-    )
+class TooLarge(CollageError):
+    """A message that is not even read; what is read the gateway refuses in its own words."""
+
+    code = code_pb2.RESOURCE_EXHAUSTED
+    reason = "MESSAGE_TOO_LARGE"
+
+    def __init__(self, size: str, limit_bytes: int) -> None:
+        super().__init__(
+            f"the message has {size} bytes; read are at most {limit_bytes}; upload pictures with PUT /blobs/SHA256"
+        )

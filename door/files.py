@@ -22,7 +22,7 @@ from collage.v1 import blob_pb2, collage_pb2, collage_service_pb2_grpc
 from collage.v1 import collage_service_pb2 as pb
 from door import status
 from door.calls import JSON_BYTES, JSON_MEDIA_TYPE, call_options, refuse, upload
-from door.exchange import Exchange, Gone, Holding, Load, too_large
+from door.exchange import Exchange, Gone, Holding, Load, TooLarge
 from interchange.asking import FORMS, MEDIA_TYPES, Interchange
 from services.common.errors import CollageError, InvalidRequest, MissingBlobs, NotSupported, quote
 
@@ -113,7 +113,7 @@ class Files:
         body = await exchange.body(JSON_BYTES, holding)
         if body is None:
             told = exchange.announced_bytes()
-            raise too_large(str(told) if told > 0 else "more", JSON_BYTES)
+            raise TooLarge(str(told) if told > 0 else "more", JSON_BYTES)
         collage, drawn = await asyncio.to_thread(_parsed, body)
         work = self._saved(exchange, collage, drawn, form, holding)
         data = await _while_there(exchange, work)

@@ -17,6 +17,8 @@ from services.common.rpc import connect
 
 # Connections at once; more are refused.
 MAX_CONNECTIONS = 2048
+# Where a server that listens on every address is found on this machine.
+_HERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 # Seconds in which the head of a request has to come.
 HEAD_S = 15.0
 # Seconds for exchanges under way to end before they are cut off: streams do not end by themselves.
@@ -88,7 +90,7 @@ async def serving(
             interchange=interchange,
         )
         listening = _listening(host, int(port), address)
-        url = f"http://{host}:{listening.getsockname()[1]}"
+        url = f"http://{_HERE.get(host, host)}:{listening.getsockname()[1]}"
         config = uvicorn.Config(
             door,
             http=_Connection,

@@ -559,6 +559,33 @@ def test_its_bytes_are_those_of_grpc(run, curl, gateway):
     assert base64.b64decode(coded + "=" * (-len(coded) % 4)) == details
 
 
+def test_envoy_passes_grpc_as_well(run, curl):
+    if curl.kind == "embedded":
+        pytest.skip("gRPC is the gateway's own")
+
+    async def by_grpc():
+        async with system.connect(urlsplit(curl.url).netloc) as channel:
+            stub = system.collage_service_pb2_grpc.CollageServiceStub(channel)
+            data = system.cutout(93)
+            stored = await stub.PutBlob(system.upload(data, media_type="image/png"))
+            assert stored.blob.sha256 == hashlib.sha256(data).hexdigest()
+            return [model.name for model in (await stub.ListModels(pb.ListModelsRequest())).models]
+
+    assert run(by_grpc()) == ["toy"]
+
+
+def test_files_of_other_tools_come_in_by_both(curl):
+    answer = curl("/files/open?name=a.ora", data=b"no archive")
+    assert (answer.status, answer.json["code"]) == (400, 3)
+
+
+def test_a_server_on_every_address_names_one_that_answers(run, gateway):
+    curl = Curl(run.enter(serving("0.0.0.0:0", gateway=gateway)))
+    assert urlsplit(curl.url).hostname == "127.0.0.1"
+    assert curl("/").status == 200
+    assert curl("/", "-H", "Host: 0.0.0.0").status == 421
+
+
 def test_frames_that_are_none_are_refused(curl):
     for body, code in (
         (b"", "3"),
