@@ -88,7 +88,7 @@ def pictures(folder: Path) -> list[str]:
     """A cake with alpha, a window with alpha, and a photo of a cup on a wooden ground."""
     side = 256
     cake = Image.open(ART / "birthday-cake-fluent.png").convert("RGBA").resize((side, side))
-    cake.save(folder / "cake.png")
+    cake.save(folder / "birthday-cake.png")
     window = Image.new("RGBA", (side, side))
     frame = ImageDraw.Draw(window)
     frame.rounded_rectangle((28, 12, 228, 244), 8, fill=(122, 84, 52, 255))
@@ -103,8 +103,8 @@ def pictures(folder: Path) -> list[str]:
     photo = Image.merge("RGB", [ground.point(lambda v, s=s: int(v * s)) for s in (1.3, 1.0, 0.7)])
     cup = Image.open(ART / "hot-beverage-noto.png").convert("RGBA").resize((200, 200))
     photo.paste(cup, (28, 34), cup)
-    photo.save(folder / "cup.jpg", quality=92)
-    return [str(folder / name) for name in ("window.png", "cake.png", "cup.jpg")]
+    photo.save(folder / "coffee-cup.jpg", quality=92)
+    return [str(folder / name) for name in ("window.png", "birthday-cake.png", "coffee-cup.jpg")]
 
 
 def shrink(screen: Path) -> None:

@@ -1,6 +1,7 @@
 // A new user's whole way in a real browser, against a door that is already there: `node scripts/way.mjs '{"url": …}'`.
 //
-// url: the page. pictures: three files, cake.png, window.png and cup.jpg (a photo, whose ground is taken away).
+// url: the page. pictures: three files, window.png, birthday-cake.png and coffee-cup.jpg (a photo, whose ground is taken
+// away).
 // isCut: whether the service takes backgrounds away. way: "pointer" or "keys". screens: a folder for a picture of each station; none where it is unset.
 // Prints a line of JSON a station; ends with 1 and the reason where something is not as it should be.
 
@@ -134,11 +135,11 @@ async function drawn(number) {
 async function redo(layer, { from, option, to }) {
   await press(button(new RegExp(`^Show: Version ${from}:`)))
   await press(button(`Redo parts: Option ${option} of version ${from}`))
-  for (const each of ["cake", "window", "cup"]) {
+  for (const each of ["birthday-cake", "window", "coffee-cup"]) {
     const box = page.getByRole("checkbox", { name: each, exact: true })
     if ((await box.isChecked()) !== (each === layer)) await toggle(box)
   }
-  if (layer === "cake") {
+  if (layer === "birthday-cake") {
     // A little wider than the cake itself.
     const area = page.getByRole("application", { name: /^Picture with the area/ })
     await area.waitFor()
@@ -220,18 +221,24 @@ try {
   const { width } = (await saved()).document.size
   for (const [layer, keys] of [
     ["window", ["ArrowUp", "ArrowLeft"]],
-    ["cup", ["ArrowDown", "ArrowRight"]],
+    ["birthday-cake", ["ArrowDown"]],
+    ["coffee-cup", ["ArrowDown", "ArrowRight"]],
   ]) {
     await press(layers().filter({ hasText: layer }).getByRole("button").first())
-    if (way === "pointer") await page.getByRole("application", { name: "Collage" }).focus()
-    else await reach(page.getByRole("application", { name: "Collage" }))
+    const noise = page.getByRole("slider", { name: "Noise" })
+    if (way === "pointer") await noise.focus()
+    else await reach(noise)
+    for (const key of ["Home", "PageUp", "PageUp", "PageUp"]) await page.keyboard.press(key)
+    const canvas = page.getByRole("application", { name: "Collage" })
+    if (way === "pointer") await canvas.focus()
+    else await reach(canvas)
     for (const key of keys)
       for (let moved = 0; moved < width / 6; moved++) await page.keyboard.press(key)
   }
   await station("dropped")
 
   if (isCut) {
-    const pixels = async () => pictureOf((await saved()).document, "cup")
+    const pixels = async () => pictureOf((await saved()).document, "coffee-cup")
     const photo = await pixels()
     await press(button("Remove background"))
     await page.waitForFunction(() => !document.querySelector('[aria-label^="Removing"]'))
@@ -274,7 +281,7 @@ try {
   await press(button("Use this: Option 2 of version 2"))
   await station("picked")
 
-  await redo("cake", { from: 2, option: 2, to: 3 })
+  await redo("birthday-cake", { from: 2, option: 2, to: 3 })
   await redo("window", { from: 3, option: 1, to: 4 })
   const picked = (await saved()).document.drawn
   await page.keyboard.press("Control+z")
