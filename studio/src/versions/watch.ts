@@ -38,14 +38,17 @@ const waiting: (() => void)[] = []
 /** Follows all that is unfinished, whenever the page is seen. */
 export function keepWatch(): void {
   const look = () => {
-    if (document.visibilityState === "visible") followAll()
-    else for (const controller of followed.values()) controller.abort()
+    followAll()
+    if (document.visibilityState === "hidden")
+      for (const controller of followed.values()) controller.abort()
   }
   document.addEventListener("visibilitychange", look)
   look()
 }
 
+/** Follows what is not followed yet; what is asked for in a tab that nobody sees waits until it is seen. */
 export function followAll(): void {
+  if (document.visibilityState === "hidden") return
   for (const version of useVersions.getState().versions)
     if (!isFinished(version)) void follow(version.id)
 }
@@ -77,7 +80,8 @@ async function ask({ id, requestId, work, document }: Version): Promise<void> {
     service.createJob({ requestId, work }),
   )
   const now = versionNamed(id)
-  if (!job || !now) return
+  // Asked for twice where the page was hidden and seen again meanwhile; both were told the same job.
+  if (!job || !now || now.job) return
   // Whoever cancelled it meanwhile meant this job.
   if (now.state === "cancelled") await service.cancelJob({ name: job.name })
   // One that is found again may be finished by now: then its log still tells its pictures, and its end.
