@@ -36,8 +36,10 @@ export function App() {
       </nav>
       <main className="canvas" aria-label={words.regions.canvas}>
         <Canvas />
-        <SelectionTools />
-        <ToolSettings />
+        <div className="hand">
+          <SelectionTools />
+          <ToolSettings />
+        </div>
         <ViewTools />
         <Results />
       </main>

@@ -47,18 +47,16 @@ export function removeSelected(): void {
 }
 
 export function duplicateSelected(): void {
-  const { document, select } = useStudio.getState()
   const pieces = selectedPieces(useStudio.getState())
   if (pieces.length === 0) {
     say(words.said.nothingSelected)
     return
   }
-  // In the document's order, as the edit gives the new ids out.
-  const ids = idsOf(document.pieces.filter((piece) => pieces.includes(piece)))
+  const ids = idsOf(pieces)
   const copies = new Map(ids.map((id) => [id, newId()]))
   const named = namesOf(pieces)
   act(words.edits.duplicate(named), edits.duplicate(ids, [...copies.values()]))
-  select([...copies.values()])
+  useStudio.getState().select([...copies.values()])
 }
 
 export function flipSelected(axis: "flipHorizontal" | "flipVertical"): void {

@@ -132,6 +132,11 @@ export function picturesOf(document: Document): string[] {
   return [...digests]
 }
 
+/** Digests of what pieces were before anything was cut from them. */
+export function originalsOf({ pieces }: Document): string[] {
+  return pieces.flatMap(({ original }) => (original ? [original.sha256] : []))
+}
+
 export function toCollage(document: Document): Collage {
   return create(CollageSchema, {
     size: create(SizeSchema, document.size),

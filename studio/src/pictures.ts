@@ -81,6 +81,22 @@ function show(digest: string, pixels: Pixels): void {
   }))
 }
 
+// Bytes of pixels that lie on no canvas and are kept: what undo brings back then shows at once.
+const SPARE_BYTES = 256 * 2 ** 20
+
+/** Forgets the pixels of pictures that are not used, the oldest first, beyond what is spared: `load` has them again. */
+export function forgetUnused(used: ReadonlySet<string>): void {
+  const { pixels } = usePictures.getState()
+  let spare = 0
+  const kept = [...pixels].reverse().filter(([digest, { width, height }]) => {
+    if (used.has(digest)) return true
+    // Four bytes a pixel; all smaller levels together are a third of the first.
+    spare += (4 * width * height * 4) / 3
+    return spare <= SPARE_BYTES
+  })
+  if (kept.length < pixels.size) usePictures.setState({ pixels: new Map(kept.reverse()) })
+}
+
 async function decode(blob: Blob): Promise<Pixels> {
   const bitmap = await createImageBitmap(blob)
   const { width, height } = bitmap

@@ -3,9 +3,9 @@
 
 import { create } from "zustand"
 import { example } from "./art"
-import { picturesOf } from "./document"
+import { originalsOf, picturesOf } from "./document"
 import { awaitModels, useModels } from "./models"
-import { load } from "./pictures"
+import { forgetUnused, load } from "./pictures"
 import { replan } from "./plan"
 import { Autosave, claim, saveSetting, setting } from "./saved"
 import { useStudio } from "./store"
@@ -36,7 +36,9 @@ export async function start(): Promise<Started> {
   const autosave = new Autosave(() => tell(words.status.unsaved, "error"))
   useStudio.subscribe((state, before) => {
     if (state.document === before.document) return
-    for (const digest of picturesOf(state.document)) void load(digest)
+    const used = picturesOf(state.document)
+    for (const digest of used) void load(digest)
+    forgetUnused(new Set([...used, ...originalsOf(state.document)]))
     if (saved) autosave.save({ id: saved.id, document: state.document, at: Date.now() })
     replan(state.document)
   })

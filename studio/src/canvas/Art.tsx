@@ -43,7 +43,10 @@ export function ArtShelf({
       role="dialog"
       aria-label={words.art.title}
       onKeyDown={(event) => {
-        if (event.key === "Escape") leave()
+        if (event.key !== "Escape") return
+        // The selection keeps its own.
+        event.stopPropagation()
+        leave()
       }}
     >
       <header>

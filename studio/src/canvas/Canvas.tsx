@@ -125,7 +125,7 @@ export function Canvas() {
         </Stage>
       )}
       <BrushCursor region={region} />
-      <Laid size={size} />
+      {overlay === "none" && <Laid size={size} />}
       {pieces.length === 0 && <p className="empty">{words.canvas.empty}</p>}
       {isOver && <p className="drop">{words.canvas.drop}</p>}
     </div>

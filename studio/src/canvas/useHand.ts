@@ -38,7 +38,7 @@ export function useHand(region: RefObject<HTMLDivElement | null>, nodes: Nodes):
   useEffect(() => {
     const element = region.current as HTMLDivElement
     let isSpace = false
-    const touches = new Set<number>()
+    const touches = new Map<number, Point>()
     const point = (event: { clientX: number; clientY: number }) => {
       const box = element.getBoundingClientRect()
       return { x: event.clientX - box.left, y: event.clientY - box.top }
@@ -48,9 +48,12 @@ export function useHand(region: RefObject<HTMLDivElement | null>, nodes: Nodes):
       gesture.current = undefined
     }
     const down = (event: PointerEvent) => {
-      if (event.pointerType === "touch") touches.add(event.pointerId)
+      if (event.pointerType === "touch") touches.set(event.pointerId, point(event))
       // Two fingers pan and zoom; what one of them began is as if it had not been.
-      if (touches.size > 1) return drop()
+      if (touches.size > 1) {
+        element.setPointerCapture(event.pointerId)
+        return drop()
+      }
       if (gesture.current || event.button === 2) return
       const at = point(event)
       const does = begin(event, at, isSpace, nodes, point)
@@ -59,6 +62,16 @@ export function useHand(region: RefObject<HTMLDivElement | null>, nodes: Nodes):
       gesture.current = { pointer: event.pointerId, does }
     }
     const move = (event: PointerEvent) => {
+      if (touches.has(event.pointerId)) {
+        const before = spread(touches)
+        touches.set(event.pointerId, point(event))
+        const after = spread(touches)
+        if (before && after) {
+          pan(after.at.x - before.at.x, after.at.y - before.at.y)
+          if (before.distance > 0) zoom(after.distance / before.distance, after.at)
+          return
+        }
+      }
       if (gesture.current?.pointer === event.pointerId) gesture.current.does.move(event)
     }
     const up = (event: PointerEvent) => {
@@ -103,18 +116,14 @@ export function useHand(region: RefObject<HTMLDivElement | null>, nodes: Nodes):
 
   useGesture(
     {
+      // Of a trackpad: fingers on a screen are pointers, above.
       onPinch: ({ origin: [x, y], first, movement: [scale], memo, event, touches }) => {
         const box = region.current?.getBoundingClientRect()
-        if (!box) return memo
+        if (!box || (touches > 1 && !event.type.startsWith("gesture"))) return 1
         const at = { x: x - box.left, y: y - box.top }
-        if (event instanceof WheelEvent) {
-          zoom(Math.exp(-event.deltaY / 200), at)
-          return memo
-        }
-        const before: { at: Point; scale: number } = first || !memo ? { at, scale: 1 } : memo
-        if (touches > 1) pan(at.x - before.at.x, at.y - before.at.y)
-        zoom(scale / before.scale, at)
-        return { at, scale }
+        if (event instanceof WheelEvent) zoom(Math.exp(-event.deltaY / 200), at)
+        else zoom(scale / (first ? 1 : (memo ?? 1)), at)
+        return scale
       },
       onWheel: ({ event, ctrlKey, last }) => {
         if (ctrlKey || last) return
@@ -133,6 +142,16 @@ export function useHand(region: RefObject<HTMLDivElement | null>, nodes: Nodes):
   function point(event: WheelEvent): Point {
     const box = (region.current as HTMLDivElement).getBoundingClientRect()
     return { x: event.clientX - box.left, y: event.clientY - box.top }
+  }
+}
+
+/** Between the first two fingers: their middle and how far they are apart. */
+function spread(touches: ReadonlyMap<number, Point>) {
+  const [one, other] = touches.values()
+  if (!one || !other) return undefined
+  return {
+    at: { x: (one.x + other.x) / 2, y: (one.y + other.y) / 2 },
+    distance: Math.hypot(one.x - other.x, one.y - other.y),
   }
 }
 

@@ -1,7 +1,7 @@
 import { useEffect } from "react"
 import * as acts from "../acts"
 import type { Piece } from "../document"
-import { dab, diameter, prepare } from "../mask/brush"
+import { dab, diameter } from "../mask/brush"
 import { applyCrop, endCrop, startCrop } from "../mask/cropping"
 import { moveBrush } from "../mask/pointing"
 import { selectedPieces, useStudio } from "../store"
@@ -56,7 +56,8 @@ function does(event: KeyboardEvent): boolean {
   const { selection, select } = useStudio.getState()
   if (key === "Escape") return selection.length > 0 && done(() => select([]))
   if (selection.length === 0) return false
-  if (key === "e" || key === "b") return done(() => take(key === "e" ? "eraser" : "brush"))
+  if (key === "e" || key === "b")
+    return done(() => useDesk.setState({ tool: key === "e" ? "eraser" : "brush" }))
   if (key === "c") return done(() => startCrop(selectedPieces(useStudio.getState())[0] as Piece))
   if (key === "Delete" || key === "Backspace") return done(acts.removeSelected)
   if (key === "h") return done(() => acts.flipSelected("flipHorizontal"))
@@ -89,11 +90,6 @@ function inTool(event: KeyboardEvent, key: string, tool: Tool): boolean {
     return done(() => say(words.mask.brushAt(Math.round(x), Math.round(y))))
   }
   return key === "Enter" && done(() => dab(moveBrush(0, 0), redrawPieces))
-}
-
-function take(tool: Tool): void {
-  prepare(selectedPieces(useStudio.getState())[0])
-  useDesk.setState({ tool })
 }
 
 function done(act: () => unknown): true {

@@ -23,11 +23,13 @@ export function MaskTools() {
   useEffect(() => {
     if (useCropping.getState().id && useCropping.getState().id !== piece?.id) endCrop()
   }, [piece?.id])
+  useEffect(() => {
+    if (tool === "brush") prepare(piece)
+  }, [tool, piece])
   if (!piece || pieces.length > 1) return null
   const toggle = (wanted: Tool) => {
     if (wanted === "crop" && tool !== "crop") return startCrop(piece)
     if (tool === "crop") endCrop()
-    prepare(piece)
     useDesk.setState({ tool: tool === wanted ? "move" : wanted })
   }
   return (

@@ -1,4 +1,5 @@
 import { hush, useVoice } from "../voice"
+import { words } from "../words"
 import { Icon } from "./Icon"
 
 /** What is said, for screen readers alone. Two regions in turn, so that the same words twice are heard twice. */
@@ -19,7 +20,12 @@ export function Messages() {
       {messages.map(({ id, text, kind }) => (
         <li key={id} className={`message ${kind}`}>
           <span>{text}</span>
-          <button type="button" className="icon" aria-label="Close" onClick={() => hush(id)}>
+          <button
+            type="button"
+            className="icon"
+            aria-label={words.tools.close}
+            onClick={() => hush(id)}
+          >
             <Icon name="close" />
           </button>
         </li>
