@@ -194,7 +194,7 @@ function begin(
       saySelection()
     }
     useDesk.setState({ tab: "layer" })
-    return dragging(hit, at, nodes, point)
+    return dragging(hit, at, nodes, point, () => select(selection))
   }
   return event.pointerType === "touch"
     ? panning(at, point, () => select([]))
@@ -239,6 +239,7 @@ function dragging(
   from: Point,
   { view, guides }: Nodes,
   point: (event: PointerEvent) => Point,
+  unselect: () => void,
 ): Gesture {
   const { document, selection, select } = useStudio.getState()
   const moving = document.pieces.filter(({ id, locked }) => selection.includes(id) && !locked)
@@ -305,6 +306,7 @@ function dragging(
     cancel() {
       done()
       put(0, 0)
+      unselect()
     },
   }
 }
