@@ -50,7 +50,12 @@ class StartFailed(Exception):
 
 @asynccontextmanager
 async def reach(
-    data: Path, model: str | None, *, idle_s: float, tell: Callable[[str], None]
+    data: Path,
+    model: str | None,
+    *,
+    idle_s: float,
+    tell: Callable[[str], None],
+    takes_up: bool = False,
 ) -> AsyncIterator[str]:
     """The address of a server of this data folder for this model, kept alive for as long as the context is entered.
 
@@ -62,6 +67,8 @@ async def reach(
         model: see `embedded.start`; None for whichever is served, or else the bundled one.
         idle_s: how long a server that is started here outlives its last command.
         tell: hears what takes time.
+        takes_up: whether one that is started here goes on with the jobs that an earlier one left: where somebody still
+            waits for them.
 
     Raises:
         Occupied: a server of somebody's own lives here and is another one.
@@ -80,7 +87,7 @@ async def reach(
                         f"starting a server, data in {data}; it stays for the next command and ends after "
                         f"{idle_s / 60:g} idle minutes (`collage server stop` ends it now)"
                     )
-                    resident = await _spawned(residence, key or "", idle_s)
+                    resident = await _spawned(residence, key or "", idle_s, takes_up=takes_up)
                 elif resident is not None and not resident.serves(key):
                     if await make_way(residence):
                         tell(
@@ -164,13 +171,16 @@ async def make_way(residence: Residence) -> bool:
     return True
 
 
-async def _spawned(residence: Residence, model: str, idle_s: float) -> Resident:
+async def _spawned(residence: Residence, model: str, idle_s: float, *, takes_up: bool) -> Resident:
     """Starts the process and returns what it says of itself once it is ready; within `choosing`."""
     command = (sys.executable, "-m", "local.background", "--data", str(residence.data))
     number = os.open(residence.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(number, "w") as log:
         process = subprocess.Popen(  # noqa: ASYNC220 it is waited for below, by its first line
-            (*command, "--model", model, "--idle-s", str(idle_s)),
+            (
+                *(*command, "--model", model, "--idle-s", str(idle_s)),
+                *(["--take-up"] if takes_up else []),
+            ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -200,7 +210,12 @@ async def _spawned(residence: Residence, model: str, idle_s: float) -> Resident:
 
 
 async def _run(
-    data: Path, model: str, idle_s: float, report: Callable[[dict[str, object]], None]
+    data: Path,
+    model: str,
+    idle_s: float,
+    report: Callable[[dict[str, object]], None],
+    *,
+    takes_up: bool,
 ) -> None:
     """The process: serves until it is told to stop, a service fails, or nobody needs it."""
     stopped = asyncio.Event()
@@ -218,7 +233,12 @@ async def _run(
         folder = sockets()
         try:
             async with embedded.living(
-                residence, kind="background", inputs=inputs, sockets=folder, model=model
+                residence,
+                kind="background",
+                inputs=inputs,
+                sockets=folder,
+                model=model,
+                takes_up=takes_up,
             ) as server:
                 report({"ready": server.address})
                 ends = [
@@ -261,6 +281,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="")
     parser.add_argument("--idle-s", type=float, required=True)
+    parser.add_argument("--take-up", action="store_true")
     args = parser.parse_args()
     # Whoever started this reads one line; what else is printed is for the log.
     answers = os.fdopen(os.dup(1), "w")
@@ -273,7 +294,7 @@ def main() -> None:
             answers.close()
 
     try:
-        asyncio.run(_run(args.data, args.model, args.idle_s, report))
+        asyncio.run(_run(args.data, args.model, args.idle_s, report, takes_up=args.take_up))
     except InvalidSetting as error:
         report({"error": str(error), "is_setting": True})
     except OSError as error:

@@ -70,17 +70,19 @@ async def living(
     sockets: Path | None = None,
     model: str = "",
     threads: int = 0,
+    takes_up: bool = False,
 ) -> AsyncIterator[Embedded]:
     """The one server of a data folder, for as long as the context is entered; within `residence.held`.
 
     Args:
         residence: where it says what it is, once it is ready.
-        kind: see `Resident`. Jobs that an earlier server left are taken up by "serve" alone.
+        kind: see `Resident`.
         inputs: what `residence.seen` said of its code before that was imported.
         address: see `start`, as the rest.
         sockets: see `start`.
         model: see `start`.
         threads: see `start`.
+        takes_up: whether jobs that an earlier server left are taken up; "serve" takes them up always.
     """
     seen_files = {**inputs, **seen(model_files(model))}
     server = await start(
@@ -89,7 +91,7 @@ async def living(
         sockets=sockets,
         model=model,
         threads=threads,
-        is_fresh=kind != "serve",
+        is_fresh=kind != "serve" and not takes_up,
     )
     try:
         residence.describe(

@@ -84,14 +84,21 @@ def wait_until(condition):
         time.sleep(0.1)
 
 
-def answers(url):
-    """Whether a call by this door is answered."""
+def called(url, method, message):
+    """What a call by the door at an address answers."""
     call = urllib.request.Request(
-        f"{url}/collage.v1.CollageService/ListJobs", b"{}", {"Content-Type": "application/json"}
+        f"{url}/collage.v1.CollageService/{method}",
+        json.dumps(message).encode(),
+        {"Content-Type": "application/json"},
     )
+    return json.loads(urllib.request.urlopen(call).read())
+
+
+def state(url, job):
+    """A job's, as this door tells it; None while it tells none."""
     with contextlib.suppress(OSError):
-        return urllib.request.urlopen(call).status == 200
-    return False
+        return called(url, "GetJob", {"name": job})["job"]["state"]
+    return None
 
 
 @pytest.fixture
@@ -217,12 +224,16 @@ def test_the_studio_joins_the_server_and_outlives_it(folder, data, model):
         assert picture.read() == (folder / "a.png").read_bytes()
         _, first, _ = collage("server", "status", "--data", data)
         assert first["state"] == "in use"
+        work = {"collage": begun["collage"], "sampling": {"steps": 300, "seed": "1"}}
+        job = called(place["http"], "CreateJob", {"generate": work})["job"]["name"]
+        wait_until(lambda: state(place["http"], job) == "JOB_STATE_RUNNING")
         os.kill(first["pid"], signal.SIGKILL)
         while "the server has ended" not in process.stderr.readline():
             assert process.poll() is None
         # The same address, once another server is there.
         wait_until(lambda: resident(data).get("pid", first["pid"]) != first["pid"])
-        wait_until(lambda: answers(place["http"]))
+        # The same job is found again, and goes on.
+        wait_until(lambda: state(place["http"], job) == "JOB_STATE_DONE")
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT_S) == 0
     finally:

@@ -35,8 +35,13 @@ async def connected(
 
 
 @asynccontextmanager
-async def reached(args: argparse.Namespace, *, draws: bool) -> AsyncIterator[str]:
-    """The address of the server that `connected` calls."""
+async def reached(
+    args: argparse.Namespace, *, draws: bool, takes_up: bool = False
+) -> AsyncIterator[str]:
+    """The address of the server that `connected` calls.
+
+    `takes_up`: whether one that is started for later commands too goes on with the jobs that an earlier one left.
+    """
     if args.server:
         yield args.server
         return
@@ -51,6 +56,7 @@ async def reached(args: argparse.Namespace, *, draws: bool) -> AsyncIterator[str
                         _model(args) if draws else None,
                         idle_s=settings.idle_s,
                         tell=args.output.note,
+                        takes_up=takes_up,
                     )
                 )
             else:

@@ -22,7 +22,9 @@ async def studio(args: argparse.Namespace) -> None:
     ended: asyncio.Event | None = None
     while ended is None or not ended.is_set():
         async with AsyncExitStack() as stack:
-            address = await stack.enter_async_context(server.reached(args, draws=True))
+            # The page waits for its jobs, whatever becomes of a server.
+            reached = server.reached(args, draws=True, takes_up=True)
+            address = await stack.enter_async_context(reached)
             found = await _started(address, collage) if collage is not None else None
             url = await stack.enter_async_context(server.door(args, address, lambda: found))  # noqa: B023 of this round
             if ended is None:
