@@ -82,7 +82,9 @@ async function watch(id: string, layer: string, job: string): Promise<void> {
     const kind = event?.kind
     if (kind?.case === "word" && kind.value.layer === layer) {
       const { step, total, loss, word } = kind.value
-      const losses = [...(useLearning.getState().of.get(id)?.losses ?? []), loss]
+      const known = useLearning.getState().of.get(id)?.losses ?? []
+      // Before the first step there is none.
+      const losses = step > 0 ? [...known, loss] : known
       put(id, { step, total, losses: losses.slice(-MOST_POINTS) })
       if (word) await loadWords()
     } else if (kind?.case === "done") {
