@@ -17,9 +17,9 @@ _NAME = r"[A-Za-z0-9_.-]{1,64}"
 _NAME_RULE = "1 to 64 of A-Z a-z 0-9 _ . -, in quotes if it looks like a number"
 # How a source is told that is no path: OWNER/NAME, or OWNER/NAME@REVISION, behind it.
 HUB = "hub:"
-# A file of a hundred models takes a tenth of each.
+# A file of a hundred models takes a fifth of each.
 _MAX_BYTES = 2**20
-_MAX_VALUES = 20_000
+_MAX_VALUES = 10_000
 _MAX_DEPTH = 32
 _MAX_SHOWN = 200
 
