@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from collage.v1 import generator_service_pb2_grpc
 from services.common.decoder import Decoder
+from services.common.errors import Unavailable
 from services.common.rpc import Server
 from services.common.settings import GeneratorSettings as Settings
 from services.common.settings import InvalidSetting, open_blobs, read, run
@@ -41,10 +42,13 @@ def networks(settings: Settings) -> tuple[Catalog[FolderCard], Callable[[FolderC
     from services.generator.triton.stages import TritonStages, as_served
 
     servers, may_share = Servers(names), settings.max_rows > 1
-    catalog = Catalog.read(
-        settings.models,
-        lambda source: as_served(FolderCard.read(source, is_elsewhere=True), servers),
-    )
+    try:
+        catalog = Catalog.read(
+            settings.models,
+            lambda source: as_served(FolderCard.read(source, is_elsewhere=True), servers),
+        )
+    except Unavailable as error:
+        raise InvalidSetting(f"COLLAGE_STAGES: {error}") from error
     return catalog, lambda card: TritonStages(card, servers, may_share=may_share)
 
 

@@ -157,7 +157,7 @@ export const words = {
     guidance: "Guidance",
     samplingHelp: "More steps take longer; more guidance keeps closer to the words.",
     seed: "Seed",
-    random: "a new one each time",
+    random: "new each time",
     roll: "Another seed",
     clear: (label: string) => `${label}: leave it open`,
     adapters: "Adapters",
