@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test triton slow installed mini setup proto docs format lint types check studio studio-check \
+.PHONY: demo test triton staged slow installed mini setup proto docs format lint types check studio studio-check \
 	cluster clean
 
 demo: setup
@@ -17,6 +17,10 @@ test: setup triton check
 # Models of real sizes: 8 GB of disk, 20 GiB of memory, and on two CPU cores a quarter of an hour.
 slow: setup
 	$(PYTHON) -m pytest -m slow
+
+# The generator's whole request suite once more, its networks on a Triton server.
+staged: setup triton
+	$(PYTHON) -m pytest -m triton
 
 # Both wheels, built and installed into empty environments, the client drawing on the server's; downloads torch again.
 installed: setup

@@ -25,6 +25,7 @@ from services.common.blobs import (
     put_blob,
 )
 from services.common.errors import from_rpc
+from services.common.telemetry import start_logging
 from testing.system import LIMIT_S, System, collage, cutout, running, upload
 from tests.test_blobs import HARM, harm
 
@@ -120,7 +121,8 @@ async def until(system: System, status: str) -> None:
 async def test_a_system_on_a_full_disk_says_so_and_recovers(disk, monkeypatch):
     """It said "does not answer" and SERVING, and the log had a line a second for each slot."""
     monkeypatch.setattr(storage, "LOOK_S", 0.2)
-    # Wherever an earlier test has sent the log.
+    # Wherever an earlier test has sent the log, and whatever it kept out of it.
+    start_logging("test")
     with capture_logs() as logged:
         async with running(disk) as system:
             request = pb.CreateJobRequest(

@@ -59,7 +59,11 @@ def folder(tmp_path_factory):
     return toy.mini(tmp_path_factory.mktemp("toy") / "mini")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["torch", "triton"])
+@pytest_asyncio.fixture(
+    scope="module",
+    loop_scope="module",
+    params=["torch", pytest.param("triton", marks=pytest.mark.triton)],
+)
 async def stages(request, folder, tmp_path_factory):
     """Who runs the networks, as `COLLAGE_STAGES` takes it."""
     if request.param == "torch":

@@ -228,11 +228,11 @@ LAUGHS = "".join(
     ],
 )
 def test_a_hostile_file_is_refused_soon(tmp_path, text):
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(InvalidSetting) as caught:
         read(tmp_path, text)
     assert len(str(caught.value)) < 2000
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_a_device_or_a_pipe_is_no_file_of_models(tmp_path):

@@ -167,7 +167,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_no_collage_file_makes_a_traceback_or_takes_long(folder, kind):
-    start = time.process_time()
+    start = time.thread_time()
     try:
         load(folder, HOSTILE[kind])
     except InvalidInput as error:
@@ -176,7 +176,7 @@ def test_no_collage_file_makes_a_traceback_or_takes_long(folder, kind):
             assert len(told) < 2000
             assert told.isprintable()
             files.place(folder, "collage.layers[2].noise")
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize("kind", ["nul", "nested lists", "5000 digits", "surrogate", "aliases"])
