@@ -114,22 +114,6 @@ async def test_abandoned_work_ends_and_its_turn_goes_on():
         assert not is_there(int(pid))
 
 
-async def test_whoever_comes_after_an_ended_process_does_not_wait_for_a_start():
-    async with confined() as pool:
-        await pool.ready()
-        assert not pool._idle[1:]
-        for _ in range(3):
-            hanging = asyncio.create_task(pool.run([b"hang"], "x"))
-            await until(lambda: pool._busy)
-            hanging.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await hanging
-            # One that works and one that stands by, however often that happens.
-            assert len(pool._idle) == 2
-        await asyncio.gather(*(pool.run([b"echo", b"1"], "x") for _ in range(5)))
-        assert len(pool._idle) == 2
-
-
 async def test_whoever_leaves_while_waiting_for_a_turn_takes_none():
     async with confined() as pool:
         await pool.ready()

@@ -57,8 +57,7 @@ class Confined:
     Args:
         work: `MODULE:NAME` of a function that is called once in each child, with `arguments`, and gives its `Work`.
         arguments: of that function.
-        processes: so many work at once; each is started when it is first needed. Once one had to be ended, one more
-            stands by.
+        processes: at most so many; each is started when it is first needed.
         limit_s: longest a piece of work may take, seconds.
         memory_bytes: most that a child may have of private memory.
         niceness: of each process, see nice(2).
@@ -75,7 +74,6 @@ class Confined:
     ) -> None:
         self.limit_s = limit_s
         self._command = (f"{limit_s}", f"{memory_bytes}", f"{niceness}", work, *arguments)
-        self._processes = processes
         self._turns = asyncio.Semaphore(processes)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="confined")
         self._is_closed = False
@@ -119,11 +117,6 @@ class Confined:
             child.end()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _stand_by(self) -> None:
-        """Once a process had to be ended: all that may work and one more, so that nobody waits for the next start."""
-        while not self._is_closed and len(self._idle) + len(self._busy) <= self._processes:
-            self._idle.insert(0, _Child(self._command))
-
     async def _run_once(self, parts: Sequence[bytes], field: str) -> list[bytes]:
         loop = asyncio.get_running_loop()
         await self._turns.acquire()
@@ -137,7 +130,7 @@ class Confined:
         self._busy.add(child)
         limit = loop.call_later(START_S, child.kill)
         abandoned: list[asyncio.TimerHandle] = []
-        has_begun = is_over = False
+        is_over = False
 
         def over() -> None:
             nonlocal is_over
@@ -145,8 +138,7 @@ class Confined:
             child.kill()
 
         def begun() -> None:
-            nonlocal has_begun, limit
-            has_begun = True
+            nonlocal limit
             limit.cancel()
             limit = loop.call_later(self.limit_s, over)
 
@@ -160,8 +152,6 @@ class Confined:
             if child.is_running:
                 self._idle.append(child)
             self._turns.release()
-            if has_begun and not child.is_running:
-                self._stand_by()
 
         exchange = loop.run_in_executor(
             self._threads, child.exchange, parts, field, lambda: loop.call_soon_threadsafe(begun)
