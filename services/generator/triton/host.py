@@ -8,7 +8,7 @@ is not held is told so: a host that was started a moment ago answers as any othe
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,7 +124,7 @@ class Kept:
                 missing.append(key)
                 continue
             self._held.move_to_end(key)
-            found.append(counts.setdefault(count, wire.with_count(counts[1], count)))
+            found.append(counts.setdefault(count, replace(counts[1], count=count)))
         if missing:
             raise Failure(_not_held(missing))
         return found

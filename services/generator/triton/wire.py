@@ -1,15 +1,15 @@
 """How what the seam carries crosses to a model server and back.
 
-Main types: `Packed`, a job's `Given` as bytes under their digest, and `RowKeys`, what each row of a call says of where
-its `Given` is found. Latents, timesteps and gains are plain tensors of Triton's; all else is safetensors, so nothing
-is ever unpickled. This module knows neither Triton nor a network.
+Main type: `Packed`, a job's `Given` as bytes under their digest, by which each row of a call names its own. Latents,
+timesteps and gains are plain tensors of Triton's; all else is safetensors, so nothing is ever unpickled. This module
+knows neither Triton nor a network.
 Suffixes: B rows of a call, K bytes of a key, T text positions, D text width, P width of the pooled text.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,10 +60,17 @@ def unpack(data: bytes) -> tuple[dict[str, torch.Tensor], Any]:
         ValueError: it is something else.
     """
     try:
+        return load(data), head_of(data)
+    except SafetensorError as error:
+        raise ValueError(f"no packed tensors: {error}") from error
+
+
+def head_of(data: bytes) -> Any:
+    """The plain values alone that `pack` was given. Raises `ValueError`."""
+    try:
         length = int.from_bytes(data[:8], "little")
-        head = json.loads(data[8 : 8 + length])["__metadata__"][_HEAD]
-        return load(data), json.loads(head)
-    except (SafetensorError, KeyError, TypeError, RecursionError) as error:
+        return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEAD])
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no packed tensors: {error}") from error
 
 
@@ -74,7 +81,7 @@ def pack_picture(picture: ControlPicture) -> bytes:
 
 def is_picture(data: bytes) -> bool:
     """Whether it is a control picture, packed. Raises `ValueError`."""
-    return "kind" in unpack(data)[1]
+    return "kind" in head_of(data)
 
 
 def unpack_picture(data: bytes) -> ControlPicture:
@@ -102,8 +109,9 @@ def pack_given(given: Given, picture_data: Callable[[ControlPicture], bytes]) ->
     pictures, hints = {}, []
     for index, hint in enumerate(given.hints):
         data = picture_data(hint.picture)
-        pictures[digest(data)] = data
-        hints.append(digest(data).hex())
+        key = digest(data)
+        pictures[key] = data
+        hints.append(key.hex())
         tensors[f"scale {index}"] = hint.scale_hw
     head = {
         "hints": hints,
@@ -117,7 +125,7 @@ def pack_given(given: Given, picture_data: Callable[[ControlPicture], bytes]) ->
 
 def pictures_of(data: bytes) -> list[bytes]:
     """Digests of the control pictures that a packed `Given` names. Raises `ValueError`."""
-    return [bytes.fromhex(each) for each in unpack(data)[1]["hints"]]
+    return [bytes.fromhex(each) for each in head_of(data)["hints"]]
 
 
 def unpack_given(data: bytes, pictures: Mapping[bytes, ControlPicture]) -> Given:
@@ -230,11 +238,6 @@ def unpack_texts(data: bytes) -> tuple[list[Text], tuple[Adapter, ...]]:
             )
         )
     return texts, tuple(Adapter(name=name, weight=weight) for name, weight in head["adapters"])
-
-
-def with_count(given: Given, count: int) -> Given:
-    """The same for so many rows."""
-    return replace(given, count=count)
 
 
 def failure(reason: str, message: str, **more: Any) -> str:
