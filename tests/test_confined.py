@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,17 @@ async def test_closing_ends_what_runs_and_what_waits():
             with pytest.raises(Unavailable):
                 await task
     assert not any(map(is_there, (*children, int(pid))))
+
+
+async def test_closing_ends_what_has_a_turn_and_no_thread_yet(monkeypatch):
+    async with confined(processes=2) as pool:
+        monkeypatch.setattr(pool, "_threads", ThreadPoolExecutor(1))
+        hanging = [asyncio.create_task(pool.run([b"hang"], "x")) for _ in range(2)]
+        await until(lambda: len(pool._busy) == 2)
+        await pool.close()
+        for task in hanging:
+            with pytest.raises(Unavailable):
+                await task
 
 
 async def test_what_lies_in_the_current_folder_is_not_run(tmp_path, monkeypatch):

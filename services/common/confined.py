@@ -115,7 +115,8 @@ class Confined:
             child.kill()
         for child in self._idle:
             child.end()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        # What stands before a thread is not cancelled: its process is dead, and its caller is told so.
+        self._threads.shutdown(wait=False)
 
     async def _run_once(self, parts: Sequence[bytes], field: str) -> list[bytes]:
         loop = asyncio.get_running_loop()
@@ -146,8 +147,7 @@ class Confined:
             for timer in (limit, *abandoned):
                 timer.cancel()
             # Of abandoned work nobody asks how it ended.
-            if not ended.cancelled():
-                ended.exception()
+            ended.exception()
             self._busy.discard(child)
             if child.is_running:
                 self._idle.append(child)

@@ -53,7 +53,7 @@ def read_file(file: Path) -> "Place":
 class _Bounded(yaml.SafeLoader):
     """Composes so many values, so deep, and no more. Of an alias each use counts all that it stands for."""
 
-    _depth = 0
+    _depth = _values = 0
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -63,6 +63,10 @@ class _Bounded(yaml.SafeLoader):
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self._depth >= _MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels", problem_mark=mark)
+        # As they come: the size of a list is known only when its last value has been read.
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_VALUES} values", problem_mark=mark)
         self._depth += 1
         try:
             node = super().compose_node(parent, index)
