@@ -184,3 +184,21 @@ class Warning(_message.Message):
     field: str
     message: str
     def __init__(self, reason: _Optional[str] = ..., field: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Point(_message.Message):
+    __slots__ = ("x", "y", "outside")
+    X_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    OUTSIDE_FIELD_NUMBER: _ClassVar[int]
+    x: float
+    y: float
+    outside: bool
+    def __init__(self, x: _Optional[float] = ..., y: _Optional[float] = ..., outside: _Optional[bool] = ...) -> None: ...
+
+class CutOutModel(_message.Message):
+    __slots__ = ("name", "takes_points")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TAKES_POINTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    takes_points: bool
+    def __init__(self, name: _Optional[str] = ..., takes_points: _Optional[bool] = ...) -> None: ...

@@ -52,12 +52,14 @@ class PlanCollageResponse(_message.Message):
     def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
 
 class CutOutRequest(_message.Message):
-    __slots__ = ("image", "model")
+    __slots__ = ("image", "model", "points")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
     image: _blob_pb2.Image
     model: str
-    def __init__(self, image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    points: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Point]
+    def __init__(self, image: _Optional[_Union[_blob_pb2.Image, _Mapping]] = ..., model: _Optional[str] = ..., points: _Optional[_Iterable[_Union[_collage_pb2.Point, _Mapping]]] = ...) -> None: ...
 
 class CutOutResponse(_message.Message):
     __slots__ = ("image", "model")
@@ -421,12 +423,14 @@ class ListModelsRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models", "next_page_token")
+    __slots__ = ("models", "next_page_token", "cut_out_models")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CUT_OUT_MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     next_page_token: str
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    cut_out_models: _containers.RepeatedCompositeFieldContainer[_collage_pb2.CutOutModel]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., cut_out_models: _Optional[_Iterable[_Union[_collage_pb2.CutOutModel, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "digest", "family", "size_multiple", "min_side", "max_side", "native_side", "prompt_tokens_limit", "samplers", "control_kinds", "defaults", "max_layers", "latent_factor", "adapters", "max_images", "max_steps", "drawn_control_kinds", "max_work_seconds")

@@ -26,7 +26,7 @@ from collage.v1 import blob_pb2 as collage_dot_v1_dot_blob__pb2
 from collage.v1 import collage_pb2 as collage_dot_v1_dot_collage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#collage/v1/compositor_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a\x18\x63ollage/v1/collage.proto\"m\n\x0e\x43omposeRequest\x12$\n\x07\x63ollage\x18\x01 \x01(\x0b\x32\x13.collage.v1.Collage\x12\x15\n\rlatent_factor\x18\x02 \x01(\x05\x12\x1e\n\x04redo\x18\x03 \x01(\x0b\x32\x10.collage.v1.Redo\"d\n\x04Redo\x12#\n\x06parent\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\x0f\n\x07\x66\x65\x61ther\x18\x03 \x01(\x01\x12\x16\n\x0erestore_cutout\x18\x04 \x01(\x08\"\xd9\x01\n\x0f\x43omposeResponse\x12\"\n\x05plate\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12&\n\tcomposite\x18\x02 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12%\n\x06layers\x18\x03 \x03(\x0b\x32\x15.collage.v1.LayerPlan\x12%\n\x08warnings\x18\x04 \x03(\x0b\x32\x13.collage.v1.Warning\x12\x1a\n\rlargest_noise\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_largest_noise\"?\n\nCutRequest\x12\"\n\x05image\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\r\n\x05model\x18\x02 \x01(\t\"@\n\x0b\x43utResponse\x12\"\n\x05image\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\r\n\x05model\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65scribeDetectorsRequest\"*\n\x19\x44\x65scribeDetectorsResponse\x12\r\n\x05kinds\x18\x01 \x03(\t2\xf1\x01\n\x11\x43ompositorService\x12\x42\n\x07\x43ompose\x12\x1a.collage.v1.ComposeRequest\x1a\x1b.collage.v1.ComposeResponse\x12\x36\n\x03\x43ut\x12\x16.collage.v1.CutRequest\x1a\x17.collage.v1.CutResponse\x12`\n\x11\x44\x65scribeDetectors\x12$.collage.v1.DescribeDetectorsRequest\x1a%.collage.v1.DescribeDetectorsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#collage/v1/compositor_service.proto\x12\ncollage.v1\x1a\x15\x63ollage/v1/blob.proto\x1a\x18\x63ollage/v1/collage.proto\"m\n\x0e\x43omposeRequest\x12$\n\x07\x63ollage\x18\x01 \x01(\x0b\x32\x13.collage.v1.Collage\x12\x15\n\rlatent_factor\x18\x02 \x01(\x05\x12\x1e\n\x04redo\x18\x03 \x01(\x0b\x32\x10.collage.v1.Redo\"d\n\x04Redo\x12#\n\x06parent\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\x0f\n\x07\x66\x65\x61ther\x18\x03 \x01(\x01\x12\x16\n\x0erestore_cutout\x18\x04 \x01(\x08\"\xd9\x01\n\x0f\x43omposeResponse\x12\"\n\x05plate\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12&\n\tcomposite\x18\x02 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12%\n\x06layers\x18\x03 \x03(\x0b\x32\x15.collage.v1.LayerPlan\x12%\n\x08warnings\x18\x04 \x03(\x0b\x32\x13.collage.v1.Warning\x12\x1a\n\rlargest_noise\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_largest_noise\"b\n\nCutRequest\x12\"\n\x05image\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\r\n\x05model\x18\x02 \x01(\t\x12!\n\x06points\x18\x03 \x03(\x0b\x32\x11.collage.v1.Point\"@\n\x0b\x43utResponse\x12\"\n\x05image\x18\x01 \x01(\x0b\x32\x13.collage.v1.BlobRef\x12\r\n\x05model\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65scribeDetectorsRequest\"[\n\x19\x44\x65scribeDetectorsResponse\x12\r\n\x05kinds\x18\x01 \x03(\t\x12/\n\x0e\x63ut_out_models\x18\x02 \x03(\x0b\x32\x17.collage.v1.CutOutModel2\xf1\x01\n\x11\x43ompositorService\x12\x42\n\x07\x43ompose\x12\x1a.collage.v1.ComposeRequest\x1a\x1b.collage.v1.ComposeResponse\x12\x36\n\x03\x43ut\x12\x16.collage.v1.CutRequest\x1a\x17.collage.v1.CutResponse\x12`\n\x11\x44\x65scribeDetectors\x12$.collage.v1.DescribeDetectorsRequest\x1a%.collage.v1.DescribeDetectorsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,13 +40,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPOSERESPONSE']._serialized_start=314
   _globals['_COMPOSERESPONSE']._serialized_end=531
   _globals['_CUTREQUEST']._serialized_start=533
-  _globals['_CUTREQUEST']._serialized_end=596
-  _globals['_CUTRESPONSE']._serialized_start=598
-  _globals['_CUTRESPONSE']._serialized_end=662
-  _globals['_DESCRIBEDETECTORSREQUEST']._serialized_start=664
-  _globals['_DESCRIBEDETECTORSREQUEST']._serialized_end=690
-  _globals['_DESCRIBEDETECTORSRESPONSE']._serialized_start=692
-  _globals['_DESCRIBEDETECTORSRESPONSE']._serialized_end=734
-  _globals['_COMPOSITORSERVICE']._serialized_start=737
-  _globals['_COMPOSITORSERVICE']._serialized_end=978
+  _globals['_CUTREQUEST']._serialized_end=631
+  _globals['_CUTRESPONSE']._serialized_start=633
+  _globals['_CUTRESPONSE']._serialized_end=697
+  _globals['_DESCRIBEDETECTORSREQUEST']._serialized_start=699
+  _globals['_DESCRIBEDETECTORSREQUEST']._serialized_end=725
+  _globals['_DESCRIBEDETECTORSRESPONSE']._serialized_start=727
+  _globals['_DESCRIBEDETECTORSRESPONSE']._serialized_end=818
+  _globals['_COMPOSITORSERVICE']._serialized_start=821
+  _globals['_COMPOSITORSERVICE']._serialized_end=1062
 # @@protoc_insertion_point(module_scope)

@@ -45,12 +45,14 @@ class ComposeResponse(_message.Message):
     def __init__(self, plate: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., composite: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_collage_pb2.LayerPlan, _Mapping]]] = ..., warnings: _Optional[_Iterable[_Union[_collage_pb2.Warning, _Mapping]]] = ..., largest_noise: _Optional[float] = ...) -> None: ...
 
 class CutRequest(_message.Message):
-    __slots__ = ("image", "model")
+    __slots__ = ("image", "model", "points")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
     image: _blob_pb2.BlobRef
     model: str
-    def __init__(self, image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    points: _containers.RepeatedCompositeFieldContainer[_collage_pb2.Point]
+    def __init__(self, image: _Optional[_Union[_blob_pb2.BlobRef, _Mapping]] = ..., model: _Optional[str] = ..., points: _Optional[_Iterable[_Union[_collage_pb2.Point, _Mapping]]] = ...) -> None: ...
 
 class CutResponse(_message.Message):
     __slots__ = ("image", "model")
@@ -65,7 +67,9 @@ class DescribeDetectorsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeDetectorsResponse(_message.Message):
-    __slots__ = ("kinds",)
+    __slots__ = ("kinds", "cut_out_models")
     KINDS_FIELD_NUMBER: _ClassVar[int]
+    CUT_OUT_MODELS_FIELD_NUMBER: _ClassVar[int]
     kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    cut_out_models: _containers.RepeatedCompositeFieldContainer[_collage_pb2.CutOutModel]
+    def __init__(self, kinds: _Optional[_Iterable[str]] = ..., cut_out_models: _Optional[_Iterable[_Union[_collage_pb2.CutOutModel, _Mapping]]] = ...) -> None: ...
