@@ -18,19 +18,19 @@ from testing.photographs import ART, halo, photograph
 
 def main() -> None:
     side = int(sys.argv[1]) if len(sys.argv) > 1 else 512
-    network = open_cutters("", threads=1)["u2netp"].network
+    cutter = open_cutters("", threads=1)["u2netp"]
     rows = []
     print(f"{'object':30}{'network':>16}{'refined':>16}{'seconds':>10}")
     names = [path.stem for path in sorted(ART.glob("*.png")) if "feathered" not in path.stem]
     for seed, name in enumerate(names):
         truth = photograph(name, side=side, seed=seed)
-        (map_hw,) = network.run(truth.pixels_HW3)
+        (map_hw,) = cutter.opened.run(truth.pixels_HW3)
         first_HW = resized(map_hw.reshape(map_hw.shape[-2:]), width=side, height=side)
         plain_HW4 = np.dstack([truth.pixels_HW3, np.rint(first_HW * 255).astype(np.uint8)])
         opaque_HW4 = np.dstack([truth.pixels_HW3, np.full((side, side), 255, np.uint8)])
         start = time.process_time()
         try:
-            found_HW4 = cut(network, opaque_HW4)
+            found_HW4 = cut(cutter, opaque_HW4)
         except NothingFound:
             print(f"{name:30}  nothing found")
             continue

@@ -78,14 +78,31 @@ class AsyncCollageClient:
         return answer.plan
 
     async def cut_out(
-        self, image: Picture, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S
+        self,
+        image: Picture,
+        *,
+        model: str = "",
+        points: Sequence[tuple[float, float]] = (),
+        not_points: Sequence[tuple[float, float]] = (),
+        timeout_s: float = CALL_TIMEOUT_S,
     ) -> blob_pb2.BlobRef:
         """The object of a photograph, without its ground: a stored RGBA PNG, which a layer takes as its picture.
 
-        `fetch` gives its bytes. `model`: one of the server's cut-out models; "" is its default.
+        `fetch` gives its bytes.
+
+        Args:
+            image: the photograph.
+            model: one of the server's cut-out models; "" is the first that takes points if there are points, else the
+                first that takes none.
+            points: places on the object, as fractions of the picture's width and height.
+            not_points: the same of what is not meant.
+            timeout_s: for all of it.
         """
         span = Span(timeout_s)
         request = pb.CutOutRequest(image=picture(image), model=model)
+        for outside, places in ((False, points), (True, not_points)):
+            for x, y in places:
+                request.points.add(x=x, y=y, outside=outside)
         await self._upload([request.image], span)
         answer: pb.CutOutResponse = await self._calls.call("CutOut", request, span)
         return answer.image.blob

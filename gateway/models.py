@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from collage.v1 import (
+    collage_pb2,
     collage_service_pb2,
     compositor_service_pb2,
     compositor_service_pb2_grpc,
@@ -50,8 +51,13 @@ class Models:
             self._asked = time.monotonic()
         return self._models
 
-    async def described(self) -> Sequence[collage_service_pb2.Model]:
-        """Every model with the control kinds that the compositor draws, which nothing but a list of models needs."""
+    async def described(
+        self,
+    ) -> tuple[Sequence[collage_service_pb2.Model], Sequence[collage_pb2.CutOutModel]]:
+        """Every model with the control kinds that the compositor draws, and what cuts objects out.
+
+        Nothing but a list of models needs these.
+        """
         models, drawn = await asyncio.gather(
             self.all(),
             asked(
@@ -62,7 +68,7 @@ class Models:
                 )
             ),
         )
-        return [_with_drawn(model, drawn.kinds) for model in models]
+        return [_with_drawn(model, drawn.kinds) for model in models], drawn.cut_out_models
 
     async def named(self, name: str, field: Field) -> collage_service_pb2.Model:
         """The model of this name, the default for an empty one.

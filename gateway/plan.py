@@ -80,8 +80,10 @@ class Planner:
         async with self._turns.turn(caller.get()):
             return await self._planned(work, request_id)
 
-    async def cut(self, picture: Picture, model: str) -> compositor_service_pb2.CutResponse:
-        """What is cut out of a picture, which stands at the request's `image`.
+    async def cut(
+        self, picture: Picture, model: str, points: Sequence[collage_pb2.Point]
+    ) -> compositor_service_pb2.CutResponse:
+        """What is cut out of a picture, which stands at the request's `image`; errors are told at the request's fields.
 
         Raises:
             InvalidRequest, MissingBlobs, Overloaded: as `accept`.
@@ -92,7 +94,9 @@ class Planner:
                 assert isinstance(picture, BlobRef), "bytes are stored"
                 raise MissingBlobs({"image": picture.sha256})
             return await self._stages.cut(
-                compositor_service_pb2.CutRequest(image=wire.render_blob(stored), model=model)
+                compositor_service_pb2.CutRequest(
+                    image=wire.render_blob(stored), model=model, points=points
+                )
             )
 
     async def _accepted(

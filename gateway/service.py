@@ -107,7 +107,7 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
     ) -> collage_service_pb2.CutOutResponse:
         """The object of a photograph, as a blob."""
         found = await self._planner.cut(
-            wire.parse_picture(request.image, Field("image")), request.model
+            wire.parse_picture(request.image, Field("image")), request.model, request.points
         )
         answer = collage_service_pb2.CutOutResponse(model=found.model)
         answer.image.blob.CopyFrom(found.image)
@@ -237,8 +237,11 @@ class CollageServicer(collage_service_pb2_grpc.CollageServiceServicer):
         self, request: collage_service_pb2.ListModelsRequest, context: Any
     ) -> collage_service_pb2.ListModelsResponse:
         """The default first."""
-        page, token = _page(await self._models.described(), request)
-        return collage_service_pb2.ListModelsResponse(models=page, next_page_token=token)
+        models, cut_out_models = await self._models.described()
+        page, token = _page(models, request)
+        return collage_service_pb2.ListModelsResponse(
+            models=page, next_page_token=token, cut_out_models=cut_out_models
+        )
 
     async def ListWords(
         self, request: collage_service_pb2.ListWordsRequest, context: Any

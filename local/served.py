@@ -23,6 +23,7 @@ def model_files(model: str) -> list[Path]:
     for source in read_sources(models):
         parts = (source.source, *source.controlnets.values(), *source.adapters.values())
         found += [part for part in parts if isinstance(part, Path)]
-    found += [each.file for each in (*read_detectors(models), *read_cutouts(models))]
+    for each in (*read_detectors(models), *read_cutouts(models)):
+        found += [each.file] if each.decoder is None else [each.file, each.decoder]
     inside = [each for path in found if path.is_dir() for each in path.rglob("*")]
     return [path.absolute() for path in (*found, *inside)]

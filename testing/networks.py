@@ -87,11 +87,72 @@ def models_file(
     return str(folder / "models.yaml")
 
 
-def _save(file, nodes, constants, *, size, outputs=("y",), batch=1, channels=3, external=False):
+def pointing(folder: Path, *, side=64, missing="") -> dict:
+    """What models.yaml says of an encoder and a decoder in SAM 2's form, which are written into `folder`.
+
+    The decoder gives all that is bright, then twice what of it lies on the first point's side, left or right.
+    """
+    names = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], [names[0]], axes=[1], keepdims=1),
+        *(helper.make_node("Identity", ["x"], [name]) for name in names[1:]),
+    ]
+    _save(folder / "encoder.onnx", nodes, {}, size=(side, side), outputs=names)
+    taken = {
+        **{
+            name: [1, channels, side, side] for name, channels in zip(names, (1, 3, 3), strict=True)
+        },
+        "point_coords": ["l", "p", 2],
+        "point_labels": ["l", "p"],
+        "mask_input": ["l", 1, 256, 256],
+        "has_mask_input": [1],
+    }
+    taken.pop(missing, None)
+    constants = {
+        "half": np.float32(0.5),
+        "steep": np.float32(20),
+        "never": np.float32(-10),
+        "zero": np.float32(0),
+        "from": np.int64([0, 0, 0]),
+        "to": np.int64([1, 1, 1]),
+        "middle": np.float32(side / 2),
+        "columns": np.arange(side, dtype=np.float32) + np.float32(0.5 - side / 2),
+    }
+    nodes = [
+        helper.make_node("Sub", [names[0], "half"], ["above"]),
+        helper.make_node("Mul", ["above", "steep"], ["bright"]),
+        helper.make_node("Slice", ["point_coords", "from", "to"], ["first"]),
+        helper.make_node("Sub", ["first", "middle"], ["aside"]),
+        helper.make_node("Mul", ["columns", "aside"], ["sides"]),
+        helper.make_node("Greater", ["sides", "zero"], ["is_side"]),
+        helper.make_node("Where", ["is_side", "bright", "never"], ["part"]),
+        helper.make_node("Concat", ["bright", "part", "part"], ["masks"], axis=1),
+    ]
+    _save(folder / "decoder.onnx", nodes, constants, inputs=taken, outputs=("masks",))
+    plain = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    return {"file": "encoder.onnx", "decoder": "decoder.onnx", **plain}
+
+
+def _save(
+    file,
+    nodes,
+    constants,
+    *,
+    size=(),
+    inputs=None,
+    outputs=("y",),
+    batch=1,
+    channels=3,
+    external=False,
+):
+    inputs = inputs or {"x": [batch, channels, *size]}
     graph = helper.make_graph(
         nodes,
         "known",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, channels, *size])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in inputs.items()
+        ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import io
+import os
 import shutil
 import time
+from pathlib import Path
 
 import cv2
 import grpc
@@ -22,6 +24,7 @@ from collage.v1 import (
 from collage_client import AsyncCollageClient, CollageClient, CollageError
 from local import embedded
 from services.common.blobs import FolderBlobStore, put_blob
+from services.common.collage import Point
 from services.common.confined import Confined
 from services.common.errors import InvalidRequest, MissingBlobs, from_rpc
 from services.common.models_file import BUNDLED_CUTOUT, BUNDLED_CUTOUT_NAME, read_cutouts
@@ -42,7 +45,7 @@ LIMIT_S = 60
 
 @pytest.fixture(scope="module")
 def network():
-    return open_cutters("", threads=1)[BUNDLED_CUTOUT_NAME].network
+    return open_cutters("", threads=1)[BUNDLED_CUTOUT_NAME]
 
 
 def opaque(pixels_HW3):
@@ -55,7 +58,7 @@ def test_no_halo_of_the_old_ground_stays(network):
     for seed, name in enumerate(OBJECTS):
         truth = photograph(name, side=384, seed=seed)
         found.append(halo(cut(network, opaque(truth.pixels_HW3)), truth))
-        (map_hw,) = network.run(truth.pixels_HW3)
+        (map_hw,) = network.opened.run(truth.pixels_HW3)
         alpha_HW = resized(map_hw[0, 0], width=384, height=384)
         unrefined = np.dstack([truth.pixels_HW3, np.rint(alpha_HW * 255).astype(np.uint8)])
         plain.append(halo(unrefined, truth))
@@ -95,7 +98,7 @@ def test_a_cut_out_that_is_cut_out_again_stays(network):
 def test_equal_pictures_give_equal_cut_outs():
     truth = photograph("sushi-noto", side=256)
     first, second = (
-        cut(open_cutters("", threads=1)[BUNDLED_CUTOUT_NAME].network, opaque(truth.pixels_HW3))
+        cut(open_cutters("", threads=1)[BUNDLED_CUTOUT_NAME], opaque(truth.pixels_HW3))
         for _ in range(2)
     )
     assert np.array_equal(first, second)
@@ -118,7 +121,13 @@ def models(tmp_path_factory):
     networks.brightness(folder / "bright.onnx", keepdims=1)
     told = {"file": "bright.onnx", "side": 64, "mean": [0, 0, 0], "std": [1, 1, 1]}
     return networks.models_file(
-        folder, {}, cutouts={"bright": told, "dark": {**told, "invert": True}}
+        folder,
+        {},
+        cutouts={
+            "bright": told,
+            "dark": {**told, "invert": True},
+            "pointed": networks.pointing(folder),
+        },
     )
 
 
@@ -129,21 +138,23 @@ class Compositor:
         self.stub = stub
         self.blobs = blobs
 
-    async def cut(self, data, model=""):
+    async def cut(self, data, model="", points=()):
         ref = await put_blob(self.blobs, data, media_type="image/png")
-        request = compositor_service_pb2.CutRequest(image=render_blob(ref), model=model)
+        request = compositor_service_pb2.CutRequest(
+            image=render_blob(ref), model=model, points=points
+        )
         return await self.stub.Cut(request, timeout=LIMIT_S)
 
-    async def pixels(self, data, model=""):
-        answer = await self.cut(data, model)
+    async def pixels(self, data, model="", points=()):
+        answer = await self.cut(data, model, points)
         png = await self.blobs.get(f"blobs/{answer.image.sha256}", limit_bytes=2**27)
         with Image.open(io.BytesIO(png)) as picture:
             assert (picture.format, picture.mode) == ("PNG", "RGBA")
             return np.asarray(picture)
 
-    async def refused(self, data, model=""):
+    async def refused(self, data, model="", points=()):
         with pytest.raises(grpc.RpcError) as caught:
-            await self.cut(data, model)
+            await self.cut(data, model, points)
         return from_rpc(caught.value)
 
 
@@ -245,11 +256,70 @@ async def test_where_nothing_is_found_the_answer_says_so(compositor):
         assert (error.reason, error.violations[0].field) == ("NOTHING_FOUND", "image")
 
 
+def two_discs(height=120, width=200):
+    """One at each side."""
+    pixels_HW3 = disc(height, width)
+    return cv2.circle(pixels_HW3, (width - 30, 30), 20, (255,) * 3, -1)
+
+
+@in_module
+async def test_points_say_which_object_is_meant(compositor):
+    """The largest that they agree with is taken; what is not meant is no part of it."""
+    data = encode_png(two_discs())
+    left, right = {"x": 30 / 200, "y": 0.25}, {"x": 170 / 200, "y": 0.25}
+
+    async def shown(*points):
+        found_HW = (await compositor.pixels(data, "", points))[..., 3]
+        assert found_HW[100, 100] == 0
+        return bool(found_HW[30, 30] == 255), bool(found_HW[30, 170] == 255)
+
+    assert await shown(left) == (True, True)
+    assert await shown(left, {**right, "outside": True}) == (True, False)
+    assert await shown(right, {**left, "outside": True}) == (False, True)
+    assert (await compositor.cut(data, "", [left])).model == "pointed"
+    assert (await compositor.cut(data)).model == "bright"
+
+
+@in_module
+@pytest.mark.parametrize(
+    ("model", "points", "fields", "told"),
+    [
+        ("bright", [{"x": 0.5, "y": 0.5}], ["points"], "has 1; allowed: 0 of bright"),
+        ("pointed", [], ["points"], "has 0; allowed: 1 to 32"),
+        ("", [{"x": 0.5, "y": 0.5}] * 33, ["points"], "has 33; allowed: at most 32"),
+        ("", [{"x": 1.5, "y": -0.5}], ["points[0].x", "points[0].y"], "is 1.5; allowed: from 0"),
+        ("", [{"x": float("nan"), "y": 1}], ["points[0].x"], "is nan"),
+        ("", [{"x": 0.5, "y": 0.5, "outside": True}], ["points"], "are all outside"),
+    ],
+)
+async def test_wrong_points_are_told_at_their_field(compositor, model, points, fields, told):
+    error = await compositor.refused(encode_png(disc()), model, points)
+    assert [each.field for each in error.violations] == fields
+    assert told in error.violations[0].description
+
+
+@in_module
+async def test_where_nothing_is_pointed_at_the_answer_says_so(compositor):
+    dark = encode_png(np.zeros((80, 80, 3), np.uint8))
+    error = await compositor.refused(dark, "", [{"x": 0.5, "y": 0.5}])
+    assert (error.reason, error.violations[0].field) == ("NOTHING_FOUND", "image")
+    assert "pointed finds no object there" in error.violations[0].description
+
+
+@in_module
+async def test_what_cuts_out_is_told(compositor):
+    answer = await compositor.stub.DescribeDetectors(
+        compositor_service_pb2.DescribeDetectorsRequest(), timeout=LIMIT_S
+    )
+    found = [(each.name, each.takes_points) for each in answer.cut_out_models]
+    assert found == [("bright", False), ("dark", False), ("pointed", True), ("u2netp", False)]
+
+
 @in_module
 async def test_unknown_models_and_missing_pictures(compositor):
     error = await compositor.refused(encode_png(disc()), "rembg")
     assert (error.reason, error.violations[0].field) == ("UNKNOWN_MODEL", "model")
-    assert "bright, dark, u2netp" in error.violations[0].description
+    assert "bright, dark, pointed, u2netp" in error.violations[0].description
     request = compositor_service_pb2.CutRequest(image={"sha256": "0" * 64})
     with pytest.raises(grpc.RpcError) as caught:
         await compositor.stub.Cut(request, timeout=LIMIT_S)
@@ -311,6 +381,50 @@ def test_a_wrong_file_is_told_at_its_place(tmp_path, told, problem):
     models = networks.models_file(tmp_path, {}, cutouts={"x": told})
     with pytest.raises(InvalidSetting, match=problem):
         open_cutters(models, threads=1, checks=True)
+
+
+def test_a_decoder_that_is_not_the_encoders_is_told_at_its_place(tmp_path):
+    told = networks.pointing(tmp_path)
+    networks.sobel(tmp_path / "sobel.onnx")
+    for wrong, problem in (
+        ({**told, "side": 64}, "cutouts.x: has the key 'side'"),
+        ({**told, "decoder": "no.onnx"}, "cutouts.x.decoder: .* cannot be read"),
+        ({**told, "decoder": "sobel.onnx"}, "cutouts.x.decoder: .* a SAM 2 decoder, which takes"),
+        ({**told, "file": "sobel.onnx"}, "cutouts.x.file: .* the outputs image_embed and"),
+    ):
+        models = networks.models_file(tmp_path, {}, cutouts={"x": wrong})
+        with pytest.raises(InvalidSetting, match=problem):
+            open_cutters(models, threads=1, checks=True)
+    models = networks.models_file(tmp_path, {}, cutouts={"x": told})
+    before = open_cutters(models, threads=1, checks=True)["x"].digest
+    networks.pointing(tmp_path, side=32)
+    assert open_cutters(models, threads=1, checks=True)["x"].digest != before
+    networks.pointing(tmp_path, missing="mask_input")
+    with pytest.raises(InvalidSetting, match=r"cutouts.x.decoder: .* it takes has_mask_input"):
+        open_cutters(models, threads=1, checks=True)
+
+
+@pytest.mark.skipif(
+    "COLLAGE_TEST_SAM2" not in os.environ, reason="COLLAGE_TEST_SAM2 names no folder of SAM 2 files"
+)
+def test_sam_2_finds_what_is_pointed_at(tmp_path):
+    """Its files: see docs/operations.md."""
+    (encoder,) = Path(os.environ["COLLAGE_TEST_SAM2"]).glob("*encoder*.or[tn]*")
+    (decoder,) = Path(os.environ["COLLAGE_TEST_SAM2"]).glob("*decoder*.onnx")
+    told = {"file": str(encoder), "decoder": str(decoder)}
+    models = networks.models_file(tmp_path, {}, cutouts={"sam2": told})
+    cutter = open_cutters(models, threads=2)["sam2"]
+    left, right = (
+        photograph(name, side=320, seed=seed)
+        for seed, name in enumerate(("cookie-noto", "sushi-noto"))
+    )
+    both = opaque(np.concatenate([left.pixels_HW3, right.pixels_HW3], axis=1))
+    for x, alpha_HW in (
+        (0.25, np.pad(left.alpha_HW, ((0, 0), (0, 320)))),
+        (0.75, np.pad(right.alpha_HW, ((0, 0), (320, 0)))),
+    ):
+        found_HW4 = cut(cutter, both, [Point(x=x, y=0.5)])
+        assert np.abs(found_HW4[..., 3] / 255 - alpha_HW).mean() < 0.02
 
 
 def test_the_first_named_is_the_default_and_the_bundled_name_can_be_taken(tmp_path):

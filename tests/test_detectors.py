@@ -634,7 +634,7 @@ def test_a_file_that_fits_at_its_side_is_taken(bad_files):
 
 def test_without_onnxruntime_the_extra_is_named_and_canny_is_there(models, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InvalidSetting, match=r"detectors.softedge: .* onnxruntime, of this"):
+    with pytest.raises(InvalidSetting, match=r"detectors.softedge.file: .* onnxruntime, of this"):
         open_detectors(models, threads=1)
     assert list(open_detectors("mini=somewhere", threads=1)) == ["canny"]
     assert list(open_detectors("", threads=1)) == ["canny"]

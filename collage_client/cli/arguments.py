@@ -25,6 +25,7 @@ from collage_client.cli.options import (
     add_size,
     count,
     dial,
+    place,
     port,
 )
 
@@ -157,8 +158,18 @@ def _add_drawing(commands: Any) -> None:
         metavar="NAME",
         dest="cutout_model",
         default="",
-        help="one of the server's cut-out models (default: its first)",
+        help="one of the server's cut-out models (default: the first that fits)",
     )
+    for name, places in (("--point", "on the object"), ("--not-point", "on what is not meant")):
+        sub.add_argument(
+            name,
+            metavar="X,Y",
+            dest=f"{name[2:].replace('-', '_')}s",
+            type=place,
+            action="append",
+            default=[],
+            help=f"a place {places}, in fractions of width and height (0.5,0.5 is the middle); may stand again",
+        )
     add_server(sub)
 
     sub = _command(

@@ -69,7 +69,10 @@ async def cut_out(args: argparse.Namespace) -> None:
         raise InvalidInput.in_field("PHOTO", f"{args.photo}: {error}", reason="FILE") from error
     out = args.out or args.photo.with_name(f"{args.photo.stem}-cutout.png")
     async with connected(args) as client:
-        cutout = await client.fetch(await client.cut_out(data, model=args.cutout_model))
+        ref = await client.cut_out(
+            data, model=args.cutout_model, points=args.points, not_points=args.not_points
+        )
+        cutout = await client.fetch(ref)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(cutout)
     args.output.tell(report.paths([out]), {"photo": str(args.photo), "files": [str(out)]})

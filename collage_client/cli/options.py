@@ -32,6 +32,18 @@ def dial(text: str) -> tuple[str, list[float]]:
     return name, [start + (stop - start) * k / (steps - 1) for k in range(steps)]
 
 
+def place(text: str) -> tuple[float, float]:
+    """Reads `0.5,0.25`: fractions of a picture's width and height."""
+    x, _, y = text.partition(",")
+    try:
+        found = float(x), float(y)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y, for example 0.5,0.25") from None
+    if not all(0 <= part <= 1 for part in found):
+        raise argparse.ArgumentTypeError(f"{text!r} goes beyond the picture; allowed: 0 to 1")
+    return found
+
+
 def count(text: str) -> int:
     """Reads a whole number above 0."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

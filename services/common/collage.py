@@ -165,6 +165,15 @@ class Redo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A place in a picture, as fractions of its width and height; outside: of what is not meant."""
+
+    x: float
+    y: float
+    outside: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """A low-rank change of a model's weights, by its name there, and what multiplies it, in [-2, 2]."""
 

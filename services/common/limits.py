@@ -21,6 +21,8 @@ MAX_IMAGES = 16
 # Previews are kept in the job's log, up to some 100 kB each.
 MAX_PREVIEWS = 512
 MAX_FEATHER = 64.0
+# Clicks that say which object of a picture is meant.
+MAX_POINTS = 32
 MAX_ADAPTERS = 8
 MAX_ADAPTER_WEIGHT = 2.0
 # Vectors of one learned word: each takes a token of the prompt.

@@ -7,7 +7,7 @@ here. This module opens the operator's file and none of a model.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from services.common.limits import MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
@@ -29,7 +29,9 @@ _DETECTOR_KEYS = {
     "depth": ("side", "mean", "std", "invert"),
     "pose": ("mean", "std", "confidence"),
 }
+# What finds the object by itself, and what is told by points.
 _CUTOUT_KEYS = ("file", "side", "mean", "std", "invert")
+_SELECT_KEYS = ("file", "decoder", "mean", "std")
 # Sides of what a network is shown, in pixels: the first layers of one for edges take 64 values a pixel.
 MIN_DETECTOR_SIDE, MAX_DETECTOR_SIDE = 32, 1024
 # Of ImageNet's pictures, R, G, B in [0, 1]: most networks for depth and all of RTMPose are trained so.
@@ -81,10 +83,11 @@ class ModelSource:
 class DetectorSource:
     """One ONNX file, as the operator names it: a detector draws control pictures of a kind, another cuts objects out.
 
-    kind: what it is called. form: what the network gives, "edges", "depth" or "pose", or "cutout": an alpha. side: of
-    what it is shown, in pixels; None where the file says it, or for the detector's choice. mean, std: what R, G and B
-    in [0, 1] are brought to zero and one with. is_inverted: whether an edge, what is near, or the object has the lower
-    values. confidence: below it a keypoint is not drawn.
+    kind: what it is called. form: what the network gives, "edges", "depth" or "pose", or "cutout": an alpha, or
+    "select": what its decoder is asked with. side: of what it is shown, in pixels; None where the file says it, or for
+    the detector's choice. mean, std: what R, G and B in [0, 1] are brought to zero and one with. is_inverted: whether
+    an edge, what is near, or the object has the lower values. confidence: below it a keypoint is not drawn. decoder: of
+    form "select" alone, its other file.
     place: where it stands, for what shows only when the file is opened.
     """
 
@@ -97,6 +100,7 @@ class DetectorSource:
     is_inverted: bool
     confidence: float
     place: Place = field(compare=False)
+    decoder: Path | None = None
 
 
 def read_detectors(models: str) -> tuple[DetectorSource, ...]:
@@ -125,8 +129,7 @@ def read_cutouts(models: str) -> tuple[DetectorSource, ...]:
         top = read_file(Path(models))
         top.keys(*_TOP_KEYS)
         for name, place in top.get("cutouts").named().items():
-            place.keys(*_CUTOUT_KEYS)
-            found[name] = _read_network(name, "cutout", place)
+            found[name] = _read_cutout(name, place)
     bundled = Place(BUNDLED_CUTOUT.parent / "models.yaml", "", {"file": BUNDLED_CUTOUT.name})
     found.setdefault(BUNDLED_CUTOUT_NAME, _read_network(BUNDLED_CUTOUT_NAME, "cutout", bundled))
     return tuple(found.values())
@@ -139,6 +142,15 @@ def _read_detector(kind: str, place: Place) -> DetectorSource:
     form = place.get("form").one_of(tuple(_DETECTOR_KEYS))
     place.keys("file", "form", *_DETECTOR_KEYS[form])
     return _read_network(kind, form, place)
+
+
+def _read_cutout(name: str, place: Place) -> DetectorSource:
+    place.keys(*dict.fromkeys((*_CUTOUT_KEYS, *_SELECT_KEYS)))
+    decoder = place.get("decoder").optional(Place.file)
+    if decoder is None:
+        return _read_network(name, "cutout", place)
+    place.keys(*_SELECT_KEYS)
+    return replace(_read_network(name, "select", place), decoder=decoder)
 
 
 def _read_network(kind: str, form: str, place: Place) -> DetectorSource:

@@ -31,8 +31,7 @@ async def build(settings: Settings) -> Server:
     # Opened here for what is wrong with them, and again by each process that draws with them.
     detectors = await asyncio.to_thread(open_detectors, settings.models, threads=threads)
     digests = {kind: detector.digest for kind, detector in detectors.items()}
-    opened = await asyncio.to_thread(open_cutters, settings.models, threads=threads, checks=True)
-    cutters = {name: cutter.digest for name, cutter in opened.items()}
+    cutters = await asyncio.to_thread(open_cutters, settings.models, threads=threads, checks=True)
     work = {
         place: Confined(
             "services.compositor.making:confined",

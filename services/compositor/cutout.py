@@ -1,4 +1,4 @@
-"""Objects cut out of photographs: a network says where the object is, its edge is then found from the colours.
+"""Objects cut out of photographs: networks say where the object is, its edge is then found from the colours.
 
 Main functions: `open_cutters` and `cut`. This module knows neither messages nor storage.
 
@@ -6,14 +6,17 @@ Suffixes: H, W pixels of the picture; h, w what a network gives; 3 = R, G, B; 4 
 """
 
 import functools
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.common.collage import Point
 from services.common.models_file import BUNDLED_CUTOUT, DetectorSource, read_cutouts
 from services.compositor.matting import matte
 from services.compositor.network import Network, digest_of, file_of
+from services.compositor.selecting import Selector
 from services.compositor.structure import on_ground
 
 # Part of every digest: raise it when the same picture and network give another cut-out.
@@ -25,29 +28,58 @@ _REACH = 1.5
 
 
 class NothingFound(Exception):
-    """The network sees no object in the picture."""
+    """The model sees no object in the picture."""
 
 
 class Cutter:
-    """One network that cuts objects out, opened when it is first needed.
+    """One model that cuts objects out, opened when it is first needed.
 
-    name: what requests call it. digest: names its file, its settings and what is made of its alpha.
+    name: what requests call it. takes_points: whether it is told which object is meant, else it finds what stands out.
+    digest: names its files, their settings and what is made of its alpha.
     """
 
     def __init__(self, source: DetectorSource, *, threads: int) -> None:
         self.name = source.kind
-        self.digest = f"{VERSION} {digest_of(source, file_of(source))}"
+        self.takes_points = source.decoder is not None
+        self.digest = (
+            f"{VERSION} {digest_of(source, file_of(source.file, source.place.get('file')))}"
+        )
+        if source.decoder is not None:
+            decoder = file_of(source.decoder, source.place.get("decoder"))
+            self.digest += f" {hashlib.sha256(decoder).hexdigest()}"
         self._source = source
         self._threads = threads
 
-    @functools.cached_property
-    def network(self) -> Network:
-        """The opened file.
+    def open(self) -> Network | Selector:
+        """The opened files.
 
         Raises:
-            InvalidSetting: it is not what its operator says.
+            InvalidSetting: they are not what their operator says.
         """
-        return Network(self._source, threads=self._threads)
+        opens = Selector if self.takes_points else Network
+        return opens(self._source, threads=self._threads)
+
+    @functools.cached_property
+    def opened(self) -> Network | Selector:
+        """As `open`, once."""
+        return self.open()
+
+    def find(
+        self, pixels_HW3: NDArray[np.uint8], points: Sequence[Point]
+    ) -> tuple[NDArray[np.float32], float]:
+        """A first alpha of the object, hw, and how far its edge may be off, in shares of the longer side.
+
+        Args:
+            pixels_HW3: an opaque picture.
+            points: one at least that is not outside, where it takes points; else none.
+        """
+        if isinstance(self.opened, Selector):
+            return self.opened.select(pixels_HW3, points), self.opened.reach
+        (map_hw,) = self.opened.run(pixels_HW3)
+        first_hw = map_hw.reshape(map_hw.shape[-2:])
+        if self._source.is_inverted:
+            first_hw = 1 - first_hw
+        return first_hw, _REACH / self.opened.width
 
 
 def open_cutters(models: str, *, threads: int, checks: bool = False) -> Mapping[str, Cutter]:
@@ -65,19 +97,22 @@ def open_cutters(models: str, *, threads: int, checks: bool = False) -> Mapping[
     for source in read_cutouts(models):
         cutters[source.kind] = cutter = Cutter(source, threads=threads)
         if checks and source.file != BUNDLED_CUTOUT:
-            _ = cutter.network
+            cutter.open()
     return cutters
 
 
-def cut(network: Network, pixels_HW4: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def cut(
+    cutter: Cutter, pixels_HW4: NDArray[np.uint8], points: Sequence[Point] = ()
+) -> NDArray[np.uint8]:
     """The object of a picture, HW4, without the ground's colour at its edge.
 
     What is transparent already stays so: of both alphas the smaller counts, and colours are changed where the picture
     is opaque only. Under alpha 0 all is black.
 
     Args:
-        network: of form "cutout".
+        cutter: what finds it.
         pixels_HW4: the picture.
+        points: see `Cutter.find`.
 
     Raises:
         NothingFound: there is no object in it.
@@ -88,13 +123,10 @@ def cut(network: Network, pixels_HW4: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if not is_opaque:
         for channel in range(3):
             opaque_HW3[..., channel] = on_ground(pixels_HW4[..., channel], own_HW)
-    (map_hw,) = network.run(opaque_HW3)
-    first_hw = map_hw.reshape(map_hw.shape[-2:])
-    if network.source.is_inverted:
-        first_hw = 1 - first_hw
+    first_hw, reach = cutter.find(opaque_HW3, points)
     if float(first_hw.max()) < _FOUND:
         raise NothingFound
-    alpha_HW, object_HW3 = matte(opaque_HW3, first_hw, reach=_REACH / network.width)
+    alpha_HW, object_HW3 = matte(opaque_HW3, first_hw, reach=reach)
     alpha_HW = np.rint(alpha_HW * np.float32(255)).astype(np.uint8)
     if not is_opaque:
         object_HW3 = np.where((own_HW == 255)[..., None], object_HW3, pixels_HW4[..., :3])

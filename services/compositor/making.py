@@ -5,7 +5,7 @@ Such a process also cuts objects out of pictures.
 Pictures of strangers are decoded here, and nowhere else in a compositor.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from collage.v1 import collage_pb2, compositor_service_pb2
 from services.common import wire
-from services.common.collage import DIALS, Collage, Extent
+from services.common.collage import DIALS, Collage, Extent, Point
 from services.common.confined import Work as ConfinedWork
 from services.common.errors import InvalidRequest, Violation
 from services.common.pictures import InvalidPicture, decode, decode_opaque, encode_png
@@ -22,7 +22,7 @@ from services.compositor.cutout import Cutter, NothingFound, cut, open_cutters
 from services.compositor.detector import open_detectors
 from services.compositor.placement import stretch
 from services.compositor.structure import DETECTORS, Detector
-from services.compositor.work import CUT, Work, parse
+from services.compositor.work import CUT, Work, parse, parse_cut
 
 # Is told the field path of each picture as it is begun on.
 Begin = Callable[[str], None]
@@ -42,8 +42,8 @@ def confined(models: str, threads: str) -> ConfinedWork:
     """What a process of its own does, by the word that its first part is.
 
     `COMPOSE`: in come the request and, in the order of their digests, the stored pictures that it refers to; out go the
-    answer without references, the plate, the composite and the masks. `CUT`: in come the name of a model and a picture;
-    out goes a PNG of its object.
+    answer without references, the plate, the composite and the masks. `CUT`: in come the request and its picture; out
+    goes a PNG of its object.
 
     Args:
         models: see `open_detectors`.
@@ -53,13 +53,17 @@ def confined(models: str, threads: str) -> ConfinedWork:
     digests = {kind: detector.digest for kind, detector in detectors.items()}
 
     cutters = open_cutters(models, threads=int(threads))
+    takes_points = {name: cutter.takes_points for name, cutter in cutters.items()}
 
     def work(parts: list[bytes], begin: Begin) -> list[bytes]:
         word, request, *pictures = parts
         if word == CUT:
             (picture,) = pictures
             begin("image")
-            return [cut_out(cutters[request.decode()], picture)]
+            asked_cut = parse_cut(
+                compositor_service_pb2.CutRequest.FromString(request), takes_points
+            )
+            return [cut_out(cutters[asked_cut.model], picture, asked_cut.points)]
         asked = parse(compositor_service_pb2.ComposeRequest.FromString(request), digests)
         stored = dict(zip(asked.stored(), pictures, strict=True))
         data = {
@@ -107,20 +111,21 @@ def make(
     )
 
 
-def cut_out(cutter: Cutter, data: bytes) -> bytes:
+def cut_out(cutter: Cutter, data: bytes, points: Sequence[Point]) -> bytes:
     """The object of an encoded picture, as an RGBA PNG.
 
     Raises:
         InvalidRequest: it cannot be used, or nothing is found in it.
     """
     try:
-        return encode_png(cut(cutter.network, decode(data)))
+        return encode_png(cut(cutter, decode(data), points))
     except InvalidPicture as error:
         raise InvalidRequest.of("image", str(error)) from error
     except NothingFound as error:
         raise InvalidRequest.of(
             "image",
-            f"is a picture in which {cutter.name} finds no object; required: one that stands out from its ground",
+            f"is a picture in which {cutter.name} finds no object{' there' if points else ''}; "
+            "required: one that stands out from its ground",
             reason="NOTHING_FOUND",
         ) from error
 

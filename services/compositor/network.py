@@ -10,6 +10,7 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.common.models_file import MAX_DETECTOR_SIDE, MIN_DETECTOR_SIDE, DetectorSource
+from services.common.operator_file import Place
 from services.common.settings import InvalidSetting
 from services.compositor.pose import KEYPOINTS
 
@@ -28,22 +30,29 @@ DEFAULT_SIDE = 512
 # again, and a layer that stays while others are moved is not looked at again.
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 # The longest part of a library's message that is shown.
-_MOST_TOLD = 300
+MOST_TOLD = 300
 # What is read of what a network gives; nothing stands for the one output it has, or the first.
-_OUTPUTS = {"edges": (), "depth": (), "pose": ("simcc_x", "simcc_y"), "cutout": ()}
+_OUTPUTS = {
+    "edges": (),
+    "depth": (),
+    "pose": ("simcc_x", "simcc_y"),
+    "cutout": (),
+    "select": ("image_embed", "high_res_feats_0", "high_res_feats_1"),
+}
 
 
 class Network:
     """One ONNX file in memory, checked against what its operator says of it; all threads share it.
 
-    width, height: of what it is shown, pixels. digest: of the file and its settings.
+    width, height: of what it is shown, pixels. digest: of the file and its settings. outputs: what it gives, in order.
     """
 
     def __init__(self, source: DetectorSource, *, threads: int) -> None:
         self.source = source
-        data = file_of(source)
+        data = file_of(source.file, source.place.get("file"))
         self.digest = digest_of(source, data)
-        self._session = _session(source, data, threads)
+        self._session = session(data, source.file, source.place.get("file"), threads)
+        self.outputs = _OUTPUTS[source.form] or (self._session.get_outputs()[0].name,)
         self._kept: OrderedDict[bytes, list[NDArray[np.float32]]] = OrderedDict()
         self._keeping = threading.Lock()
         self.width, self.height = self._input_size()
@@ -73,8 +82,7 @@ class Network:
         )
         input_N3hw = ((shown_hw3 / np.float32(255) - mean) / std).transpose(2, 0, 1)[None]
         name = self._session.get_inputs()[0].name
-        read = _OUTPUTS[self.source.form] or (self._session.get_outputs()[0].name,)
-        outputs = self._session.run(list(read), {name: np.ascontiguousarray(input_N3hw)})
+        outputs = self._session.run(list(self.outputs), {name: np.ascontiguousarray(input_N3hw)})
         return [
             np.nan_to_num(np.asarray(output, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
             for output in outputs
@@ -112,9 +120,9 @@ class Network:
     def _check(self) -> None:
         """Refuses a file that does not give what its form says, for one grey picture."""
         names = [each.name for each in self._session.get_outputs()]
-        if self.source.form == "pose":
-            if not set(_OUTPUTS["pose"]) <= set(names):
-                raise self._misfit(f"the outputs simcc_x and simcc_y; it has {', '.join(names)}")
+        if named := _OUTPUTS[self.source.form]:
+            if not set(named) <= set(names):
+                raise self._misfit(f"the outputs {' and '.join(named)}; it has {', '.join(names)}")
         # U2-Net and its like give coarser alphas behind the first.
         elif len(names) != 1 and self.source.form != "cutout":
             raise self._misfit(f"one output; it has {', '.join(names)}")
@@ -127,7 +135,7 @@ class Network:
         except Exception as error:
             told = f"a file that takes {self.width} x {self.height} pixels; it fails: {error}"
             place = self.source.place.get("file" if self.source.side is None else "side")
-            raise place.wrong(f"required: {told[:_MOST_TOLD]}") from error
+            raise place.wrong(f"required: {told[:MOST_TOLD]}") from error
         if self.source.form == "pose":
             if any(len(s) != 3 or s[0] != 1 or s[1] not in KEYPOINTS for s in shapes) or (
                 shapes[0][1] != shapes[1][1]
@@ -137,7 +145,8 @@ class Network:
                     f"outputs of 1 x keypoints x bins, COCO's keypoints first, {allowed} in all; "
                     f"it gives {_told(shapes)}"
                 )
-        else:
+        # Whether what an encoder gives is of use, its decoder shows.
+        elif self.source.form != "select":
             (shape,) = shapes
             height, width = shape[-2:] if len(shape) > 1 else (0, 0)
             if (
@@ -166,17 +175,17 @@ def resized(pixels: NDArray[Any], *, width: int, height: int) -> NDArray[Any]:
     return np.asarray(cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=how))
 
 
-def file_of(source: DetectorSource) -> bytes:
-    """Its ONNX file.
+def file_of(file: Path, place: Place) -> bytes:
+    """An ONNX file, which is named at `place`.
 
     Raises:
         InvalidSetting: it cannot be read.
     """
     try:
-        return source.file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         problem = f"required: an ONNX file; it cannot be read: {error.strerror}"
-        raise source.place.get("file").wrong(problem) from error
+        raise place.wrong(problem) from error
 
 
 def digest_of(source: DetectorSource, data: bytes) -> str:
@@ -186,13 +195,17 @@ def digest_of(source: DetectorSource, data: bytes) -> str:
     return hashlib.sha256(f"{file} {told} {source.confidence}".encode()).hexdigest()
 
 
-def _session(source: DetectorSource, data: bytes, threads: int) -> Any:
-    """The file's network, ready to run."""
+def session(data: bytes, file: Path, place: Place, threads: int) -> Any:
+    """The network of a file that is named at `place`, ready to run.
+
+    Raises:
+        InvalidSetting: it is none, or onnxruntime is not installed.
+    """
     try:
         # An extra: a compositor without networks needs it not.
         import onnxruntime
     except ImportError as error:
-        raise source.place.wrong(
+        raise place.wrong(
             "required for it: onnxruntime, of this package's extra compositor"
         ) from error
     options = onnxruntime.SessionOptions()
@@ -203,7 +216,7 @@ def _session(source: DetectorSource, data: bytes, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Weights in files of their own would have no part in the digest: nothing lies in this folder, which is a file.
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(source.file)
+        "session.model_external_initializers_file_folder_path", str(file)
     )
     # Errors are raised; its log would not be JSON lines.
     options.log_severity_level = 4
@@ -212,7 +225,7 @@ def _session(source: DetectorSource, data: bytes, threads: int) -> Any:
     # onnxruntime documents no closed set of what it raises.
     except Exception as error:
         problem = f"required: a whole ONNX file, its weights in it; onnxruntime says: {error}"
-        raise source.place.get("file").wrong(problem[:_MOST_TOLD]) from error
+        raise place.wrong(problem[:MOST_TOLD]) from error
 
 
 def _told(shapes: list[tuple[int, ...]]) -> str:

@@ -24,11 +24,12 @@ from services.common.blobs import (
 )
 from services.common.collage import Picture
 from services.common.confined import Confined
-from services.common.errors import InvalidRequest, MissingBlobs, Violation, quote
+from services.common.errors import InvalidRequest, MissingBlobs, Violation
 from services.common.pictures import MAX_ENCODED_BYTES
 from services.common.rpc import caller
 from services.common.turns import Place, Turns
-from services.compositor.work import COMPOSE, CUT, Work, parse
+from services.compositor.cutout import Cutter
+from services.compositor.work import COMPOSE, CUT, Cutting, Work, parse, parse_cut
 
 # Compositions worked out at once, beside one of a caller whose compositions are short. Each takes a core and, at
 # worst, about 1.3 GiB, and what a detector's network takes.
@@ -62,7 +63,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
     Args:
         blobs: the pictures, and where what is made of them is put.
         detectors: the digests of what draws control pictures, by kind.
-        cutters: the digests of what cuts objects out, by name, the default first.
+        cutters: what cuts objects out, by name, the default first; none is opened.
         work: the processes of each place.
     """
 
@@ -70,7 +71,7 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         self,
         blobs: BlobStore,
         detectors: Mapping[str, str],
-        cutters: Mapping[str, str],
+        cutters: Mapping[str, Cutter],
         work: Mapping[Place, Confined],
     ) -> None:
         self._blobs = blobs
@@ -102,26 +103,27 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         self, request: compositor_service_pb2.CutRequest, context: Any
     ) -> compositor_service_pb2.CutResponse:
         """See compositor_service.proto."""
-        name = request.model or next(iter(self._cutters))
-        if name not in self._cutters:
-            raise InvalidRequest.of(
-                "model",
-                f"is {quote(name)}; allowed: {', '.join(self._cutters)}",
-                reason="UNKNOWN_MODEL",
-            )
-        picture = wire.parse_blob(request.image, "image")
-        told = f"{self._cutters[name]} {picture.sha256}"
+        cutting = parse_cut(
+            request, {name: cutter.takes_points for name, cutter in self._cutters.items()}
+        )
+        points = [(point.x, point.y, point.outside) for point in cutting.points]
+        told = (
+            f"{self._cutters[cutting.model].digest} {cutting.picture.sha256} {points or ''}".strip()
+        )
         key = f"cutouts/{hashlib.sha256(told.encode()).hexdigest()}"
         image = await self._kept_cutout(key)
         if image is None:
-            image = await self._shared(key, lambda: self._cut(key, name, picture))
-        return compositor_service_pb2.CutResponse(image=image, model=name)
+            image = await self._shared(key, lambda: self._cut(key, request, cutting))
+        return compositor_service_pb2.CutResponse(image=image, model=cutting.model)
 
     async def DescribeDetectors(
         self, request: compositor_service_pb2.DescribeDetectorsRequest, context: Any
     ) -> compositor_service_pb2.DescribeDetectorsResponse:
         """See compositor_service.proto."""
-        return compositor_service_pb2.DescribeDetectorsResponse(kinds=sorted(self._detectors))
+        answer = compositor_service_pb2.DescribeDetectorsResponse(kinds=sorted(self._detectors))
+        for name, cutter in self._cutters.items():
+            answer.cut_out_models.add(name=name, takes_points=cutter.takes_points)
+        return answer
 
     async def _shared(self, key: str, make: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
         """The answer of the one making of these inputs, which ends when nobody waits for it any more."""
@@ -155,12 +157,13 @@ class CompositorServicer(compositor_service_pb2_grpc.CompositorServiceServicer):
         await self._blobs.put(key, data, media_type="application/x-protobuf")
         return answer
 
-    async def _cut(self, key: str, name: str, picture: BlobRef) -> blob_pb2.BlobRef:
+    async def _cut(
+        self, key: str, request: compositor_service_pb2.CutRequest, cutting: Cutting
+    ) -> blob_pb2.BlobRef:
         async with self._turns.turn(caller.get()) as place:
-            found = await self._fetch({"image": picture})
-            (png,) = await self._work[place].run(
-                [CUT, name.encode(), found[picture.sha256]], "image"
-            )
+            found = await self._fetch({"image": cutting.picture})
+            parts = [CUT, request.SerializeToString(), found[cutting.picture.sha256]]
+            (png,) = await self._work[place].run(parts, "image")
         ref = wire.render_blob(await put_blob(self._blobs, png, media_type="image/png"))
         data = ref.SerializeToString(deterministic=True)
         await self._blobs.put(key, data, media_type="application/x-protobuf")

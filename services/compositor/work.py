@@ -1,4 +1,4 @@
-"""What a compositor is asked for: `parse` makes a checked `Work` of a request.
+"""What a compositor is asked for: `parse` makes a checked `Work` of a request, `parse_cut` a checked `Cutting`.
 
 Its digest names its inputs, so that the same request is answered without being worked out again.
 """
@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from collage.v1 import compositor_service_pb2
 from services.common import limits, wire
-from services.common.collage import Collage, Picture, Redo, Structure
-from services.common.errors import quote
+from services.common.blobs import BlobRef
+from services.common.collage import Collage, Picture, Point, Redo, Structure
+from services.common.errors import InvalidRequest, quote
 from services.compositor.structure import DETECTORS
 
 # Part of every digest of inputs: raise it when the same inputs give another composition.
@@ -95,6 +96,62 @@ class Work:
             if structure.image is None
         }
         return [(kind, digest) for kind in sorted(kinds) if (digest := self.detectors[kind])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """A checked request to cut an object out.
+
+    points: those of an object for a model that takes points, else none.
+    """
+
+    model: str
+    picture: BlobRef
+    points: tuple[Point, ...]
+
+
+def parse_cut(
+    request: compositor_service_pb2.CutRequest, takes_points: Mapping[str, bool]
+) -> Cutting:
+    """The cutting that a request asks for.
+
+    Args:
+        request: as it came.
+        takes_points: whether it does, by the name of each model, the default first.
+
+    Raises:
+        InvalidRequest: naming every wrong field.
+    """
+    fitting = [name for name, takes in takes_points.items() if takes == bool(request.points)]
+    model = request.model or next(iter(fitting), "")
+    if request.model and request.model not in takes_points:
+        raise InvalidRequest.of(
+            "model",
+            f"is {quote(request.model)}; allowed: {', '.join(takes_points)}",
+            reason="UNKNOWN_MODEL",
+        )
+    check = wire.Checker()
+    picture = wire.parse_blob(request.image, "image")
+    count = len(request.points)
+    if model not in fitting:
+        named = f"of {model}" if model else "here"
+        allowed = f"1 to {limits.MAX_POINTS}" if not request.points else f"0 {named}"
+        check.refuse("points", f"has {count}; allowed: {allowed}")
+    elif count > limits.MAX_POINTS:
+        check.refuse("points", f"has {count}; allowed: at most {limits.MAX_POINTS}")
+    check.done()
+    points = tuple(
+        Point(
+            x=check.number(f"points[{index}].x", point.x, 0, 1),
+            y=check.number(f"points[{index}].y", point.y, 0, 1),
+            outside=point.outside,
+        )
+        for index, point in enumerate(request.points)
+    )
+    if points and all(point.outside for point in points):
+        check.refuse("points", "are all outside; required: one that lies on the object")
+    check.done()
+    return Cutting(model=model, picture=picture, points=points)
 
 
 def parse(
