@@ -252,6 +252,16 @@ class AsyncCollageClient:
 
         return await self._calls.pages("ListModels", page, "models", None, Span(timeout_s))
 
+    async def cut_out_models(
+        self, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> list[collage_pb2.CutOutModel]:
+        """What `cut_out` may be asked of, and whether it takes points; the default first."""
+        request = pb.ListModelsRequest(page_size=1)
+        answer: pb.ListModelsResponse = await self._calls.call(
+            "ListModels", request, Span(timeout_s)
+        )
+        return list(answer.cut_out_models)
+
     async def words(self, *, timeout_s: float = CALL_TIMEOUT_S) -> list[pb.Word]:
         """Every learned word, by name."""
 

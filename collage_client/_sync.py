@@ -185,6 +185,7 @@ class CollageClient(_Twin[AsyncCollageClient]):
     put = _waited(AsyncCollageClient.put)
     fetch = _waited(AsyncCollageClient.fetch)
     models = _waited(AsyncCollageClient.models)
+    cut_out_models = _waited(AsyncCollageClient.cut_out_models)
     words = _waited(AsyncCollageClient.words)
     word = _waited(AsyncCollageClient.word)
     import_word = _waited(AsyncCollageClient.import_word)

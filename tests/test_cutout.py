@@ -451,6 +451,12 @@ async def test_the_client_cuts_out_what_a_layer_takes(tmp_path):
                 found_HW4 = np.asarray(picture)
             assert found_HW4.shape == (256, 256, 4)
             assert np.abs(found_HW4[..., 3] / 255 - truth.alpha_HW).mean() < 0.02
+            cutting = await client.cut_out_models()
+            assert [(each.name, each.takes_points) for each in cutting] == [("u2netp", False)]
+            with pytest.raises(CollageError) as caught:
+                await client.cut_out(photo, points=[(0.5, 0.5)], not_points=[(0, 1)])
+            (violation,) = caught.value.field_violations
+            assert (violation.field, violation.description) == ("points", "has 2; allowed: 0 here")
             with pytest.raises(CollageError) as caught:
                 await client.cut_out(photo, model="none")
             assert caught.value.reason == "UNKNOWN_MODEL"

@@ -58,9 +58,12 @@ async def delete_word(args: argparse.Namespace) -> None:
 async def models(args: argparse.Namespace) -> None:
     """Lists the models served."""
     async with connected(args) as client:
-        found = await client.models()
-    text = "\n\n".join(report.model(model) for model in found)
-    args.output.tell(text, {"models": [tree(model) for model in found]})
+        found, cutting = await client.models(), await client.cut_out_models()
+    text = "\n\n".join([*map(report.model, found), report.cut_out_models(cutting)])
+    args.output.tell(
+        text,
+        {"models": [tree(model) for model in found], "cutouts": [tree(each) for each in cutting]},
+    )
 
 
 async def jobs(args: argparse.Namespace) -> None:

@@ -176,6 +176,12 @@ def model(found: pb.Model) -> str:
     return "\n".join([found.name, *(f"  {name:<9} {text}" for name, text in rows)])
 
 
+def cut_out_models(found: Sequence[collage_pb2.CutOutModel]) -> str:
+    """What cuts objects out, in a line."""
+    names = (f"{each.name} (by points)" if each.takes_points else each.name for each in found)
+    return f"cutout: {', '.join(names) or 'none'}"
+
+
 def paths(written: Sequence[Path]) -> str:
     """The paths written, one a line, ready to be copied."""
     return "\n".join(["wrote", *(f"  {path}" for path in written)])
