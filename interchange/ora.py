@@ -216,7 +216,8 @@ def _parsed(data: bytes) -> _Element:
     parser.EntityDeclHandler = refuse
     try:
         parser.Parse(data, True)
-    except (expat.ExpatError, ValueError) as error:
+    # The text may name any encoding, also one that nobody knows or that is none of text.
+    except (expat.ExpatError, ValueError, LookupError) as error:
         raise InvalidRequest.of(entry(STACK), f"is no XML ({error})") from error
     if roots[0].tag != "image":
         raise InvalidRequest.of(entry(STACK), f"is {quote(roots[0].tag)}; allowed: an image")

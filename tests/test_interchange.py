@@ -553,6 +553,16 @@ HARMFUL = {
     "an absolute name": (zipped("/etc/passwd"), "file[/etc/passwd]", "is no name"),
     "a name of another system": (zipped("C:\\x"), "file[C:\\x]", "is no name"),
     "no xml": (foreign("<image"), "file[stack.xml]", "no XML"),
+    "an encoding that nobody knows": (
+        foreign('<?xml version="1.0" encoding="uLf-8"?><image/>'),
+        "file[stack.xml]",
+        "no XML",
+    ),
+    "an encoding of no text": (
+        foreign('<?xml version="1.0" encoding="hex"?><image/>'),
+        "file[stack.xml]",
+        "no XML",
+    ),
     "another root": (foreign("<html/>"), "file[stack.xml]", "an image"),
     "entities": (
         foreign(

@@ -44,8 +44,9 @@ def test_the_models_file_in_the_readme_can_be_read(tmp_path):
     detectors = {each.kind: each for each in read_detectors(str(tmp_path / "models.yaml"))}
     assert set(detectors) < set(model.controlnets)
     assert detectors["depth"].file == tmp_path / "detectors" / "depth.onnx"
-    cutout, bundled = read_cutouts(str(tmp_path / "models.yaml"))
+    cutout, pointed, bundled = read_cutouts(str(tmp_path / "models.yaml"))
     assert (cutout.kind, cutout.side, bundled.kind) == ("hair", 512, "u2netp")
+    assert pointed.decoder == tmp_path / "cutouts" / "sam2-decoder.onnx"
 
 
 def test_every_path_the_readme_names_is_there():
