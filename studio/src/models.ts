@@ -1,6 +1,7 @@
 // The models that the server has, asked for once and again until it answers.
 
 import { create } from "zustand"
+import type { CutOutModel } from "./gen/collage/v1/collage_pb"
 import type { Model } from "./gen/collage/v1/collage_service_pb"
 import { service } from "./server"
 import { useStudio } from "./store"
@@ -8,21 +9,25 @@ import { useStudio } from "./store"
 interface Models {
   /** The server's default first. Empty until it answered. */
   readonly models: readonly Model[]
+  /** What cuts objects out, the default first. */
+  readonly cutOutModels: readonly CutOutModel[]
 }
 
-export const useModels = create<Models>()(() => ({ models: [] }))
+export const useModels = create<Models>()(() => ({ models: [], cutOutModels: [] }))
 
 const AGAIN_MS = 2000
 
 export async function loadModels(): Promise<readonly Model[]> {
   const models: Model[] = []
+  let cutOutModels: readonly CutOutModel[] = []
   for (let pageToken = ""; ; ) {
     const page = await service.listModels({ pageSize: 100, pageToken })
     models.push(...page.models)
+    cutOutModels = page.cutOutModels
     pageToken = page.nextPageToken
     if (!pageToken) break
   }
-  useModels.setState({ models })
+  useModels.setState({ models, cutOutModels })
   return models
 }
 

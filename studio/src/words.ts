@@ -93,6 +93,7 @@ export const words = {
           ["Ctrl G", "Group or ungroup"],
           ["Ctrl ]  Ctrl [", "One step to the front, to the back"],
           ["E  B  C", "Eraser, brush, crop"],
+          ["O", "Select object, where the server can"],
         ],
       },
       {
@@ -100,6 +101,7 @@ export const words = {
         keys: [
           ["]  [", "Larger, smaller; with Shift softer, harder"],
           ["Arrows, Enter", "Move the brush, paint with it"],
+          ["Arrows, Enter", "Select object: move the pointer, mean what is there; with Shift not"],
         ],
       },
       {
@@ -220,6 +222,10 @@ export const words = {
     eraser: "Eraser",
     brush: "Brush that brings back",
     crop: "Crop",
+    select: "Select object",
+    selecting: "Looking for the object …",
+    selectHint: "Click on the object; with Shift on what is not meant.",
+    beside: "That is beside the picture.",
     size: "Size",
     softness: "Soft edge",
     done: "Done",
@@ -233,6 +239,7 @@ export const words = {
     chooseOne: "Select one layer to paint on.",
     notKept: "This stroke could not be kept. The picture is too large for this browser.",
     brushAt: (x: number, y: number) => `Brush at ${x}, ${y}`,
+    pointerAt: (x: number, y: number) => `Pointer at ${x}, ${y}`,
   },
   layers: {
     title: "Layers",
@@ -302,6 +309,7 @@ export const words = {
     unerase: (name: string) => `Bring back parts of ${name}`,
     crop: (name: string) => `Crop ${name}`,
     cutOut: (name: string) => `Remove the background of ${name}`,
+    select: (name: string) => `Select the object of ${name}`,
     open: (file: string) => `Open ${file}`,
     openStart: "Open the collage of the command",
     clear: "New collage",

@@ -9,6 +9,7 @@ import { useShown } from "../draw/shown"
 import { addFiles, filesOf } from "../intake"
 import { BrushCursor } from "../mask/BrushCursor"
 import { CropFrame } from "../mask/CropFrame"
+import { Marks } from "../mask/Marks"
 import { useModel } from "../models"
 import { usePictures } from "../pictures"
 import { useDocument, useStudio } from "../store"
@@ -102,6 +103,7 @@ export function Canvas() {
             />
             <Group ref={nodes.over}>
               {tool === "crop" && <CropFrame colours={colours} coarse={coarse} />}
+              {tool === "select" && <Marks colours={colours} />}
             </Group>
             <Transformer
               ref={nodes.transformer}

@@ -7,6 +7,7 @@ import { type RefObject, useEffect, useRef } from "react"
 import { saySelection } from "../acts"
 import { type Piece, pictureOf, placement } from "../document"
 import { strokeOn } from "../mask/brush"
+import { pointAt } from "../mask/selecting"
 import { usePictures } from "../pictures"
 import { useStudio } from "../store"
 import { words } from "../words"
@@ -179,6 +180,8 @@ function begin(
   if (tool === "brush" || tool === "eraser")
     return strokeOn(event, (each) => toView(point(each)), redrawPieces)
   if (tool === "crop") return undefined
+  if (tool === "select")
+    return panning(at, point, () => pointAt(toView(at), event.altKey || event.shiftKey))
   const hit = pieceAt(toView(at))
   const { selection, select } = useStudio.getState()
   if (hit) {

@@ -4,6 +4,7 @@ import type { Piece } from "../document"
 import { dab, diameter } from "../mask/brush"
 import { applyCrop, endCrop, startCrop } from "../mask/cropping"
 import { moveBrush } from "../mask/pointing"
+import { canSelect, endSelect, pointAt, startSelect } from "../mask/selecting"
 import { selectedPieces, useStudio } from "../store"
 import { say } from "../voice"
 import { words } from "../words"
@@ -58,6 +59,8 @@ function does(event: KeyboardEvent): boolean {
   if (selection.length === 0) return false
   if (key === "e" || key === "b")
     return done(() => useDesk.setState({ tool: key === "e" ? "eraser" : "brush" }))
+  if (key === "o" && canSelect())
+    return done(() => startSelect(selectedPieces(useStudio.getState())[0] as Piece))
   if (key === "c") return done(() => startCrop(selectedPieces(useStudio.getState())[0] as Piece))
   if (key === "Delete" || key === "Backspace") return done(acts.removeSelected)
   if (key === "h") return done(() => acts.flipSelected("flipHorizontal"))
@@ -69,10 +72,16 @@ function does(event: KeyboardEvent): boolean {
   return done(() => acts.nudge(arrow[0] * far, arrow[1] * far))
 }
 
-/** The keys of the eraser, the brush and the crop while one is in hand. */
+/** The keys of the eraser, the brush, the crop and what selects objects while one is in hand. */
 function inTool(event: KeyboardEvent, key: string, tool: Tool): boolean {
   if (key === "Escape" || key === "v")
-    return done(tool === "crop" ? endCrop : () => useDesk.setState({ tool: "move" }))
+    return done(
+      tool === "crop"
+        ? endCrop
+        : tool === "select"
+          ? endSelect
+          : () => useDesk.setState({ tool: "move" }),
+    )
   if (tool === "crop") return key === "Enter" && isOnCanvas(event.target) && done(applyCrop)
   const { brush, softness } = useDesk.getState()
   const grown = key === "]" ? 1.2 : key === "[" ? 1 / 1.2 : 0
@@ -87,9 +96,12 @@ function inTool(event: KeyboardEvent, key: string, tool: Tool): boolean {
   if (arrow) {
     const step = diameter() * (event.shiftKey ? 1 : 0.2)
     const { x, y } = moveBrush(arrow[0] * step, arrow[1] * step)
-    return done(() => say(words.mask.brushAt(Math.round(x), Math.round(y))))
+    const told = tool === "select" ? words.mask.pointerAt : words.mask.brushAt
+    return done(() => say(told(Math.round(x), Math.round(y))))
   }
-  return key === "Enter" && done(() => dab(moveBrush(0, 0), redrawPieces))
+  if (key !== "Enter") return false
+  const here = moveBrush(0, 0)
+  return done(() => (tool === "select" ? pointAt(here, event.shiftKey) : dab(here, redrawPieces)))
 }
 
 function done(act: () => unknown): true {

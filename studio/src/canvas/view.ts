@@ -15,7 +15,7 @@ export interface View {
   readonly isFitted: boolean
 }
 
-export type Tool = "move" | "brush" | "eraser" | "crop"
+export type Tool = "move" | "brush" | "eraser" | "crop" | "select"
 export type Overlay = "none" | "composite" | "masks" | "noise" | "control"
 
 interface Desk {

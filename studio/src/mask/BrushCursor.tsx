@@ -4,11 +4,14 @@ import { useStudio } from "../store"
 import { diameter } from "./brush"
 import { useBrushAt } from "./pointing"
 
-/** The brush's circle, where the pointer is, or where the keyboard put it. */
+// Of what has no breadth, screen pixels.
+const POINTER = 12
+
+/** The brush's circle, where the pointer is, or where the keyboard put it; a small one where a click is enough. */
 export function BrushCursor({ region }: { region: RefObject<HTMLDivElement | null> }) {
   const circle = useRef<HTMLDivElement>(null)
   const tool = useDesk((desk) => desk.tool)
-  const isBrush = tool === "brush" || tool === "eraser"
+  const isBrush = tool === "brush" || tool === "eraser" || tool === "select"
   useEffect(() => {
     const element = region.current
     const ring = circle.current
@@ -16,7 +19,7 @@ export function BrushCursor({ region }: { region: RefObject<HTMLDivElement | nul
     const draw = () => {
       const { point } = useBrushAt.getState()
       const { x, y, scale } = useView.getState()
-      const side = diameter() * scale
+      const side = useDesk.getState().tool === "select" ? POINTER : diameter() * scale
       ring.hidden = point === undefined
       if (!point) return
       ring.style.width = `${side}px`

@@ -2,6 +2,7 @@ import { useEffect, useId } from "react"
 import { type Tool, useDesk } from "../canvas/view"
 import { type Piece, pictureOf } from "../document"
 import { NumberField } from "../inspector/Fields"
+import { useModels } from "../models"
 import { usePictures } from "../pictures"
 import { selectedPieces, useStudio } from "../store"
 import { Button } from "../ui/Button"
@@ -9,6 +10,7 @@ import { words } from "../words"
 import { prepare } from "./brush"
 import { applyCrop, endCrop, startCrop, useCropping, within } from "./cropping"
 import { cutOut, useCutOut } from "./cutout"
+import { canSelect, endSelect, startSelect, useSelecting } from "./selecting"
 
 /** What cuts the selected layer's picture: background, brush, eraser, crop. */
 export function MaskTools() {
@@ -16,20 +18,24 @@ export function MaskTools() {
   useStudio((state) => state.document)
   const tool = useDesk((desk) => desk.tool)
   const { isOffered, busy } = useCutOut()
+  const canPoint = useModels(canSelect)
   const pieces = selectedPieces(useStudio.getState())
   const [piece] = pieces
   const { mask } = words
-  // Another layer, another crop.
+  // Another layer, another crop and another object.
   useEffect(() => {
     if (useCropping.getState().id && useCropping.getState().id !== piece?.id) endCrop()
+    if (useSelecting.getState().id && useSelecting.getState().id !== piece?.id) endSelect()
   }, [piece?.id])
   useEffect(() => {
     if (tool === "brush") prepare(piece)
   }, [tool, piece])
   if (!piece || pieces.length > 1) return null
   const toggle = (wanted: Tool) => {
-    if (wanted === "crop" && tool !== "crop") return startCrop(piece)
     if (tool === "crop") endCrop()
+    if (tool === "select") endSelect()
+    if (wanted === "crop" && tool !== "crop") return startCrop(piece)
+    if (wanted === "select" && tool !== "select") return startSelect(piece)
     useDesk.setState({ tool: tool === wanted ? "move" : wanted })
   }
   return (
@@ -43,17 +49,19 @@ export function MaskTools() {
           onClick={() => void cutOut(piece)}
         />
       )}
-      {(["eraser", "brush", "crop"] as const).map((each) => (
-        <Button
-          key={each}
-          icon={each}
-          name={mask[each]}
-          disabled={piece.locked}
-          aria-pressed={tool === each}
-          className={tool === each ? "on" : ""}
-          onClick={() => toggle(each)}
-        />
-      ))}
+      {([...(canPoint ? ["select" as const] : []), "eraser", "brush", "crop"] as const).map(
+        (each) => (
+          <Button
+            key={each}
+            icon={each}
+            name={mask[each]}
+            disabled={piece.locked}
+            aria-pressed={tool === each}
+            className={tool === each ? "on" : ""}
+            onClick={() => toggle(each)}
+          />
+        ),
+      )}
       <span className="gap" />
     </>
   )
@@ -67,6 +75,7 @@ export function ToolSettings() {
   const id = useId()
   const { mask } = words
   if (tool === "move") return null
+  if (tool === "select") return <SelectSettings />
   if (tool === "crop") return piece ? <CropSettings piece={piece} /> : null
   return (
     <div className="floating second" role="toolbar" aria-label={mask[tool]}>
@@ -95,6 +104,20 @@ export function ToolSettings() {
         />
       </label>
       <button type="button" className="plain" onClick={() => useDesk.setState({ tool: "move" })}>
+        {mask.done}
+      </button>
+    </div>
+  )
+}
+
+/** What to do to select an object. */
+function SelectSettings() {
+  const { isBusy } = useSelecting()
+  const { mask } = words
+  return (
+    <div className="floating second" role="toolbar" aria-label={mask.select}>
+      <span>{isBusy ? mask.selecting : mask.selectHint}</span>
+      <button type="button" className="plain" onClick={endSelect}>
         {mask.done}
       </button>
     </div>

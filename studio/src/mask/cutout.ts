@@ -5,6 +5,8 @@ import { create } from "zustand"
 import { act } from "../acts"
 import { type Piece, pictureOf } from "../document"
 import { replacePicture } from "../edits"
+import type { BlobRef, Image } from "../gen/collage/v1/blob_pb"
+import type { Point as Mark } from "../gen/collage/v1/collage_pb"
 import { load, usePictures } from "../pictures"
 import { withPictures } from "../plan"
 import { service, trouble } from "../server"
@@ -21,20 +23,28 @@ interface CuttingOut {
 
 export const useCutOut = create<CuttingOut>()(() => ({ isOffered: true, busy: "" }))
 
+/** What the service cuts out of a picture: what is meant by the marks, where there are any. It is loaded. */
+export async function cutFrom(image: Image, points: readonly Mark[]): Promise<BlobRef> {
+  const digests = image.source.case === "blob" ? [image.source.value.sha256] : []
+  const answer = await withPictures(digests, undefined, () =>
+    service.cutOut({ image, points: [...points] }),
+  )
+  if (answer.image?.source.case !== "blob") throw new ConnectError("no picture came", Code.Internal)
+  const ref = answer.image.source.value
+  await load(ref.sha256)
+  if (usePictures.getState().lost.has(ref.sha256))
+    throw new ConnectError(words.errors.unreachable, Code.Unavailable)
+  return ref
+}
+
 /** Takes the ground of a piece's picture away. What happened to the piece meanwhile stays. */
 export async function cutOut(piece: Piece): Promise<void> {
   const digest = pictureOf(piece.layer)
   useCutOut.setState({ busy: piece.id })
   say(words.mask.removing)
   try {
-    const { image } = await withPictures([digest], undefined, () =>
-      service.cutOut({ image: piece.layer.image }),
-    )
-    if (image?.source.case !== "blob") throw new ConnectError("no picture came", Code.Internal)
-    const ref = image.source.value
-    await load(ref.sha256)
-    if (usePictures.getState().lost.has(ref.sha256))
-      throw new ConnectError(words.errors.unreachable, Code.Unavailable)
+    if (!piece.layer.image) return
+    const ref = await cutFrom(piece.layer.image, [])
     const now = useStudio.getState().document.pieces.find(({ id }) => id === piece.id)
     // Another picture by now is not what was cut.
     if (now && pictureOf(now.layer) === digest)
