@@ -27,7 +27,7 @@ from door.server import serving
 from local import edge, embedded
 from local.processes import Process, free_port, program
 from services.common.rpc import connect
-from testing import toy
+from testing import networks, toy
 
 ROOT = Path(__file__).parents[1]
 STUDIO = ROOT / "studio"
@@ -57,7 +57,10 @@ needs_browser = pytest.mark.skipif(
 @contextlib.asynccontextmanager
 async def embedded_door(folder: Path):
     """A whole system with the door before it; its page's address and its gateway's."""
-    model = "" if SCREENS else str(toy.mini(folder / "toy"))
+    model = ""
+    if not SCREENS:
+        toys = [{"name": "toy", "source": str(toy.mini(folder / "toy"))}]
+        model = networks.models_file(folder, {}, toys, {"sam": networks.pointing(folder)})
     server = await embedded.start(folder / "data", model=model, threads=1)
     try:
         async with serving("127.0.0.1:0", gateway=server.address) as url:
@@ -144,6 +147,7 @@ async def gone(way: str, url: str, folder: Path) -> dict:
         "url": url,
         "pictures": pictures(folder),
         "isCut": "service.cutOut" in (STUDIO / "src" / "mask" / "cutout.ts").read_text(),
+        "isSelected": not SCREENS,
         "way": way,
         "screens": screens,
         "browser": CHROMIUM,

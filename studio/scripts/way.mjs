@@ -2,7 +2,7 @@
 //
 // url: the page. pictures: three files, window.png, birthday-cake.png and coffee-cup.jpg (a photo, whose ground is taken
 // away).
-// isCut: whether the service takes backgrounds away. way: "pointer" or "keys". screens: a folder for a picture of each station; none where it is unset.
+// isCut: whether the service takes backgrounds away. isSelected: whether it selects what is pointed at. way: "pointer" or "keys". screens: a folder for a picture of each station; none where it is unset.
 // Prints a line of JSON a station; ends with 1 and the reason where something is not as it should be.
 
 import assert from "node:assert/strict"
@@ -15,6 +15,7 @@ const {
   url,
   pictures,
   isCut,
+  isSelected,
   way = "pointer",
   screens,
   browser: executablePath,
@@ -164,6 +165,58 @@ async function redo(layer, { from, option, to }) {
   await press(button(`Use this: Option 1 of version ${to}`))
 }
 
+/** Points at a pane of the window, then says of the next one that it is not meant; takes both back. */
+async function select() {
+  const layer = "window"
+  const pixels = async () => pictureOf((await saved()).document, layer)
+  const until = async (isSo, otherwise) => {
+    for (let waited = 0; !isSo(await pixels()); waited += 200) {
+      assert.ok(waited < LONG_MS, otherwise)
+      await page.waitForTimeout(200)
+    }
+    return pixels()
+  }
+  await press(layers().filter({ hasText: layer }).getByRole("button").first())
+  const { document } = await saved()
+  const { size } = document
+  const { x, y } = document.pieces.find((piece) => piece.layer.name === layer).layer.transform
+  const canvas = page.getByRole("application", { name: "Collage" })
+  // The whole canvas is in view, with room for the tools above and below.
+  const room = await canvas.boundingBox()
+  const scale = Math.min((room.width - 48) / size.width, (room.height - 112) / size.height)
+  const click = (right) =>
+    page.mouse.click(
+      room.x + room.width / 2 + (x + right - size.width / 2) * scale,
+      room.y + room.height / 2 + (y - size.height / 9 - size.height / 2) * scale,
+    )
+  const aside = size.width / 12
+  const before = await pixels()
+  if (way === "pointer") {
+    await press(button("Select object"))
+    await click(-aside)
+  } else {
+    await reach(canvas)
+    const up = ["Shift+ArrowUp", "ArrowUp", "ArrowUp"]
+    for (const key of ["o", ...up, "Shift+ArrowLeft", "Enter"]) await page.keyboard.press(key)
+  }
+  const whole = await until((now) => now !== before, "nothing is selected")
+  if (way === "pointer") {
+    await page.keyboard.down("Shift")
+    await click(aside)
+    await page.keyboard.up("Shift")
+  } else
+    for (const key of ["Shift+ArrowRight", "Shift+ArrowRight", "Shift+Enter"])
+      await page.keyboard.press(key)
+  await until((now) => now !== whole, "what is not meant is still there")
+  await station("selected")
+  await page.keyboard.press("Escape")
+  assert.equal(await page.getByRole("toolbar", { name: "Select object" }).count(), 0)
+  await page.keyboard.press("Control+z")
+  await until((now) => now === whole, "the second answer is not undone")
+  await page.keyboard.press("Control+z")
+  await until((now) => now === before, "the first answer is not undone")
+}
+
 const saved = () =>
   page.evaluate(async () => {
     const db = await new Promise((done) => {
@@ -248,6 +301,8 @@ try {
     }
     await station("cut-out", { settle: 1000 })
   }
+
+  if (isSelected) await select()
 
   if (way === "pointer") await page.getByRole("tab", { name: "Scene" }).click()
   else {

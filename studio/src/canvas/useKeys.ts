@@ -2,15 +2,15 @@ import { useEffect } from "react"
 import * as acts from "../acts"
 import type { Piece } from "../document"
 import { dab, diameter } from "../mask/brush"
-import { applyCrop, endCrop, startCrop } from "../mask/cropping"
+import { applyCrop, startCrop } from "../mask/cropping"
 import { moveBrush } from "../mask/pointing"
-import { canSelect, endSelect, pointAt, startSelect } from "../mask/selecting"
+import { canSelect, pointAt, startSelect } from "../mask/selecting"
 import { selectedPieces, useStudio } from "../store"
 import { say } from "../voice"
 import { words } from "../words"
 import { isTyping, keyOf } from "./keys"
 import { redrawPieces } from "./PieceNode"
-import { showAll, type Tool, useDesk, zoomIn, zoomOut } from "./view"
+import { putDown, showAll, type Tool, useDesk, zoomIn, zoomOut } from "./view"
 
 const ARROWS: Record<string, readonly [number, number]> = {
   ArrowLeft: [-1, 0],
@@ -74,14 +74,7 @@ function does(event: KeyboardEvent): boolean {
 
 /** The keys of the eraser, the brush, the crop and what selects objects while one is in hand. */
 function inTool(event: KeyboardEvent, key: string, tool: Tool): boolean {
-  if (key === "Escape" || key === "v")
-    return done(
-      tool === "crop"
-        ? endCrop
-        : tool === "select"
-          ? endSelect
-          : () => useDesk.setState({ tool: "move" }),
-    )
+  if (key === "Escape" || key === "v") return done(putDown)
   if (tool === "crop") return key === "Enter" && isOnCanvas(event.target) && done(applyCrop)
   const { brush, softness } = useDesk.getState()
   const grown = key === "]" ? 1.2 : key === "[" ? 1 / 1.2 : 0

@@ -44,6 +44,9 @@ export const useView = create<View>()(() => ({
   isFitted: true,
 }))
 
+/** Puts the tool in hand down; what it was at is left as it is. */
+export const putDown = () => useDesk.setState({ tool: "move" })
+
 const SMALLEST = 0.05
 const LARGEST = 64
 const MARGIN = 24

@@ -18,9 +18,10 @@ export function Marks({ colours }: { colours: Colours }) {
   const pixels = usePictures((state) => piece && state.pixels.get(pictureOf(piece.layer)))
   if (!piece || !pixels || pictureOf(piece.layer) !== shown) return null
   const unit = 1 / scale
-  return marks.map((mark) => (
+  return marks.map((mark, number) => (
     <Group
-      key={`${mark.x} ${mark.y} ${mark.outside}`}
+      // biome-ignore lint/suspicious/noArrayIndexKey: marks are only added, and two may be equal
+      key={number}
       {...onCanvas(mark, piece, size, pixels)}
       scaleX={unit}
       scaleY={unit}

@@ -1,5 +1,5 @@
 import { useEffect, useId } from "react"
-import { type Tool, useDesk } from "../canvas/view"
+import { putDown, type Tool, useDesk } from "../canvas/view"
 import { type Piece, pictureOf } from "../document"
 import { NumberField } from "../inspector/Fields"
 import { useModels } from "../models"
@@ -8,9 +8,9 @@ import { selectedPieces, useStudio } from "../store"
 import { Button } from "../ui/Button"
 import { words } from "../words"
 import { prepare } from "./brush"
-import { applyCrop, endCrop, startCrop, useCropping, within } from "./cropping"
+import { applyCrop, startCrop, useCropping, within } from "./cropping"
 import { cutOut, useCutOut } from "./cutout"
-import { canSelect, endSelect, startSelect, useSelecting } from "./selecting"
+import { canSelect, startSelect, useSelecting } from "./selecting"
 
 /** What cuts the selected layer's picture: background, brush, eraser, crop. */
 export function MaskTools() {
@@ -24,19 +24,18 @@ export function MaskTools() {
   const { mask } = words
   // Another layer, another crop and another object.
   useEffect(() => {
-    if (useCropping.getState().id && useCropping.getState().id !== piece?.id) endCrop()
-    if (useSelecting.getState().id && useSelecting.getState().id !== piece?.id) endSelect()
+    if (useCropping.getState().id && useCropping.getState().id !== piece?.id) putDown()
+    if (useSelecting.getState().id && useSelecting.getState().id !== piece?.id) putDown()
   }, [piece?.id])
   useEffect(() => {
     if (tool === "brush") prepare(piece)
   }, [tool, piece])
   if (!piece || pieces.length > 1) return null
   const toggle = (wanted: Tool) => {
-    if (tool === "crop") endCrop()
-    if (tool === "select") endSelect()
-    if (wanted === "crop" && tool !== "crop") return startCrop(piece)
-    if (wanted === "select" && tool !== "select") return startSelect(piece)
-    useDesk.setState({ tool: tool === wanted ? "move" : wanted })
+    if (tool === wanted) putDown()
+    else if (wanted === "crop") startCrop(piece)
+    else if (wanted === "select") startSelect(piece)
+    else useDesk.setState({ tool: wanted })
   }
   return (
     <>
@@ -103,7 +102,7 @@ export function ToolSettings() {
           onChange={(event) => useDesk.setState({ softness: event.target.valueAsNumber })}
         />
       </label>
-      <button type="button" className="plain" onClick={() => useDesk.setState({ tool: "move" })}>
+      <button type="button" className="plain" onClick={putDown}>
         {mask.done}
       </button>
     </div>
@@ -117,7 +116,7 @@ function SelectSettings() {
   return (
     <div className="floating second" role="toolbar" aria-label={mask.select}>
       <span>{isBusy ? mask.selecting : mask.selectHint}</span>
-      <button type="button" className="plain" onClick={endSelect}>
+      <button type="button" className="plain" onClick={putDown}>
         {mask.done}
       </button>
     </div>
@@ -148,7 +147,7 @@ function CropSettings({ piece }: { piece: Piece }) {
       <button type="button" className="primary" onClick={() => void applyCrop()}>
         {mask.apply}
       </button>
-      <button type="button" className="plain" onClick={endCrop}>
+      <button type="button" className="plain" onClick={putDown}>
         {mask.cancel}
       </button>
     </div>

@@ -3,7 +3,7 @@
 import { create } from "zustand"
 import { act } from "../acts"
 import { type Box, toCanvas } from "../canvas/geometry"
-import { useDesk } from "../canvas/view"
+import { putDown, useDesk } from "../canvas/view"
 import { type Extent, type Piece, type Placement, pictureOf, placement } from "../document"
 import { changePieces, place, replacePicture } from "../edits"
 import { addPicture, load, usePictures } from "../pictures"
@@ -31,10 +31,10 @@ export function startCrop(piece: Piece): void {
   useDesk.setState({ tool: "crop" })
 }
 
-export function endCrop(): void {
-  useCropping.setState({ id: "" })
-  useDesk.setState({ tool: "move" })
-}
+// Whoever puts the tool down, or takes another in hand, is done with it.
+useDesk.subscribe(({ tool }) => {
+  if (tool !== "crop" && useCropping.getState().id) useCropping.setState({ id: "" })
+})
 
 /** A box of whole pixels within the picture, of one pixel at least. */
 export function within(box: Box, { width, height }: Extent): Box {
@@ -59,7 +59,7 @@ export async function applyCrop(): Promise<void> {
   const { document } = useStudio.getState()
   const piece = document.pieces.find((each) => each.id === id)
   const pixels = piece && usePictures.getState().pixels.get(pictureOf(piece.layer))
-  endCrop()
+  putDown()
   if (!piece || !pixels) return
   const { left, top, right, bottom } = box
   if (left === 0 && top === 0 && right === pixels.width && bottom === pixels.height) return

@@ -4,7 +4,7 @@ import { create as make } from "@bufbuild/protobuf"
 import { create } from "zustand"
 import { act } from "../acts"
 import { type Point, toCanvas, toPicture } from "../canvas/geometry"
-import { useDesk } from "../canvas/view"
+import { putDown, useDesk } from "../canvas/view"
 import { type Extent, type Piece, pictureOf, placement } from "../document"
 import { replacePicture } from "../edits"
 import type { Image } from "../gen/collage/v1/blob_pb"
@@ -47,10 +47,10 @@ export function startSelect(piece: Piece): void {
   say(words.mask.selectHint)
 }
 
-export function endSelect(): void {
-  useSelecting.setState(NOTHING)
-  useDesk.setState({ tool: "move" })
-}
+// Whoever puts the tool down, or takes another in hand, is done with it.
+useDesk.subscribe(({ tool }) => {
+  if (tool !== "select" && useSelecting.getState().id) useSelecting.setState(NOTHING)
+})
 
 function begin({ id, layer }: Piece): void {
   useSelecting.setState({ ...NOTHING, id, image: layer.image, shown: pictureOf(layer) })
@@ -106,7 +106,7 @@ async function cut(): Promise<void> {
     // Begun anew meanwhile: this answers what nobody asks any more.
     if (useSelecting.getState().image !== image || useSelecting.getState().shown !== shown) continue
     if (!piece || pictureOf(piece.layer) !== shown) {
-      endSelect()
+      putDown()
     } else if ("sha256" in found) {
       useSelecting.setState({ shown: found.sha256, answered: marks })
       act(words.edits.select(piece.layer.name), replacePicture(id, found))
