@@ -34,6 +34,7 @@ from services.common.settings import InvalidSetting
 from services.common.wire import render_blob
 from services.compositor.__main__ import Settings, build
 from services.compositor.cutout import NothingFound, cut, open_cutters
+from services.compositor.matting import matte
 from services.compositor.network import resized
 from testing import networks
 from testing import system as system_tools
@@ -72,6 +73,22 @@ def test_no_halo_of_the_old_ground_stays(network):
 def test_in_a_picture_of_one_colour_nothing_is_found(network, height, width):
     with pytest.raises(NothingFound):
         cut(network, np.full((height, width, 4), 255, np.uint8))
+
+
+@pytest.mark.parametrize(("ground", "most"), [(0.0, 0.001), (0.4, 0.005)], ids=("flat", "grained"))
+def test_the_edge_of_a_grey_picture_is_as_fine(ground, most):
+    """Its three channels are one, so colours span a line; measured are 0.0002 and 0.003."""
+    side = 256
+    y_HW, x_HW = np.mgrid[:side, :side] - side / 2
+    angle_HW = np.arctan2(y_HW, x_HW)
+    alpha_HW = np.clip((80 - np.hypot(x_HW, y_HW) + 6 * np.sin(9 * angle_HW)) / 3, 0, 1)
+    grain_HW2 = cv2.GaussianBlur(np.random.default_rng(0).random((side, side, 2)), (0, 0), 1.0)
+    front_HW, back_HW = 1 - ground * grain_HW2[..., 0], ground * grain_HW2[..., 1]
+    grey_HW = np.rint(255 * (alpha_HW * front_HW + (1 - alpha_HW) * back_HW)).astype(np.uint8)
+    first_HW = cv2.GaussianBlur(alpha_HW, (0, 0), 3).astype(np.float32)
+    found_HW, _ = matte(np.dstack([grey_HW] * 3), first_HW, reach=0.02)
+    assert np.abs(first_HW - alpha_HW).mean() > 0.01
+    assert np.abs(found_HW - alpha_HW).mean() < most
 
 
 def test_what_is_transparent_already_stays_so(network):

@@ -158,13 +158,16 @@ class Laplacian:
 
     def __init__(self, seen_hw3: Floats) -> None:
         self._seen_hw3 = seen_hw3
-        self.windows_hw = _sums(np.ones(seen_hw3.shape[:2], np.float32))
+        self.windows_hw: Floats = _sums(np.ones(seen_hw3.shape[:2], np.float32))
         self._share_hw = 1 / self.windows_hw
         self._mean_hw3 = _sums(seen_hw3) * self._share_hw[..., None]
+        # In double precision: of a grey picture only the noise keeps the determinant from zero.
+        exact_hw3 = seen_hw3.astype(np.float64)
+        mean_hw3 = _sums(exact_hw3) * self._share_hw[..., None]
         spread_hw6 = [
-            _sums(seen_hw3[..., i] * seen_hw3[..., j]) * self._share_hw
-            - self._mean_hw3[..., i] * self._mean_hw3[..., j]
-            + np.float32(_NOISE if i == j else 0)
+            _sums(exact_hw3[..., i] * exact_hw3[..., j]) * self._share_hw
+            - mean_hw3[..., i] * mean_hw3[..., j]
+            + (_NOISE if i == j else 0)
             for i, j in zip(_ROWS, _COLUMNS, strict=True)
         ]
         rr, rg, rb, gg, gb, bb = spread_hw6
@@ -178,7 +181,9 @@ class Laplacian:
             rr * gg - rg * rg,
         ]
         determinant_hw = rr * inverse_hw6[0] + rg * inverse_hw6[1] + rb * inverse_hw6[2]
-        self._inverse_hw6 = [each_hw / determinant_hw for each_hw in inverse_hw6]
+        self._inverse_hw6 = [
+            (each_hw / determinant_hw).astype(np.float32) for each_hw in inverse_hw6
+        ]
 
     def times(self, alpha_hw: Floats) -> Floats:
         """The product with an alpha, of equal shape: zero where alpha follows from colour."""
@@ -220,10 +225,9 @@ def _sized(pixels: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return resized(pixels, width=shape[1], height=shape[0])
 
 
-def _sums(values_hwC: Floats) -> Floats:
+def _sums(values_hwC: NDArray[Any]) -> NDArray[Any]:
     """Over the window around each pixel, within the picture."""
     size = (2 * WINDOW + 1, 2 * WINDOW + 1)
     return np.asarray(
-        cv2.boxFilter(values_hwC, -1, size, normalize=False, borderType=cv2.BORDER_CONSTANT),
-        np.float32,
+        cv2.boxFilter(values_hwC, -1, size, normalize=False, borderType=cv2.BORDER_CONSTANT)
     )
