@@ -70,7 +70,9 @@ def application(
         Route("/start", started),
     ]
     if interchange is not None:
-        routes.append(Route(files.PATH + "{what:path}", files.Files(channel, load, interchange)))
+        # What files hold keeps no call out.
+        opened = files.Files(channel, Load(), interchange)
+        routes.append(Route(files.PATH + "{what:path}", opened))
     if page.is_dir():
         routes.append(Mount("/", _Page(directory=page, html=True)))
     guarded = Starlette(routes=routes, exception_handlers={HTTPException: _told})

@@ -123,10 +123,12 @@ async def _send(exchange: Exchange, blob: BlobRef, call: Any) -> None:
         await exchange.end()
         return
     wanted = exchange.headers.get("range", "")
-    if exchange.headers.get("if-range", etag) != etag:
-        wanted = ""
-    span = _span(wanted, blob.size_bytes)
-    if span is None:
+    part = (
+        _RANGE.fullmatch(wanted.strip()) if exchange.headers.get("if-range", etag) == etag else None
+    )
+    is_part = part is not None and _is_range(part[1], part[2])
+    span = _span(part[1], part[2], blob.size_bytes) if part and is_part else range(blob.size_bytes)
+    if is_part and not span:
         told = InvalidRequest.of(
             "Range", f"is {quote(wanted)}; the blob has {blob.size_bytes} bytes"
         )
@@ -135,7 +137,7 @@ async def _send(exchange: Exchange, blob: BlobRef, call: Any) -> None:
         await exchange.answer(416, body, JSON_MEDIA_TYPE, [beyond])
         return
     own = [("content-type", blob.media_type), ("content-length", str(len(span)))]
-    if len(span) < blob.size_bytes or (wanted and _RANGE.fullmatch(wanted)):
+    if is_part:
         own.append(("content-range", f"bytes {span.start}-{span.stop - 1}/{blob.size_bytes}"))
         await exchange.begin(206, [*own, *common])
     else:
@@ -162,17 +164,13 @@ def _names(condition: str, etag: str) -> bool:
     )
 
 
-def _span(wanted: str, size_bytes: int) -> range | None:
-    """The bytes that `Range` asks for; all of them where it is not one range of bytes; None where there are none."""
-    found = _RANGE.fullmatch(wanted.strip())
-    if (
-        found is None
-        or found[0] == "bytes=-"
-        or (found[1] and found[2] and int(found[1]) > int(found[2]))
-    ):
-        return range(size_bytes)
-    if not found[1]:
-        span = range(max(0, size_bytes - int(found[2])), size_bytes)
-    else:
-        span = range(int(found[1]), min(int(found[2] or size_bytes) + 1, size_bytes))
-    return span if len(span) else None
+def _is_range(first: str, last: str) -> bool:
+    """Whether these are the ends of one; what is none is passed over, as HTTP has it."""
+    return bool(first or last) and not (first and last and int(first) > int(last))
+
+
+def _span(first: str, last: str, size_bytes: int) -> range:
+    """The bytes of a range, none where it lies beyond them; without a first it is so many at the end."""
+    if not first:
+        return range(max(0, size_bytes - int(last)), size_bytes)
+    return range(int(first), min(int(last or size_bytes) + 1, size_bytes))

@@ -42,6 +42,8 @@ _METADATA = re.compile(
     r"authorization|traceparent|tracestate|x-(?!grpc-web|user-agent|forwarded)[0-9a-z_.-]+"
 )
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
+# Of a longer deadline than any call has none is made: gRPC's core cannot count up to all of them.
+_LONGEST_S = 30 * 24 * 3600.0
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _FRAME_BYTES = 5
 _TRAILERS = 0x80
@@ -103,7 +105,9 @@ def call_options(exchange: Exchange) -> dict[str, Any]:
             raise InvalidRequest.of(name, "is no printable ASCII, as metadata has to be")
         if name.endswith("-bin"):
             try:
-                metadata.append((name, base64.b64decode(value + "=" * (-len(value) % 4))))
+                metadata.append(
+                    (name, base64.b64decode(value + "=" * (-len(value) % 4), validate=True))
+                )
             except (binascii.Error, ValueError):
                 raise InvalidRequest.of(name, "is no base64") from None
         else:
@@ -119,7 +123,8 @@ def _timeout_s(told: str | None) -> float | None:
         raise InvalidRequest.of(
             "grpc-timeout", f"is {quote(told)}; allowed: up to 8 digits and one of H, M, S, m, u, n"
         )
-    return int(found[1]) * _SECONDS[found[2]]
+    timeout_s = int(found[1]) * _SECONDS[found[2]]
+    return timeout_s if timeout_s <= _LONGEST_S else None
 
 
 @asynccontextmanager

@@ -24,10 +24,18 @@ from door import status
 from door.calls import JSON_BYTES, JSON_MEDIA_TYPE, call_options, refuse, upload
 from door.exchange import Exchange, Gone, Holding, Load, TooLarge
 from interchange.asking import FORMS, MEDIA_TYPES, Interchange
-from services.common.errors import CollageError, InvalidRequest, MissingBlobs, NotSupported, quote
+from services.common.errors import (
+    CollageError,
+    InvalidRequest,
+    MissingBlobs,
+    NotSupported,
+    from_rpc,
+    quote,
+)
+from services.common.field import Field
 
 PATH = "/files/"
-# A file, and all pictures of one: they are held while they are worked on, with what other bodies hold.
+# A file, and all pictures of one: they are held while they are worked on.
 MAX_FILE_BYTES = 120 * 2**20
 # Less than a message may hold.
 _CHUNK_BYTES = 512 * 1024
@@ -47,7 +55,7 @@ class Files:
 
     Args:
         channel: to the gateway.
-        load: what the door has under way.
+        load: of files alone: one may hold nearly all that there is.
         interchange: closed by whoever made it.
     """
 
@@ -194,6 +202,8 @@ class Files:
         except grpc.aio.AioRpcError as error:
             if error.code().value[0] == code_pb2.NOT_FOUND:
                 raise MissingBlobs({field: ref.sha256}) from error
+            if error.code().value[0] == code_pb2.INVALID_ARGUMENT:
+                raise from_rpc(error).moved({"sha256": Field(f"{field}.sha256")}) from error
             raise
         finally:
             call.cancel()

@@ -109,7 +109,7 @@ class Guard:
                     f"pages of {quote(origins[0])} may not call this server; its operator may name them with --origin",
                     reason="ORIGIN_NOT_NAMED",
                 )
-        # Nothing but a page of our own, or the user's own hand, has neither.
+        # Of pages elsewhere a browser says so, to an address of its own machine and to any by TLS.
         is_across = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if not origins and is_across and not _is_visit(scope, headers):
             raise NotAllowed(

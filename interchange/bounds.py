@@ -48,10 +48,11 @@ def entry(name: str) -> Field:
 
 
 class Tally:
-    """Adds up pixels of layers, and refuses the one that is too large or one too many."""
+    """Adds up pixels and bytes of pictures, and refuses the one that is too large or one too many."""
 
     def __init__(self) -> None:
         self.pixels = 0
+        self.held_bytes = 0
 
     def add(self, field: Field | str, width: int, height: int) -> None:
         """Counts a picture of that size in pixels.
@@ -68,6 +69,19 @@ class Tally:
             raise InvalidRequest.of(
                 field,
                 f"brings all layers to {self.pixels} pixels; allowed: at most {MAX_ALL_PIXELS}",
+            )
+
+    def hold(self, field: Field | str, size_bytes: int) -> None:
+        """Counts an encoded picture of the collage, each time that it is in it.
+
+        Raises:
+            InvalidRequest: all are too large.
+        """
+        self.held_bytes += size_bytes
+        if self.held_bytes > MAX_COLLAGE_BYTES:
+            raise InvalidRequest.of(
+                field,
+                f"brings all pictures to {self.held_bytes} bytes; allowed: at most {MAX_COLLAGE_BYTES}",
             )
 
 

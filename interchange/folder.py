@@ -40,7 +40,9 @@ def read(archive: Archive) -> collage_pb2.Collage:
         before = Path.cwd()
         os.chdir(made)
         try:
-            collage = files.attach(files.load(files.FILE_NAME))
+            told = files.load(files.FILE_NAME)
+            _weigh(told)
+            collage = files.attach(told)
         except InvalidInput as error:
             raise InvalidRequest(
                 [
@@ -82,6 +84,14 @@ def written(collage: collage_pb2.Collage, result: bytes = b"") -> bytes:
             ]
         ) from error
     return packed({**parts, RESULT: result} if result else parts)
+
+
+def _weigh(collage: collage_pb2.Collage) -> None:
+    """That all pictures that a collage names, each as often as it does, are not too much, before one is read."""
+    tally = Tally()
+    for field, image in files.pictures(collage):
+        if image.WhichOneof("source") == "path" and Path(image.path).is_file():
+            tally.hold(field, Path(image.path).stat().st_size)
 
 
 def _check(collage: collage_pb2.Collage) -> None:

@@ -103,13 +103,13 @@ def read(archive: Archive) -> tuple[collage_pb2.Collage, list[collage_pb2.Warnin
         stack.warn("ELEMENT_LEFT_OUT", f"{entry(STACK)}", f"{reason} {name!r} is left out")
     if result:
         stack.warn("RESULT_LEFT_OUT", str(entry(STACK)), "the drawn picture is no layer")
-    _read_fields(image, stack.collage, _COLLAGE_KNOWN, archive)
+    _read_fields(image, stack.collage, _COLLAGE_KNOWN, archive, stack.tally)
     if background:
         _read_background(archive, background, stack.collage)
     elif _SIZE in image.ours:
         stack.collage.ClearField("background")
     for layer in reversed(layers):
-        stack.lay(_found(archive, layer, (width, height), image.ours.get(_SIZE, "")))
+        stack.lay(_found(archive, layer, (width, height), image.ours.get(_SIZE, ""), stack.tally))
     return stack.collage, stack.warnings
 
 
@@ -291,15 +291,13 @@ def _mode(element: _Element) -> str:
 
 
 def _taken(layers: list[_Layer], at: int, role: str, name: str) -> _Layer | None:
-    """Takes the layer of ours that plays that part out of the list; the one nearest to `at`, of several."""
+    """Takes the layer of ours that plays that part out of the list: of several the one nearest to `at`."""
     found = [
-        layer
-        for layer in layers
+        number
+        for number, layer in enumerate(layers)
         if layer.element.ours.get(_ROLE) == role or layer.element.attributes.get("name") == name
     ]
-    for layer in found:
-        layers.remove(layer)
-    return found[at] if found else None
+    return layers.pop(found[at]) if found else None
 
 
 def _source(layer: _Layer) -> str:
@@ -313,7 +311,9 @@ def _weigh(archive: Archive, layer: _Layer, tally: Tally) -> None:
     tally.add(entry(name), *png_head(archive.read(name), entry(name)))
 
 
-def _found(archive: Archive, layer: _Layer, canvas: tuple[int, int], size: str) -> Found:
+def _found(
+    archive: Archive, layer: _Layer, canvas: tuple[int, int], size: str, tally: Tally
+) -> Found:
     """The layer with our settings, where it is one of ours.
 
     Args:
@@ -321,13 +321,14 @@ def _found(archive: Archive, layer: _Layer, canvas: tuple[int, int], size: str) 
         layer: one of its layers.
         canvas: width and height.
         size: those that a file of ours was written with.
+        tally: of the collage's pictures.
     """
     element = layer.element
     source = _source(layer)
     drawn = decoded(archive.read(source), entry(source))
     name = element.attributes.get("name", "")
     settings = collage_pb2.Layer()
-    _read_fields(element, settings, _LAYER_KNOWN, archive)
+    _read_fields(element, settings, _LAYER_KNOWN, archive, tally)
     is_kept = (
         layer.mode == NORMAL
         and max(canvas) <= limits.MAX_SIDE
@@ -432,7 +433,7 @@ def _fields(
 
 
 def _read_fields(
-    element: _Element, message: Message, known: frozenset[str], archive: Archive
+    element: _Element, message: Message, known: frozenset[str], archive: Archive, tally: Tally
 ) -> None:
     """What `_fields` wrote."""
     fields = message.DESCRIPTOR.fields_by_name
@@ -449,7 +450,9 @@ def _read_fields(
     for image in _images(message):
         if image.WhichOneof("source") != "path":
             raise InvalidRequest.of(element.place, "refers to a picture outside of the file")
-        image.data = archive.read(image.path)
+        data = archive.read(image.path)
+        tally.hold(element.place, len(data))
+        image.data = data
 
 
 def _value(field: Any, attribute: str, text: str) -> Any:

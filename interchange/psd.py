@@ -276,8 +276,8 @@ def _collage(
     file = PSDImage.open(BytesIO(data), parse_limits=_LIMITS, max_alloc_bytes=_ALLOCATED_BYTES)
     left_out: list[tuple[str, str, str]] = []
     layers = list(_flattened(file, 1.0, True, (), (), left_out, 0))
-    result = _taken(layers, RESULT_NAME)
-    background = _taken(layers, BACKGROUND_NAME)
+    result = _taken(layers, -1, RESULT_NAME)
+    background = _taken(layers, 0, BACKGROUND_NAME)
     if len(layers) > bounds.MAX_LAYERS:
         bounds.check_count(_LAYERS, len(layers))
     is_blended = any(_mode(each.layer) != NORMAL for each in layers)
@@ -385,12 +385,10 @@ def _has_mask(layer: Any) -> bool:
     return layer.mask is not None and not layer.mask.disabled
 
 
-def _taken(layers: list[_Layer], name: str) -> _Layer | None:
-    """Takes the layers of that name out of the list; one of them."""
-    found = [each for each in layers if each.layer.name == name]
-    for each in found:
-        layers.remove(each)
-    return found[0] if found else None
+def _taken(layers: list[_Layer], at: int, name: str) -> _Layer | None:
+    """Takes the layer of that name out of the list: of several the one nearest to `at`."""
+    found = [number for number, each in enumerate(layers) if each.layer.name == name]
+    return layers.pop(found[at]) if found else None
 
 
 def _found(each: _Layer) -> Found:

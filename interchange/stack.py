@@ -18,7 +18,6 @@ from collage.v1 import collage_pb2
 from interchange import bounds
 from interchange.blending import NORMAL, Backdrop, is_known
 from services.common import limits
-from services.common.errors import InvalidRequest
 from services.common.pictures import encode_png
 
 # What stands in a file of ours beside the layers. Other tools keep names and drop what they do not know.
@@ -81,7 +80,7 @@ class Stack:
         self.warnings: list[collage_pb2.Warning] = []
         self._scale = min(1.0, limits.MAX_SIDE / max(width, height))
         self._names: set[str] = set()
-        self._encoded_bytes = 0
+        self.tally = bounds.Tally()
         self._backdrop = Backdrop(width, height) if is_blended else None
         size = self.collage.size
         size.width = max(limits.MIN_SIDE, round(width * self._scale))
@@ -128,12 +127,7 @@ class Stack:
             layer.transform.CopyFrom(self._transform(found, drawn.pixels_HW4))
         else:
             self._lay(found, drawn.pixels_HW4)
-        self._encoded_bytes += len(layer.image.data)
-        if self._encoded_bytes > bounds.MAX_COLLAGE_BYTES:
-            raise InvalidRequest.of(
-                found.place,
-                f"brings all pictures to {self._encoded_bytes} bytes; allowed: at most {bounds.MAX_COLLAGE_BYTES}",
-            )
+        self.tally.hold(found.place, len(layer.image.data))
 
     def _rendered(self, found: Found, drawn: Drawn, where: str) -> bytes:
         pixels_HW4, encoded = drawn.pixels_HW4, drawn.encoded

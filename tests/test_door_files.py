@@ -87,6 +87,9 @@ async def told(url, gateway, collage):
     ):
         status, _, body = await post(path, sent)
         assert (status, violated(body)) == (code, field)
+    none = {**wanted, "result": {"sha256": "none"}}
+    status, _, body = await post("save?form=ora", json.dumps(none).encode())
+    assert (status, violated(body)) == (400, "result.sha256")
     for layer in wanted["collage"]["layers"]:
         layer["image"]["blob"]["sha256"] = "0" * 64
     status, _, body = await post("save?form=ora", json.dumps(wanted).encode())

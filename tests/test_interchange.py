@@ -1,6 +1,7 @@
 """Files of other tools: round trips, files as those tools write them, and files that are meant to harm."""
 
 import io
+import json
 import random
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pytest
@@ -294,6 +296,57 @@ def test_result_and_background_are_known_by_their_names_where_a_tool_dropped_our
     for layer, was in zip(back.layers, collage.layers, strict=True):
         assert layer.image == was.image
         assert layer.transform == was.transform
+
+
+@pytest.mark.parametrize("form", ["ora", "psd"])
+def test_of_many_layers_of_our_own_names_none_but_the_outermost_is_taken(form):
+    collage = simple()
+    result = encode_png(np.full((48, 64, 3), 9, np.uint8))
+    names = [RESULT_NAME, BACKGROUND_NAME]
+    if form == "ora":
+
+        def renamed(stack):
+            text = stack.replace(b"urn:collage-diffusion", b"urn:another").decode()
+            for was, name in zip(("low", "high"), names, strict=True):
+                text = text.replace(f'name="{was}"', f'name="{name}"')
+            return text.encode()
+
+        data = edited(work.saved(collage, "ora", result), **{"stack.xml": renamed})
+    else:
+        file = PSDImage.open(io.BytesIO(work.saved(collage, "psd", result)))
+        for layer in file:
+            if layer.name in ("low", "high"):
+                layer.name = names[layer.name == "high"]
+        made = io.BytesIO()
+        file.save(made)
+        data = made.getvalue()
+    back, warnings = work.opened(data)
+    assert [layer.text for layer in back.layers] == names
+    assert [each.reason for each in warnings] == ["RESULT_LEFT_OUT"]
+
+
+@pytest.mark.parametrize("form", ["ora", "zip"])
+def test_a_picture_named_again_and_again_is_counted_each_time(form):
+    large = picture(np.random.default_rng(0), 1024, 1024)
+    assert 2**21 < len(large) < 2**23
+    times = bounds.MAX_COLLAGE_BYTES // len(large) + 1
+    if form == "ora":
+        data = work.saved(simple(), "ora")
+        told = json.dumps([{"kind": "canny", "image": {"path": "data/large.png"}}] * times)
+
+        def structured(stack):
+            ours = f'collage:structure={quoteattr(told)} name="low"'.encode()
+            return stack.replace(b'name="low"', ours)
+
+        data = rezipped(
+            {**entries(edited(data, **{"stack.xml": structured})), "data/large.png": large}
+        )
+    else:
+        layer = {"name": "a", "text": "b", "image": {"path": "large.png"}}
+        layer["structure"] = [{"kind": "canny", "image": {"path": "large.png"}}] * times
+        text = json.dumps({"size": {"width": 64, "height": 48}, "layers": [layer]})
+        data = rezipped({"collage.yaml": text.encode(), "large.png": large})
+    assert "brings all pictures to" in refusal(data).description
 
 
 def test_a_psd_holds_the_pixels_that_other_tools_are_to_see():
