@@ -50,7 +50,8 @@ class Cluster:
         models: what the generator serves, see `COLLAGE_MODELS`; empty for the bundled model.
         threads: of one operation in the generator; 0 for one a core.
         http: where browsers and scripts come in, if they do: by Envoy where it is installed, else by our own door.
-        servers: how many Triton servers run the generator's networks; 0 for the generator itself.
+        servers: how many Triton servers run the generators' networks; 0 for these themselves.
+        generators: how many.
         tell: hears of every process that died and was started again.
     """
 
@@ -64,6 +65,7 @@ class Cluster:
         threads: int = 0,
         http: Web | None = None,
         servers: int = 0,
+        generators: int = 1,
         tell: Callable[[str], None] = log.info,
     ) -> None:
         if gateways < 1:
@@ -75,6 +77,7 @@ class Cluster:
         self._threads = threads
         self._http = http
         self._servers = servers
+        self._generators = generators
         self._tell = tell
         self._open = contextlib.ExitStack()
         self._layout = Layout(stages=(), addresses=(), blobs="", jobs="")
@@ -182,6 +185,7 @@ class Cluster:
             models=self._models,
             threads=self._threads,
             servers=self._servers,
+            generators=self._generators,
             inherited=(lock.fileno(),),
             http=self._http,
         )

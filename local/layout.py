@@ -120,6 +120,7 @@ def lay_out(
     models: str,
     threads: int,
     servers: int,
+    generators: int,
     inherited: Sequence[int],
     http: Web | None = None,
 ) -> Layout:
@@ -131,7 +132,8 @@ def lay_out(
         port: of the first gateway, the others following; 0 for free ones.
         models: see `COLLAGE_MODELS`.
         threads: see `COLLAGE_THREADS`; 0 for what that says.
-        servers: how many Triton servers run the generator's networks; 0 for the generator itself.
+        servers: how many Triton servers run the generators' networks; 0 for these themselves.
+        generators: how many.
         inherited: open files that every process keeps.
         http: where browsers and scripts come in, if they do.
 
@@ -141,7 +143,10 @@ def lay_out(
     fronts = [f"gateway-{number + 1}" for number in range(gateways)]
     internal = [f"seaweedfs-{number}" for number in range(SEAWEED_PORTS)]
     models_at = [f"triton-{number + 1}" for number in range(servers)]
-    parts = ["nats", "seaweedfs", *internal, *models_at, *SERVICES, *fronts, "door"]
+    drawing = ["generator", *(f"generator-{number + 1}" for number in range(1, generators))]
+    services = {name: f"services.{name}" for name in SERVICES}
+    services |= dict.fromkeys(drawing, "services.generator")
+    parts = ["nats", "seaweedfs", *internal, *models_at, *services, *fronts, "door"]
     deed = _Deed.of(data / "cluster.json", parts)
     ports = dict(deed.ports)
     if port:
@@ -152,13 +157,14 @@ def lay_out(
     blobs = f"s3://{deed.access_key}:{deed.secret_key}@{at['seaweedfs']}/{BUCKET}"
     told: dict[str, Any] = {"blobs": blobs, "jobs": jobs, "models": models}
     told |= {name: at[name] for name in SERVICES} | ({"threads": threads} if threads else {})
+    told["generator"] = ",".join(at[name] for name in drawing)
     if servers:
         if variable("stages") in os.environ:
             raise InvalidSetting(
                 f"{variable('stages')} and --stages both say who runs the networks"
             )
         told["stages"] = f"triton:{','.join(at[name] for name in models_at)}"
-    metrics = _metrics_ports([*models_at, *SERVICES, *fronts])
+    metrics = _metrics_ports([*models_at, *services, *fronts])
 
     def process(name: str, command: Sequence[str], **told: str) -> Process:
         return Process(
@@ -202,7 +208,7 @@ def lay_out(
         hosts = (*http.hosts, *names(http.address))
         told = {
             "address": place,
-            "gateway": at[fronts[0]],
+            "gateway": ",".join(at[name] for name in fronts),
             "http_hosts": ",".join(hosts),
             "http_origins": ",".join(http.origins),
         }
@@ -271,7 +277,7 @@ def lay_out(
     return Layout(
         stages=(
             (queue, storage, *map(model_server, models_at)),
-            tuple(part(name, f"services.{name}", SERVICE_GRACE_S) for name in SERVICES),
+            tuple(part(name, module, SERVICE_GRACE_S) for name, module in services.items()),
             tuple(part(name, "gateway", GATEWAY_GRACE_S) for name in fronts),
             *(web(http) if http else ()),
         ),

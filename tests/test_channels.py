@@ -62,6 +62,38 @@ async def server():
     await served.stop(drain_s=0)
 
 
+async def test_several_are_asked_by_turns_and_one_that_is_gone_is_left_out():
+    calls = {}
+
+    class Counted(Gateway):
+        def __init__(self, name):
+            self.name = name
+
+        async def ListJobs(self, request, context):
+            calls[self.name] = calls.get(self.name, 0) + 1
+            return collage_service_pb2.ListJobsResponse()
+
+    servers = []
+    for number in range(2):
+        server = rpc.Server(f"test-{number}", "127.0.0.1:0")
+        collage_service_pb2_grpc.add_CollageServiceServicer_to_server(Counted(number), server.grpc)
+        await server.start()
+        servers.append(server)
+    async with rpc.connect(",".join(server.address for server in servers)) as channel:
+        stub = collage_service_pb2_grpc.CollageServiceStub(channel)
+        while len(calls) < 2:
+            await stub.ListJobs(collage_service_pb2.ListJobsRequest(), timeout=10)
+        calls.clear()
+        for _ in range(10):
+            await stub.ListJobs(collage_service_pb2.ListJobsRequest(), timeout=10)
+        assert calls == {0: 5, 1: 5}
+        await servers.pop(0).grpc.stop(0)
+        for _ in range(10):
+            await stub.ListJobs(collage_service_pb2.ListJobsRequest(), timeout=10)
+        assert calls == {0: 5, 1: 15}
+    await servers[0].stop(drain_s=0)
+
+
 def test_grpc_knows_every_option_that_is_given():
     # It drops a name that it does not know, without a word.
     known = set(re.findall(rb"grpc\.[a-z0-9_.]+", Path(cygrpc.__file__).read_bytes()))

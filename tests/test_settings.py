@@ -225,7 +225,9 @@ def test_each_part_of_a_cluster_is_told_what_is_meant_for_it(tmp_path, monkeypat
     }
     for name, value in meant.items():
         monkeypatch.setenv(name, value)
-    layout = lay_out(tmp_path, gateways=2, port=0, models="m", threads=0, servers=0, inherited=())
+    layout = lay_out(
+        tmp_path, gateways=2, port=0, models="m", threads=0, servers=0, generators=1, inherited=()
+    )
     parts = {part.name: part.process for stage in layout.stages for part in stage}
     found = {
         name: read(PARTS[name.partition("-")[0]], process._environment)
@@ -244,7 +246,16 @@ def test_each_part_of_a_cluster_is_told_what_is_meant_for_it(tmp_path, monkeypat
     with pytest.raises(
         InvalidSetting, match="COLLAGE_METRICS_PORT is 65532; allowed: at most 65531"
     ):
-        lay_out(tmp_path, gateways=2, port=0, models="m", threads=0, servers=0, inherited=())
+        lay_out(
+            tmp_path,
+            gateways=2,
+            port=0,
+            models="m",
+            threads=0,
+            servers=0,
+            generators=1,
+            inherited=(),
+        )
 
 
 def test_a_server_of_other_variables_is_another_one(monkeypatch):

@@ -373,6 +373,9 @@ def _add_serving(commands: Any) -> None:
         "--gateways", metavar="N", type=count, default=2, help="how many (default: %(default)s)"
     )
     sub.add_argument(
+        "--generators", metavar="N", type=count, default=1, help="how many (default: %(default)s)"
+    )
+    sub.add_argument(
         "--port",
         metavar="P",
         type=port,

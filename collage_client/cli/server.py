@@ -177,6 +177,7 @@ async def cluster(args: argparse.Namespace) -> int:
         http=args.http
         and Web(address=args.http, hosts=tuple(args.host_name), origins=tuple(args.origin)),
         servers=args.servers if args.stages == "triton" else 0,
+        generators=args.generators,
         tell=args.output.note,
     )
     try:

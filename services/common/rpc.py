@@ -98,6 +98,8 @@ _SERVER_OPTIONS = [
 # stream, which gRPC never retries once it has sent more than its buffer.
 _SERVICE_CONFIG = json.dumps(
     {
+        # Of several that do the same each is asked in its turn, and one that is gone is left out.
+        "loadBalancingConfig": [{"round_robin": {}}],
         "methodConfig": [
             {
                 "name": [{}],
@@ -109,7 +111,7 @@ _SERVICE_CONFIG = json.dumps(
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
             }
-        ]
+        ],
     }
 )
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
@@ -595,7 +597,7 @@ def connect(address: str, *, is_probe: bool = False, passes_on: bool = False) ->
     """A channel to another service of ours, with retries of UNAVAILABLE and never through a proxy.
 
     Args:
-        address: host:port, or `unix:PATH`.
+        address: host:port, the name standing for all its addresses; several of numbers, with commas; or `unix:PATH`.
         is_probe: asks once, over a connection of its own: one that failed before would wait before it tries again.
         passes_on: what others send is sent as it came: once, and whatever its size, for the server to judge.
     """
@@ -611,7 +613,9 @@ def connect(address: str, *, is_probe: bool = False, passes_on: bool = False) ->
 def _target(address: str) -> str:
     """An address as gRPC reads it: as a URI, in which a path's # or ? would end the path."""
     kind, _, path = address.partition(":")
-    return f"unix:{quote(path)}" if kind == "unix" else address
+    if kind == "unix":
+        return f"unix:{quote(path)}"
+    return f"ipv4:{address}" if "," in address else address
 
 
 def outgoing() -> Sequence[tuple[str, str]]:

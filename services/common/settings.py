@@ -36,6 +36,11 @@ class Form(Enum):
     TEXT = ("text", r"(?P<port>).*")
     # The host may be of any form that gRPC takes.
     ADDRESS = ("`HOST:PORT` or `unix:PATH`", r"(?:.+:(?P<port>[0-9]{1,5})|unix:.+)")
+    # Of several gRPC takes numbers alone: a name stands for all its addresses.
+    ADDRESSES = (
+        "`HOST:PORT`, `IPV4:PORT,IPV4:PORT...` or `unix:PATH`",
+        r"(?:[^,]+:(?P<port>[0-9]{1,5})|[0-9.]+:[0-9]{1,5}(?:,[0-9.]+:[0-9]{1,5})+|unix:.+)",
+    )
     PORT = ("`HOST:PORT`", r".+:(?P<port>[0-9]{1,5})")
     URL = (
         "`http://HOST:PORT` or `https://HOST:PORT`",
@@ -77,6 +82,7 @@ _MAX_WORK_S = (
 _METRICS_PORT = "Prometheus port, 0: none; `collage cluster` counts on from it, a port for each of our processes"
 _LOG_LEVEL = "least severe of what is logged"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_SEVERAL = "; several, or a name of several, are asked by turns"
 _LISTEN = "where to listen, `HOST:PORT` or `unix:PATH`"
 # A month.
 _MOST_WORK_S = 30 * 24 * 3600
@@ -89,11 +95,15 @@ class GatewaySettings:
     """`python -m gateway`."""
 
     address: str = _setting("127.0.0.1:50051", _LISTEN, form=Form.ADDRESS)
-    compositor: str = _setting("127.0.0.1:50052", "where the compositor is", form=Form.ADDRESS)
-    inversion: str = _setting(
-        "127.0.0.1:50053", "where the inversion service is", form=Form.ADDRESS
+    compositor: str = _setting(
+        "127.0.0.1:50052", f"where the compositor is{_SEVERAL}", form=Form.ADDRESSES
     )
-    generator: str = _setting("127.0.0.1:50054", "where the generator is", form=Form.ADDRESS)
+    inversion: str = _setting(
+        "127.0.0.1:50053", f"where the inversion service is{_SEVERAL}", form=Form.ADDRESSES
+    )
+    generator: str = _setting(
+        "127.0.0.1:50054", f"where the generator is{_SEVERAL}", form=Form.ADDRESSES
+    )
     blobs: str = _setting("folder:data/blobs", _BLOBS)
     public_blobs: str = _setting(
         "",
@@ -206,7 +216,9 @@ class DoorSettings:
     """`python -m door`."""
 
     address: str = _setting("127.0.0.1:50055", "where to listen, `HOST:PORT`", form=Form.ADDRESS)
-    gateway: str = _setting("127.0.0.1:50051", "where the gateway is", form=Form.ADDRESS)
+    gateway: str = _setting(
+        "127.0.0.1:50051", f"where the gateway is{_SEVERAL}", form=Form.ADDRESSES
+    )
     http_hosts: str = _setting(
         "",
         "host names that are answered to beside this machine's own and that of COLLAGE_ADDRESS, with commas between",
