@@ -13,6 +13,14 @@ A client sends a request again under its id when the service stays unavailable f
 code 1 when anything of this does not hold.
 
     python -m benchmarks.chaos --jobs 200 --clients 16 --kill-every 4 --seed 0
+
+With `--servers N` the generators' networks are on Triton servers, and what is killed is one of these, of their stages'
+processes or of the generators. Each request is sent once, and answered U-Net calls are counted, as generators tell of
+them five times a second; to these comes, for each server or stage killed, one that each generator may have lost:
+
+    calls     at most 1.1 times as many as undisturbed
+
+    python -m benchmarks.chaos --servers 2 --generators 2 --jobs 60 --clients 8 --kill-every 6
 """
 
 from __future__ import annotations
@@ -22,12 +30,17 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import os
 import random
+import re
+import signal
+import socket
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +53,8 @@ from gateway.jobs import JobState
 from gateway.jobs.nats_log import Logged, NatsLog
 from gateway.jobs.nats_stream import JetStream
 from local.cluster import Cluster
+from services.common.settings import variable
+from testing.servers import stage_processes
 
 ART = Path(__file__).parents[1] / "examples" / "art"
 # Pictures, and words that the toy model spells in one token.
@@ -51,8 +66,14 @@ CUTOUTS = {
     "bento-box-noto.png": "box",
 }
 GATEWAYS = 2
+# What stands between a server's name and the word, where one of its stages' processes is meant.
+STAGE = "'s "
 # No job takes that long; one that does is lost.
 JOB_LIMIT_S = 600.0
+# U-Net calls of generators that were answered; at most so many times the undisturbed ones.
+CALLS = re.compile(r"^collage_generator_step_seconds_count\{.*\} ([0-9.e+]+)$", re.M)
+MOST_CALLS = 1.1
+COUNT_EVERY_S = 0.2
 # A client's pause before it sends an unanswered request again.
 PAUSE_S = 1.0
 
@@ -180,14 +201,63 @@ async def send_all(
 
 
 async def kill_now_and_then(
-    cluster: Cluster, kills: collections.Counter[str], rng: random.Random, *, every_s: float
+    cluster: Cluster,
+    kills: collections.Counter[str],
+    rng: random.Random,
+    *,
+    every_s: float,
+    only_serving: bool,
 ) -> None:
-    """Kills a process every half to one and a half times `every_s`, until cancelled: all of them in shuffled turns."""
+    """Kills one of what `kills` names every half to one and a half times `every_s`, until cancelled, in shuffled turns.
+
+    `only_serving`: what is down has its turn later. Model servers take longer to start than it is between two kills.
+    """
     while True:
-        for name in rng.sample(cluster.names, len(cluster.names)):
+        for name in rng.sample(sorted(kills), len(kills)):
             await asyncio.sleep(every_s * rng.uniform(0.5, 1.5))
-            kills[name] += 1
-            cluster.kill(name)
+            if not only_serving or await cluster.serves(name.partition(STAGE)[0]):
+                kills[name] += kill(cluster, name, rng)
+
+
+def kill(cluster: Cluster, name: str, rng: random.Random) -> bool:
+    """Kills a process, or one of the processes that a Triton server has for its stages; whether it was there."""
+    server, _, is_stage = name.partition(STAGE)
+    if not is_stage:
+        cluster.kill(name)
+        return True
+    running = stage_processes(cluster.pid(server))
+    if not running:
+        return False
+    os.kill(rng.choice(running), signal.SIGKILL)
+    return True
+
+
+class Calls:
+    """Counts the U-Net calls of a cluster's generators, over all their lives."""
+
+    def __init__(self, ports: Sequence[int]) -> None:
+        self.total = 0.0
+        self._last = dict.fromkeys(ports, 0.0)
+
+    async def count(self) -> None:
+        """Asks now and then, until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(COUNT_EVERY_S)
+
+    async def look(self) -> None:
+        """Asks once."""
+        for port, before in self._last.items():
+            with contextlib.suppress(OSError):
+                now = await asyncio.to_thread(self._told, port)
+                # One that was started anew begins with none.
+                self.total += now - before if now >= before else now
+                self._last[port] = now
+
+    @staticmethod
+    def _told(port: int) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+            return sum(map(float, CALLS.findall(answer.read().decode())))
 
 
 async def check(
@@ -265,7 +335,7 @@ async def check_logs(
 async def run(args: argparse.Namespace, folder: Path) -> int:
     """The whole benchmark; answers the exit code."""
     rng = random.Random(args.seed)
-    distinct = (args.jobs + 1) // 2
+    distinct = args.jobs if args.servers else (args.jobs + 1) // 2
     works = distinct_works(distinct, rng, side=args.side)
     orders = [
         Order(
@@ -281,15 +351,24 @@ async def run(args: argparse.Namespace, folder: Path) -> int:
         from testing import toy
 
         models = f"toy={toy.mini(folder / 'model')}"
+    shape = {
+        "models": models,
+        "threads": args.threads,
+        "servers": args.servers,
+        "generators": args.generators,
+    }
+    if args.servers:
+        os.environ[variable("metrics_port")] = str(free_ports(32, rng))
 
     print(f"undisturbed: {distinct} requests", flush=True)
-    calm = Cluster(folder / "calm", gateways=1, models=models, threads=args.threads)
+    calm = Cluster(folder / "calm", gateways=1, **shape)
     await calm.start()
     start = time.monotonic()
     try:
-        expected, failures = await send_all(
-            calm.addresses, orders[:distinct], clients=min(4, args.clients)
-        )
+        async with counted(calm) as calm_calls:
+            expected, failures = await send_all(
+                calm.addresses, orders[:distinct], clients=min(4, args.clients)
+            )
     finally:
         await calm.stop()
     calm_s = time.monotonic() - start
@@ -300,25 +379,27 @@ async def run(args: argparse.Namespace, folder: Path) -> int:
 
     print(f"disturbed: {args.jobs} jobs from {args.clients} clients", flush=True)
     verdict, kills = Verdict(), collections.Counter[str]()
-    cluster = Cluster(
-        folder / "chaos",
-        gateways=GATEWAYS,
-        models=models,
-        threads=args.threads,
-        tell=print if args.verbose else _nothing,
-    )
+    tell = print if args.verbose else _nothing
+    cluster = Cluster(folder / "chaos", gateways=GATEWAYS, tell=tell, **shape)
     await cluster.start()
-    kills.update(dict.fromkeys(cluster.names, 0))
+    kills.update(dict.fromkeys(victims(cluster), 0))
     try:
         start = time.monotonic()
-        killer = asyncio.create_task(
-            kill_now_and_then(cluster, kills, rng, every_s=args.kill_every)
-        )
-        outcomes, failures = await send_all(cluster.addresses, orders, clients=args.clients)
-        chaos_s = time.monotonic() - start
-        killer.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await killer
+        async with counted(cluster) as calls:
+            killer = asyncio.create_task(
+                kill_now_and_then(
+                    cluster,
+                    kills,
+                    rng,
+                    every_s=args.kill_every,
+                    only_serving=bool(args.servers),
+                )
+            )
+            outcomes, failures = await send_all(cluster.addresses, orders, clients=args.clients)
+            chaos_s = time.monotonic() - start
+            killer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await killer
         verdict.violations += failures
         await cluster.working()
         attempts = await check(cluster, orders, outcomes, verdict)
@@ -333,8 +414,50 @@ async def run(args: argparse.Namespace, folder: Path) -> int:
         )
     for name, count in kills.items():
         verdict.expect(count > 0, f"{name} was never killed: raise --jobs or lower --kill-every")
+    if args.servers:
+        killed = sum(count for name, count in kills.items() if name.startswith("triton"))
+        lost = args.generators * killed
+        ratio = (calls.total + lost) / calm_calls.total
+        print(
+            f"U-Net calls: {calm_calls.total:.0f} undisturbed; {calls.total:.0f} disturbed and at most {lost} lost, "
+            f"{ratio:.3f} times"
+        )
+        verdict.expect(ratio <= MOST_CALLS, f"{ratio:.3f} times the U-Net calls; {MOST_CALLS}")
     report(outcomes, attempts, kills, verdict, calm_s=calm_s, chaos_s=chaos_s, jobs=args.jobs)
     return 1 if verdict.violations else 0
+
+
+def victims(cluster: Cluster) -> list[str]:
+    """What is killed: everything, or, where there are model servers, these, their stages' processes, and generators."""
+    servers = [name for name in cluster.names if name.startswith("triton")]
+    if not servers:
+        return list(cluster.names)
+    drawing = [name for name in cluster.names if name.startswith("generator")]
+    return [*servers, *(f"{name}{STAGE}stages" for name in servers), *drawing]
+
+
+@contextlib.asynccontextmanager
+async def counted(cluster: Cluster) -> AsyncIterator[Calls]:
+    """Counts U-Net calls meanwhile; none where nobody tells of them."""
+    calls = Calls([port for name, port in cluster.metrics.items() if name.startswith("generator")])
+    await calls.look()
+    calls.total = 0.0
+    counting = asyncio.create_task(calls.count())
+    try:
+        yield calls
+        await calls.look()
+    finally:
+        counting.cancel()
+
+
+def free_ports(count: int, rng: random.Random) -> int:
+    """The first of so many ports in a row that nobody listens on now."""
+    while True:
+        first = rng.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + count):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
 
 
 def report(
@@ -349,7 +472,7 @@ def report(
 ) -> None:
     print(f"\nundisturbed {calm_s:.0f} s, disturbed {chaos_s:.0f} s, {kills.total()} kills")
     for name, count in kills.items():
-        print(f"  {name:<12} killed {count:3}")
+        print(f"  {name:<17} killed {count:3}")
     print("attempts a job: " + ", ".join(f"{n}: {attempts[n]}" for n in sorted(attempts)))
     seconds = sorted(outcome.seconds for outcome in outcomes.values())
     if seconds:
@@ -374,6 +497,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--kill-every", type=float, default=4.0, metavar="S")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--servers", type=int, default=0, help="of Triton; 0: generators run their networks"
+    )
+    parser.add_argument("--generators", type=int, default=1)
     parser.add_argument("--side", type=int, default=128, help="canvas side, pixels")
     parser.add_argument(
         "--threads",

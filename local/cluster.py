@@ -14,7 +14,7 @@ import fcntl
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Cluster:
         self._generators = generators
         self._tell = tell
         self._open = contextlib.ExitStack()
-        self._layout = Layout(stages=(), addresses=(), blobs="", jobs="")
+        self._layout = Layout(stages=(), addresses=(), blobs="", jobs="", metrics={})
         self._parts: dict[str, Part] = {}
         self._keepers: list[asyncio.Task[None]] = []
         # Times each process was started again, by name.
@@ -102,6 +102,11 @@ class Cluster:
         return self._layout.jobs
 
     @property
+    def metrics(self) -> Mapping[str, int]:
+        """The Prometheus port of each process that has one: where `COLLAGE_METRICS_PORT` names the first."""
+        return self._layout.metrics
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The processes, in the order they were started."""
         return tuple(self._parts)
@@ -109,6 +114,14 @@ class Cluster:
     def pid(self, name: str) -> int:
         """The id of a process, for as long as it is not started again."""
         return self._parts[name].process.pid
+
+    async def serves(self, name: str) -> bool:
+        """Whether a process does real work now."""
+        try:
+            await self._parts[name].probe()
+        except Exception:
+            return False
+        return True
 
     def kill(self, name: str) -> None:
         """Ends a process as a crash would (SIGKILL); it is started again."""

@@ -74,12 +74,14 @@ class Layout:
     """All parts in stages: those of a stage start together, after the stages before, and stop in reverse.
 
     `addresses`: the gateways' host:port. `blobs` and `jobs`: as `COLLAGE_BLOBS` and `COLLAGE_JOBS` take them.
+    `metrics`: the Prometheus port of each process that has one.
     """
 
     stages: tuple[tuple[Part, ...], ...]
     addresses: tuple[str, ...]
     blobs: str
     jobs: str
+    metrics: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +286,7 @@ def lay_out(
         addresses=tuple(at[name] for name in fronts),
         blobs=blobs,
         jobs=jobs,
+        metrics={name: port for name, port in metrics.items() if port},
     )
 
 

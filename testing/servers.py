@@ -84,18 +84,30 @@ async def seaweed(data: Path) -> AsyncIterator[Server]:
         await process.terminate(grace_s=3)
 
 
+@dataclass(slots=True)
 class TritonServer(Server):
+    repository: Path
+
     async def probe(self) -> None:
         await triton.answers(self.url)
 
     def kill_stage(self, stage: str) -> None:
         """Ends the process of a stage at once; the server itself goes on."""
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                line = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace")
-                is_ours = str(os.getsid(int(pid))) == str(self.process.pid)
-                if is_ours and "triton_python_backend_stub" in line and f".{stage}/" in line:
-                    os.kill(int(pid), signal.SIGKILL)
+        for pid in stage_processes(self.process.pid, stage):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def stage_processes(server: int, stage: str = "") -> list[int]:
+    """Ids of the processes that a Triton server, whose own id is told, has for a stage; for all where none is told."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            line = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace")
+            is_its = os.getsid(int(pid)) == server and "triton_python_backend_stub" in line
+            if is_its and (not stage or f".{stage}/" in line):
+                found.append(int(pid))
+    return found
 
 
 @contextlib.asynccontextmanager
@@ -108,7 +120,7 @@ async def triton_server(data: Path, models: str) -> AsyncIterator[TritonServer]:
         log=data / "triton.log",
         environment={**os.environ, "COLLAGE_MODELS": models, "COLLAGE_THREADS": "1"},
     )
-    server = TritonServer(f"127.0.0.1:{port}", process)
+    server = TritonServer(f"127.0.0.1:{port}", process, data / "repository")
     try:
         await process.start(server.probe, timeout_s=240)
         yield server

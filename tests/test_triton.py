@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 from local import triton
 from services.common.collage import Adapter
-from services.common.errors import Internal, Unavailable
+from services.common.errors import Internal, ModelUnusable, Unavailable
 from services.common.settings import GeneratorSettings, InvalidSetting
 from services.diffusion.text import Text, TextStates
 from services.diffusion.word import Word
@@ -353,9 +353,27 @@ async def test_a_call_that_a_model_refuses_fails_at_once(there, rows):
 async def test_a_server_of_another_model_is_not_drawn_with(card, server, rows):
     servers = Servers([server.url], patience_s=1.0)
     other = TritonStages(replace(card, digest="0" * 64), servers, may_share=False)
-    with pytest.raises(Unavailable, match="no model server answered"):
+    with pytest.raises(
+        ModelUnusable, match=r"no model server can run mini\.predict: .*asked for 0000"
+    ):
         other.predict(rows)
     servers.close()
+
+
+async def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(card, server, rows, tmp_path):
+    """A second model of the same server, whose weights are damaged; the first is drawn with meanwhile."""
+    damaged = replace(card, name="damaged", folder=toy.mini(tmp_path / "damaged"))
+    repository.write([damaged], server.repository, threads=1)
+    (weights,) = (damaged.folder / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    servers = Servers([server.url], patience_s=2.0)
+    with pytest.raises(ModelUnusable, match=r"can run damaged\.predict: .*unet") as told:
+        TritonStages(damaged, servers, may_share=False).predict(rows)
+    assert "cut short" in str(told.value) and "\n" not in str(told.value)
+    whole = Servers([server.url])
+    TritonStages(card, whole, may_share=False).predict(rows)
+    for each in (servers, whole):
+        each.close()
 
 
 async def test_nobody_at_the_address_is_unavailable(card, rows):

@@ -22,7 +22,7 @@ from prometheus_client import Counter as Count
 from prometheus_client import Histogram
 from tritonclient.utils import InferenceServerException
 
-from services.common.errors import Internal, Unavailable
+from services.common.errors import Internal, ModelUnusable, Unavailable
 from services.common.telemetry import log
 from services.generator.call import NotWanted
 from services.generator.triton import wire
@@ -43,6 +43,10 @@ LOST_CALLS = Count(
 PATIENCE_S = 180.0
 # A server that failed is left alone for so long, twice as long each time, and at most this long.
 FIRST_REST_S, LONGEST_REST_S = 0.1, 5.0
+# A model that a server could not load, or has another of, is not asked of it for so long; its other models are.
+REFUSED_S = 10.0
+# Of a server's words about itself, what is passed on.
+_TOLD = 500
 # How often somebody who waits is asked whether the answer is wanted still.
 LOOK_EVERY_S = 0.05
 # Loading waits for weights from slow storage.
@@ -88,7 +92,7 @@ class Server:
     """One server.
 
     held: what is known to be held there, by model and digest. dead: how often a model was found dead since it answered
-    last. resting_until_s: it failed lately.
+    last. resting_until_s: it failed lately. refused: why it cannot answer for a model, and until when that is believed.
     """
 
     address: str
@@ -98,7 +102,13 @@ class Server:
     resting_until_s: float = 0.0
     held: dict[str, set[bytes]] = field(default_factory=dict)
     dead: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, tuple[str, float]] = field(default_factory=dict)
     healing: threading.Lock = field(default_factory=threading.Lock)
+
+    def refusal(self, model: str, now_s: float) -> str | None:
+        """Why it cannot answer for a model; None where it can, as far as is known."""
+        why, until_s = self.refused.get(model, ("", 0.0))
+        return why if now_s < until_s else None
 
 
 class Servers:
@@ -141,11 +151,13 @@ class Servers:
         Raises:
             NotWanted: it is not wanted any more; the server was told.
             Unavailable: nobody answered for so long as its patience lasts.
+            ModelUnusable: every server has another model of that name, or cannot load it.
             Internal: the model failed.
         """
         until_s = time.monotonic() + self._patience_s
+        last = ""
         while True:
-            server = self._next(until_s, model, is_wanted)
+            server = self._next(until_s, model, is_wanted, last)
             with self._lock:
                 server.calls += 1
             try:
@@ -156,12 +168,9 @@ class Servers:
                 server.held.setdefault(model, set()).difference_update(error.missing)
             except InferenceServerException as error:
                 LOST_CALLS.labels(model, server.address).inc()
-                self._failed(server, model, error)
+                last = self._failed(server, model, error)
             except OtherModel as error:
-                log.warning(
-                    "model server has another model", server=server.address, error=str(error)
-                )
-                self._rest(server)
+                last = self._refuses(server, model, f"is another model: {error}")
             else:
                 server.rest_s = FIRST_REST_S
                 server.dead.pop(model, None)
@@ -173,12 +182,13 @@ class Servers:
     def parameter(self, model: str, name: str) -> str:
         """A parameter of a model's configuration, of whichever server answers; "" for none. Raises as `ask`."""
         until_s = time.monotonic() + self._patience_s
+        last = ""
         while True:
-            server = self._next(until_s, model, lambda: True)
+            server = self._next(until_s, model, lambda: True, last)
             try:
                 found = server.client.get_model_config(model, client_timeout=LOAD_LIMIT_S)
             except InferenceServerException as error:
-                self._failed(server, model, error)
+                last = self._failed(server, model, error)
             else:
                 return str(found.config.parameters[name].string_value)
 
@@ -236,31 +246,39 @@ class Servers:
         CROSSED_BYTES.labels(model, _GOT).inc(sum(each.nbytes for each in answer.values()))
         return answer
 
-    def _next(self, until_s: float, model: str, is_wanted: Callable[[], bool]) -> Server:
-        """The least busy of those that did not fail lately, as soon as there is one."""
+    def _next(self, until_s: float, model: str, is_wanted: Callable[[], bool], last: str) -> Server:
+        """The least busy of those that did not fail lately, as soon as there is one; `last` is how one failed."""
         while True:
             if not is_wanted():
                 raise NotWanted("nobody waits for the answer")
             now_s = time.monotonic()
-            if now_s > until_s:
-                raise Unavailable(
-                    f"no model server answered for {self._patience_s:.0f} s: {', '.join(self._names)}",
-                    reason="MODEL_SERVERS",
-                )
             self._look_up(now_s)
             with self._lock:
-                awake = [each for each in self._servers.values() if each.resting_until_s <= now_s]
+                servers = list(self._servers.values())
+                able = [each for each in servers if each.refusal(model, now_s) is None]
+                if servers and not able:
+                    whys = "; ".join(
+                        f"{each.address}: {each.refusal(model, now_s)}" for each in servers
+                    )
+                    raise ModelUnusable(f"no model server can run {model}: {whys}")
+                awake = [each for each in able if each.resting_until_s <= now_s]
                 if awake:
                     least = min(each.calls for each in awake)
                     free = [each for each in awake if each.calls == least]
                     self._turn += 1
                     return free[self._turn % len(free)]
+            if now_s > until_s:
+                names = ", ".join(self._names)
+                told = f"no model server answered for {self._patience_s:.0f} s: {names}"
+                raise Unavailable(f"{told}; {last}" if last else told, reason="MODEL_SERVERS")
             time.sleep(LOOK_EVERY_S)
 
-    def _failed(self, server: Server, model: str, error: InferenceServerException) -> None:
-        """What is done about a server that failed; raises where no other would answer otherwise."""
+    def _failed(self, server: Server, model: str, error: InferenceServerException) -> str:
+        """What is done about a server that failed, and how it did; raises where no other would answer otherwise."""
         message, status = error.message() or "", str(error.status())
-        log.warning("model server failed", server=server.address, model=model, error=message[:300])
+        log.warning(
+            "model server failed", server=server.address, model=model, error=message[:_TOLD]
+        )
         is_dead = any(sign in message for sign in _DEAD)
         is_absent = any(sign in message for sign in _ABSENT)
         if not (is_dead or is_absent or status.endswith(_PASSING)):
@@ -269,21 +287,38 @@ class Servers:
         server.dead[model] += is_dead
         # At the second time: another generator may have seen it too, and be at it.
         if server.dead[model] > 1 or is_absent:
-            self._load(server, model, is_dead=is_dead)
+            why = self._load(server, model, is_dead=is_dead)
+            if why:
+                return self._refuses(server, model, why)
         if status.endswith("UNAVAILABLE") and not is_absent:
             # It starts anew, and holds nothing.
             server.held.clear()
         self._rest(server)
+        return f"{model} at {server.address}: {message[:_TOLD]}"
+
+    def _refuses(self, server: Server, model: str, why: str) -> str:
+        """Remembers for a while that a server cannot answer for a model, and says so."""
+        # Of the server's own words the first: behind them stands where in its code it was.
+        why = why.partition("\n")[0]
+        with self._lock:
+            server.refused[model] = (why[:_TOLD], time.monotonic() + REFUSED_S)
+        log.warning(
+            "model server refuses a model", server=server.address, model=model, error=why[:_TOLD]
+        )
+        return f"{model} at {server.address}: {why[:_TOLD]}"
 
     def _rest(self, server: Server) -> None:
         with self._lock:
             server.resting_until_s = time.monotonic() + server.rest_s
             server.rest_s = min(2 * server.rest_s, LONGEST_REST_S)
 
-    def _load(self, server: Server, model: str, *, is_dead: bool) -> None:
-        """Has a server load a model, one that is dead anew; nothing where another thread does already."""
+    def _load(self, server: Server, model: str, *, is_dead: bool) -> str:
+        """Has a server load a model, one that is dead anew; nothing where another thread does already.
+
+        Answers why the model cannot be loaded there; "" where it was, or where the server is at fault.
+        """
         if not server.healing.acquire(blocking=False):
-            return
+            return ""
         try:
             server.held.pop(model, None)
             if is_dead:
@@ -291,15 +326,17 @@ class Servers:
                     server.client.unload_model(model, client_timeout=LOAD_LIMIT_S)
             server.client.load_model(model, client_timeout=LOAD_LIMIT_S)
         except InferenceServerException as error:
-            log.warning(
-                "model not loaded", server=server.address, model=model, error=str(error)[:300]
-            )
-            return
+            why = error.message() or ""
+            if not str(error.status()).endswith(_PASSING):
+                return why
+            log.warning("model not loaded", server=server.address, model=model, error=why[:_TOLD])
+            return ""
         finally:
             server.healing.release()
         server.dead.pop(model, None)
         server.rest_s = FIRST_REST_S
         log.info("model loaded", server=server.address, model=model)
+        return ""
 
     def _look_up(self, now_s: float) -> None:
         """Looks up who there is; who is known stays where a name cannot be looked up."""
