@@ -47,6 +47,9 @@ SWEEP_EVERY_S = 600.0
 ABANDONED_S = 24 * 3600.0
 
 JOBS = Gauge("collage_jobs", "Jobs by state", ["state"])
+QUEUE_AGE_S = Gauge(
+    "collage_queue_age_seconds", "Since the first of the jobs that wait was created; 0: none waits"
+)
 QUEUE_WAIT_S = Histogram("collage_queue_wait_seconds", "From creation to the first claim")
 ENDED = Counter("collage_jobs_ended_total", "Jobs this gateway brought to an end", ["state"])
 
@@ -235,6 +238,8 @@ class Worker:
             try:
                 for state, number in (await self._jobs.counts()).items():
                     JOBS.labels(state.value).set(number)
+                oldest = await self._jobs.oldest_waiting()
+                QUEUE_AGE_S.set(0 if oldest is None else max(0.0, time.time() - oldest))
             except Exception as error:
                 # A number that is late is no reason to stop counting for good.
                 log.warning("jobs not counted", message=str(error))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from nats.js import api
+from prometheus_client import REGISTRY
 
 from gateway.jobs import (
     Claim,
@@ -34,6 +35,9 @@ from gateway.jobs import (
 )
 from gateway.jobs.nats import NatsJobs
 from gateway.jobs.sqlite import SqliteJobs
+from gateway.words import Words
+from gateway.worker import QUEUE_AGE_S, Worker
+from services.common.blobs import FolderBlobStore
 from testing.servers import Server, nats_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -415,6 +419,43 @@ async def test_counts_and_positions(queue: Queue) -> None:
         JobState.FAILED: 1,
         JobState.CANCELLED: 1,
     }
+
+
+async def test_the_first_that_waits_tells_how_long_the_queue_is_not_served(queue: Queue) -> None:
+    jobs = await queue.open()
+    assert await jobs.oldest_waiting() is None
+    first, second, third = [await jobs.submit(new_id(), b"") for _ in range(3)]
+    assert await jobs.oldest_waiting() == first.created_at
+    taken = await claimed(jobs)
+    assert await jobs.oldest_waiting() == second.created_at
+    await jobs.cancel(second.id, payload=b"")
+    assert await jobs.oldest_waiting() == third.created_at
+    # Given back it waits again, as old as it is.
+    await jobs.release(taken)
+    assert await jobs.oldest_waiting() == first.created_at
+    for _ in range(2):
+        await jobs.finish(await claimed(jobs), JobState.DONE, b"")
+    assert await jobs.oldest_waiting() is None
+
+
+async def test_a_gateway_tells_prometheus_how_many_wait_and_for_how_long(
+    queue: Queue, tmp_path: Path
+) -> None:
+    jobs = await queue.open()
+    for _ in range(2):
+        await jobs.submit(new_id(), b"")
+    # No slots: nobody takes them up, and no pipeline is asked.
+    worker = Worker(jobs, None, Words(FolderBlobStore(tmp_path / "blobs")), slots=0)  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(10):
+            # A metric rings no bell.
+            while not REGISTRY.get_sample_value("collage_queue_age_seconds"):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    finally:
+        await worker.stop()
+    assert REGISTRY.get_sample_value("collage_jobs", {"state": "queued"}) == 2
+    assert 0 < (REGISTRY.get_sample_value("collage_queue_age_seconds") or 0) < 10
+    QUEUE_AGE_S.set(0)
 
 
 async def test_everything_is_there_after_reopening(queue: Queue) -> None:

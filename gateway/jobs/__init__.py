@@ -262,6 +262,10 @@ class Jobs(Protocol):
         """How many jobs are in each state; every state is a key."""
         ...
 
+    async def oldest_waiting(self) -> float | None:
+        """When the first of the jobs that wait was created, unix seconds; None where none waits."""
+        ...
+
     async def position(self, job_id: str) -> int:
         """Place in the queue: 1 is the next to be claimed, 0 not waiting. Raises `JobMissing`."""
         ...

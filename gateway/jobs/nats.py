@@ -318,6 +318,16 @@ class NatsJobs:
         counted[JobState.QUEUED] += requests.state.messages - sum(counted.values())
         return counted
 
+    async def oldest_waiting(self) -> float | None:
+        """See `Jobs.oldest_waiting`."""
+        await self._news.caught_up()
+        last = await self._stream.last(self._requests)
+        number = self._news.census.first_waiting(handed_out=await self._handed_out(), up_to=last)
+        if number is None:
+            return None
+        request = await self._stream.find(self._requests, seq=number)
+        return None if request is None else record_of(request, Entry()).created_at
+
     async def position(self, job_id: str) -> int:
         """See `Jobs.position`."""
         request, newest = await self._record(job_id)

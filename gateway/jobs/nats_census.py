@@ -5,6 +5,7 @@ Main type: `Census`. It is told the newest entry of every job, then each one aft
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from gateway.jobs import JobState
@@ -52,3 +53,9 @@ class Census:
             state is JobState.QUEUED and number <= up_to for state, number in self._open.values()
         )
         return fresh + again
+
+    def first_waiting(self, *, handed_out: int, up_to: int) -> int | None:
+        """The lowest number of a job that waits, among those up to `up_to`; None where none does."""
+        again = (n for state, n in self._open.values() if state is JobState.QUEUED and n <= up_to)
+        fresh = (n for n in range(handed_out + 1, up_to + 1) if n not in self._skipped)
+        return min((*again, *itertools.islice(fresh, 1)), default=None)

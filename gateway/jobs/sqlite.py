@@ -181,6 +181,10 @@ class SqliteJobs:
         """See `Jobs.counts`."""
         return await self._database.run(self._table.counts)
 
+    async def oldest_waiting(self) -> float | None:
+        """See `Jobs.oldest_waiting`."""
+        return await self._database.run(self._table.oldest_waiting)
+
     async def position(self, job_id: str) -> int:
         """See `Jobs.position`."""
         return await self._database.run(lambda: self._table.position(job_id))

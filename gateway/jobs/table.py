@@ -230,6 +230,14 @@ class Table:
             counted[JobState(state)] = count
         return counted
 
+    def oldest_waiting(self) -> float | None:
+        """See `Jobs.oldest_waiting`."""
+        (first,) = self._one(f"SELECT min(number) {_OPEN} AND state = 'queued'")
+        if first is None:
+            return None
+        (created_at,) = self._one("SELECT created_at FROM jobs WHERE number = ?", (first,))
+        return float(created_at)
+
     def present(self, job_id: str) -> sqlite3.Row:
         """The whole row. Raises `JobMissing`."""
         if (row := self._row(job_id)) is None:
