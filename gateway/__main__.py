@@ -41,7 +41,7 @@ async def open_jobs(settings: Settings) -> Jobs:
     if scheme in ("nats", "tls"):
         from gateway.jobs.nats import NatsJobs
 
-        return await NatsJobs.open(settings.jobs, policy)
+        return await NatsJobs.open(settings.jobs, policy, replicas=settings.job_replicas)
     # It may hold a password.
     raise InvalidSetting(
         "COLLAGE_JOBS is neither sqlite:PATH nor nats://HOST:PORT nor tls://HOST:PORT"

@@ -115,6 +115,12 @@ class GatewaySettings:
         "sqlite:data/jobs.sqlite",
         "`sqlite:PATH`, `nats://USER:PASSWORD@HOST:PORT`, or `tls://` for nothing but TLS",
     )
+    job_replicas: int = _setting(
+        1,
+        "NATS servers that keep each job, where this start creates the queue; one that is there stays as it is",
+        least=1,
+        most=5,
+    )
     slots: int = _setting(
         4,
         "jobs it works on at a time; more only helps while generators are not busy",
