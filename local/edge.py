@@ -1,10 +1,12 @@
 """Envoy in front of a system on this machine: the configuration of production, with this system's places put in.
 
-Main function: `configure`. What Envoy does stands in `deploy/envoy/envoy.yaml` alone.
+Main function: `configure`. What Envoy does stands in `deploy/envoy/envoy.yaml` alone. In Kubernetes
+`python -m local.edge FILE ...` writes it when a pod starts.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import http.client
 import json
@@ -95,3 +97,27 @@ def check(address: str) -> None:
 def _place(address: str) -> dict[str, Any]:
     host, _, port = address.rpartition(":")
     return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
+
+
+def main() -> None:
+    """Writes the configuration of an Envoy that somebody else starts."""
+    parser = argparse.ArgumentParser(prog="python -m local.edge", description=__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--address", required=True, metavar="HOST:PORT", help="to listen on")
+    parser.add_argument("--gateway", action="append", required=True, metavar="HOST:PORT")
+    parser.add_argument("--door", required=True, metavar="HOST:PORT", help="our door's process")
+    parser.add_argument("--host-name", action="append", default=[], help="to answer to, too")
+    parser.add_argument("--origin", action="append", default=[], help="of a page that is let in")
+    told = parser.parse_args()
+    configure(
+        told.file,
+        address=told.address,
+        gateways=told.gateway,
+        door=told.door,
+        hosts=told.host_name,
+        origins=told.origin,
+    )
+
+
+if __name__ == "__main__":
+    main()
