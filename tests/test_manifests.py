@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -348,6 +349,49 @@ def test_secrets_are_references_to_one(objects):
     (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
     assert {f"`{each['secretKey']}`" for each in yaml.safe_load(shown)["spec"]["data"]} <= table
     assert not of_kind(objects, "Secret")
+
+
+def test_the_images_run_what_the_chart_starts_and_hold_no_torch_where_none_is_used(objects):
+    text = (ROOT / "deploy" / "images" / "Dockerfile").read_text()
+    targets = {}
+    for stage in re.split(r"^FROM ", text, flags=re.M)[1:]:
+        head, _, rest = stage.partition("\n")
+        base, target = head.split(" AS ")
+        targets[target] = (base, rest)
+    # Nothing stands on what is not told by its digest.
+    assert {base for base, _ in targets.values()} <= {"${BASE}", *targets}
+    assert "\nARG BASE\n" in text
+    base, settled = targets["bare"]
+    assert base == "${BASE}" and "\nUSER 10001:10001\n" in settled
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for which, workload, container, _ in our_processes(objects):
+        base, rest = targets[which]
+        assert base == "bare"
+        assert json.loads(re.search(r"^CMD (.*)$", rest, re.M)[1]) == container["command"]
+        assert re.fullmatch(rf"(?:\S+/)?collage-{which}:\S+", container["image"])
+        assert pod(workload)["securityContext"]["runAsUser"] == 10_001
+        _, installing = targets[f"installed-{which}"]
+        named = re.search(r"^RUN sh /install.sh /app ?(.*)$", installing, re.M)[1]
+        needed = list(extras["dependencies"])
+        seen = set()
+        for extra in filter(None, named.split(",")):
+            needed += needs(extras["optional-dependencies"], extra, seen)
+        assert any(each.startswith("torch") for each in needed) == (
+            which in ("inversion", "generator")
+        )
+
+
+def needs(extras, extra, seen):
+    """What an extra installs, and those that it names."""
+    found = []
+    for each in extras[extra]:
+        if inner := re.fullmatch(r"collage-diffusion\[(.*)\]", each):
+            for name in set(inner[1].split(",")) - seen:
+                seen.add(name)
+                found += needs(extras, name, seen)
+        else:
+            found.append(each)
+    return found
 
 
 # --- starting and ending
