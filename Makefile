@@ -74,6 +74,14 @@ manifests: helm
 			> deploy/k8s/$$example.yaml || exit 1; \
 	done
 
+# Checkov over manifests and images (291 MB, an environment of its own); deploy/checkov.yaml says what is left out, and why.
+audit: $(VENV)/audit/.ready
+	$(VENV)/audit/bin/checkov --config-file deploy/checkov.yaml
+$(VENV)/audit/.ready: | setup
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q checkov==3.3.30
+	touch $@
+
 check: setup lint types
 	@$(MAKE) --no-print-directory proto
 	@git diff --exit-code --stat -- protos || (echo "stubs differ from the protos: commit what make proto wrote" && false)
