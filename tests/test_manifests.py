@@ -1,11 +1,8 @@
 """The chart and what it gives: valid, of a piece with the code that runs in it, open for nothing that is not meant."""
 
 import ast
-import asyncio
-import contextlib
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,13 +12,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import kubernetes_validate
-import nats
 import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
-from gateway.__main__ import open_jobs
-from local.processes import Process, free_port, program
+from local.processes import program
 from services.common import confined, rpc, settings
 from services.compositor import service as compositor
 from services.generator import engine
@@ -604,62 +599,3 @@ def test_envoy_takes_what_a_starting_pod_is_given(objects, tmp_path):
     (listener,) = written["listeners"]
     port = listener["address"]["socket_address"]["port_value"]
     assert port in [each["containerPort"] for each in envoy["ports"]]
-
-
-async def test_three_servers_of_the_chart_keep_jobs_while_one_is_away(tmp_path):
-    objects = objects_in((RENDERED / "fleet.yaml").read_text())
-    (text,) = [each["data"]["nats.conf"] for each in of_kind(objects, "ConfigMap")]
-    (queue,) = [each for each in workloads(objects) if part(each) == "queue"]
-    (gateway,) = [told for which, *_, told in our_processes(objects) if which == "gateway"]
-    names = [f"collage-queue-{number}" for number in range(queue["spec"]["replicas"])]
-    routes = {each: free_port() for each in names}
-    ports = {each: free_port() for each in names}
-    servers = {}
-    for each in names:
-        # Its own ports, where a pod has an address of its own.
-        own = text.replace("0.0.0.0:4222", f"127.0.0.1:{ports[each]}")
-        own = own.replace("0.0.0.0:8222", f"127.0.0.1:{free_port()}")
-        own = own.replace("0.0.0.0:6222", f"127.0.0.1:{routes[each]}")
-        own = own.replace("/tmp/nats.pid", str(tmp_path / f"{each}.pid"))
-        own = own.replace("/data", str(tmp_path / each))
-        for other in names:
-            own, found = re.subn(
-                rf"nats://{other}\.collage-queue-peers:6222",
-                f"nats://127.0.0.1:{routes[other]}",
-                own,
-            )
-            assert found == 1
-        (tmp_path / f"{each}.conf").write_text(own)
-        servers[each] = Process(
-            each,
-            (program("nats-server"), "-c", str(tmp_path / f"{each}.conf")),
-            log=tmp_path / f"{each}.log",
-            environment={**os.environ, "POD_NAME": each, "NATS_PASSWORD": "s3cret"},
-        )
-
-    def told(server):
-        url = gateway["COLLAGE_JOBS"].replace("collage-queue:4222", f"127.0.0.1:{ports[server]}")
-        return settings.read(settings.GatewaySettings, {**gateway, "COLLAGE_JOBS": url})
-
-    async with contextlib.AsyncExitStack() as stack:
-        for each in servers.values():
-            stack.callback(each.kill)
-        await asyncio.gather(*(each.start(_at_once) for each in servers.values()))
-        jobs = await open_jobs(told(names[0]))
-        stack.push_async_callback(jobs.close)
-        client = await nats.connect(f"nats://collage:s3cret@127.0.0.1:{ports[names[1]]}")
-        stack.push_async_callback(client.close)
-        for stream in await client.jetstream().streams_info():
-            assert stream.config.num_replicas == len(names)
-        request = "00000000-0000-4000-8000-000000000001"
-        kept = await jobs.submit(request, b"body")
-        # The one that is talked to, and whatever it leads.
-        servers[names[0]].kill()
-        async with asyncio.timeout(60):
-            assert (await jobs.get(kept.id)).body == b"body"
-            claim = await jobs.claim("w", wait_s=30)
-        assert claim is not None and claim.job.id == kept.id
-
-
-async def _at_once():
-    """Whoever connects waits for the servers to have found one another."""
