@@ -94,6 +94,41 @@ async def test_several_are_asked_by_turns_and_one_that_is_gone_is_left_out():
     await servers[0].stop(drain_s=0)
 
 
+@pytest.mark.parametrize("is_edge", [False, True])
+async def test_a_connection_within_is_made_anew_now_and_then_and_no_call_on_it_is_cut(
+    monkeypatch, is_edge
+):
+    monkeypatch.setattr(rpc, "CONNECTION_AGE_S", 0.3)
+    monkeypatch.setitem(globals(), "QUIET_S", 1.5)
+    peers = set()
+
+    class Seen(Gateway):
+        async def ListJobs(self, request, context):
+            peers.add(context.peer())
+            return collage_service_pb2.ListJobsResponse()
+
+    server = rpc.Server("test", "127.0.0.1:0", is_edge=is_edge)
+    inversion_service_pb2_grpc.add_InversionServiceServicer_to_server(Inversion(), server.grpc)
+    collage_service_pb2_grpc.add_CollageServiceServicer_to_server(Seen(), server.grpc)
+    await server.start()
+    async with rpc.connect(server.address) as channel:
+        quiet = inversion_service_pb2_grpc.InversionServiceStub(channel).LearnWords(
+            inversion_service_pb2.LearnWordsRequest(), timeout=60
+        )
+        following = asyncio.create_task(_all(quiet))
+        stub = collage_service_pb2_grpc.CollageServiceStub(channel)
+        while not following.done():
+            await stub.ListJobs(collage_service_pb2.ListJobsRequest(), timeout=10)
+            await asyncio.sleep(0.02)
+        assert len(await following) == 2
+    assert (len(peers) > 1) is not is_edge
+    await server.stop(drain_s=0)
+
+
+async def _all(answers):
+    return [each async for each in answers]
+
+
 def test_grpc_knows_every_option_that_is_given():
     # It drops a name that it does not know, without a word.
     known = set(re.findall(rb"grpc\.[a-z0-9_.]+", Path(cygrpc.__file__).read_bytes()))

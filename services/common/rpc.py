@@ -67,6 +67,9 @@ FAILED_DRAIN_S = 2.0
 MESSAGE_S = 120.0
 # How long health says NOT_SERVING before new calls are refused, so that balancers hear of it.
 LAME_DUCK_S = 0.2
+# How long a service of ours keeps a connection of another: who connects anew looks the name up anew, and finds servers
+# that have come since. Calls under way on the old connection go on there to their end.
+CONNECTION_AGE_S = 120.0
 REQUEST_ID_KEY = "x-request-id"
 # For whom a service of ours calls another: what its own caller is known by. Strangers are known by their connection.
 CALLER_KEY = "x-collage-caller"
@@ -452,8 +455,10 @@ class Server:
     ) -> None:
         self.name = name
         self._drain = drain
+        # Strangers are known by their connections, which they keep.
+        age = [] if is_edge else [("grpc.max_connection_age_ms", int(CONNECTION_AGE_S * 1000))]
         self.grpc = grpc.aio.server(
-            interceptors=[Interceptor(is_edge=is_edge)], options=_SERVER_OPTIONS
+            interceptors=[Interceptor(is_edge=is_edge)], options=[*_SERVER_OPTIONS, *age]
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
