@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m local.edge", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--address", required=True, metavar="HOST:PORT", help="to listen on")
-    parser.add_argument("--gateway", action="append", required=True, metavar="HOST:PORT")
+    parser.add_argument("--gateway", required=True, metavar="HOST:PORT[,HOST:PORT...]")
     parser.add_argument("--door", required=True, metavar="HOST:PORT", help="our door's process")
     parser.add_argument("--host-name", action="append", default=[], help="to answer to, too")
     parser.add_argument("--origin", action="append", default=[], help="of a page that is let in")
@@ -112,7 +112,7 @@ def main() -> None:
     configure(
         told.file,
         address=told.address,
-        gateways=told.gateway,
+        gateways=told.gateway.split(","),
         door=told.door,
         hosts=told.host_name,
         origins=told.origin,

@@ -1,8 +1,8 @@
 """The pods of a manifest as processes on this machine, each at a loopback address of its own: `Pods`.
 
 What the manifest says is what runs: commands, variables, settings files, probes. What a cluster adds is put in: a
-Service's name becomes the address of its pod, `0.0.0.0` the pod's own, a volume a folder, a secret what the test says.
-Not there: images, limits, policies, and more than one pod of a Deployment.
+Service's name becomes the addresses of its pods, `0.0.0.0` the pod's own, a volume a folder, a secret what the test
+says. Not there: images, limits and policies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,16 +110,18 @@ class Pods:
         workloads = [each for each in objects if each["kind"] in ("Deployment", "StatefulSet")]
         names = [name for each in workloads for name in _pod_names(each)]
         places = {name: f"{network}.{number + 1}" for number, name in enumerate(names)}
-        self._places = dict(places)
+        self._places: dict[str, list[str]] = {}
         for each in objects:
             if each["kind"] == "Service":
                 service = each["metadata"]["name"]
                 for workload in workloads:
                     labels = workload["spec"]["template"]["metadata"]["labels"]
                     if each["spec"]["selector"].items() <= labels.items():
-                        pods = _pod_names(workload)
-                        self._places[service] = places[pods[0]]
-                        self._places |= {f"{pod}.{service}": places[pod] for pod in pods}
+                        pods = {each: places[each] for each in _pod_names(workload)}
+                        # Whoever stores something is one, or says itself who the others are.
+                        several = workload["kind"] == "Deployment"
+                        self._places[service] = [*pods.values()][: None if several else 1]
+                        self._places |= {f"{pod}.{service}": [at] for pod, at in pods.items()}
         self.pods = {
             name: self._pod(name, places[name], each)
             for each in workloads
@@ -212,25 +214,27 @@ class Pods:
 class _Put:
     """A text with a pod's own addresses and folders put in."""
 
-    def __init__(self, places: Mapping[str, str], address: str, mounts: Mapping[str, str]) -> None:
-        longest = sorted(places, key=len, reverse=True)
-        self._names = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, longest))})(?=:\d)")
+    def __init__(
+        self, places: Mapping[str, Sequence[str]], address: str, mounts: Mapping[str, str]
+    ) -> None:
+        longest = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
+        self._names = re.compile(rf"(?<![\w.-])({longest})(:\d+)")
         self._places = places
         self._address = address
-        self._paths = re.compile(
-            rf"(?<![\w/])(?:{'|'.join(map(re.escape, mounts))})(?![\w-])" if mounts else r"(?!)"
-        )
+        paths = "|".join(map(re.escape, mounts)) or "(?!)"
+        self._paths = re.compile(rf"(?<![\w/])(?:{paths})(?![\w-])")
         self._mounts = mounts
 
     def __call__(self, text: str) -> str:
-        # Pods of a release all see themselves at 127.0.0.1; here each has another address.
+        # Every pod has a 127.0.0.1 of its own, too.
         text = re.sub(r"\b(?:0\.0\.0\.0|127\.0\.0\.1)\b", self._address, text)
-        text = self._names.sub(lambda match: self._places[match[0]], text)
+        text = self._names.sub(
+            lambda match: ",".join(at + match[2] for at in self._places[match[1]]), text
+        )
         return self._paths.sub(lambda match: self._mounts[match[0]], text)
 
 
 def _pod_names(workload: Mapping[str, Any]) -> list[str]:
-    name = workload["metadata"]["name"]
-    if workload["kind"] == "StatefulSet":
-        return [f"{name}-{number}" for number in range(workload["spec"]["replicas"])]
-    return [name]
+    # What something scales has no number.
+    count = workload["spec"].get("replicas", 1)
+    return [f"{workload['metadata']['name']}-{number}" for number in range(count)]

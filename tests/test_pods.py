@@ -32,26 +32,29 @@ COLLAGE = collage_pb2.Collage(
 
 
 async def test_a_trial_draws_as_its_manifest_says(tmp_path):
-    manifest = (ROOT / "deploy" / "k8s" / "cpu.yaml").read_text()
-    pods = Pods(manifest, tmp_path, SECRETS, network="127.77.1")
+    manifest = [*yaml.safe_load_all((ROOT / "deploy" / "k8s" / "cpu.yaml").read_text())]
+    for each in manifest:
+        if each["kind"] == "Deployment" and each["metadata"]["name"] == "collage-gateway":
+            each["spec"]["replicas"] = 2
+    pods = Pods(yaml.safe_dump_all(manifest), tmp_path, SECRETS, network="127.77.1")
     with contextlib.ExitStack() as stack:
         stack.callback(pods.kill)
         await pods.start()
         for pod in pods.pods.values():
             for each in pod.containers.values():
                 await each.ask("livenessProbe")
-        edge = pods.pods["collage-edge"]
+        edge = pods.pods["collage-edge-0"]
         async with AsyncCollageClient(f"{edge.address}:8080") as client:
             sampling = collage_pb2.Sampling(steps=2, images=1, seed=3)
             events = [event async for event in await client.generate(COLLAGE, sampling)]
         assert events[-1].WhichOneof("kind") == "done"
-        # A gateway that ends says so to whoever asks, finishes, and ends well.
-        gateway = pods.pods["collage-gateway"]
+        # What ends in its time ends well, and is ready no more.
         await pods.stop()
-        process = gateway.containers["gateway"].process
-        assert process.ending == "exit status 0"
-        with pytest.raises(grpc.aio.AioRpcError):
-            await gateway.containers["gateway"].ask("readinessProbe")
+        for number in range(2):
+            gateway = pods.pods[f"collage-gateway-{number}"].containers["gateway"]
+            assert gateway.process.ending == "exit status 0"
+            with pytest.raises(grpc.aio.AioRpcError):
+                await gateway.ask("readinessProbe")
 
 
 async def test_three_servers_of_the_queue_keep_jobs_while_one_is_away(tmp_path):
