@@ -444,13 +444,14 @@ def test_probes_ask_what_the_servers_announce(objects):
 
 
 def test_a_pod_that_ends_is_first_forgotten_and_then_has_time(objects):
-    for which, workload, container, _ in our_processes(objects):
-        sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    for workload in of_kind(objects, "Deployment"):
         grace_s = pod(workload)["terminationGracePeriodSeconds"]
-        # Nodes hear of an endpoint's end within a second or two; balancers outside take longer.
-        assert sleep_s >= 5, which
-        # What the server drains for, and what closing takes.
-        assert grace_s >= sleep_s + rpc.DRAIN_S + 5, which
+        for container in pod(workload)["containers"]:
+            sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+            # Nodes hear of an endpoint's end within a second or two; balancers outside take longer.
+            assert sleep_s >= 5, container["name"]
+            # What the server drains for, and what closing takes.
+            assert grace_s >= sleep_s + rpc.DRAIN_S + 5, container["name"]
     schema = json.loads((CHART / "values.schema.json").read_text())
     least = schema["properties"]["drain"]["properties"]["finishSeconds"]["minimum"]
     assert least >= rpc.DRAIN_S + 5
