@@ -233,11 +233,16 @@ def kill(cluster: Cluster, name: str, rng: random.Random) -> bool:
 
 
 class Calls:
-    """Counts the U-Net calls of a cluster's generators, over all their lives."""
+    """Counts the U-Net calls of a cluster's generators for jobs, over all their lives.
+
+    Each of them draws the same to warm up before it serves, which is what a first look finds.
+    """
 
     def __init__(self, ports: Sequence[int]) -> None:
         self.total = 0.0
-        self._last = dict.fromkeys(ports, 0.0)
+        self._first: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._ports = ports
 
     async def count(self) -> None:
         """Asks now and then, until cancelled."""
@@ -247,12 +252,14 @@ class Calls:
 
     async def look(self) -> None:
         """Asks once."""
-        for port, before in self._last.items():
+        for port in self._ports:
             with contextlib.suppress(OSError):
                 now = await asyncio.to_thread(self._told, port)
+                first = self._first.setdefault(port, now)
+                before = self._last.get(port, first)
                 # One that was started anew begins with none.
-                self.total += now - before if now >= before else now
-                self._last[port] = now
+                self.total += max(0.0, now - (before if now >= before else first))
+                self._last[port] = max(now, first)
 
     @staticmethod
     def _told(port: int) -> float:
@@ -441,7 +448,6 @@ async def counted(cluster: Cluster) -> AsyncIterator[Calls]:
     """Counts U-Net calls meanwhile; none where nobody tells of them."""
     calls = Calls([port for name, port in cluster.metrics.items() if name.startswith("generator")])
     await calls.look()
-    calls.total = 0.0
     counting = asyncio.create_task(calls.count())
     try:
         yield calls

@@ -125,4 +125,5 @@ async def triton_server(data: Path, models: str) -> AsyncIterator[TritonServer]:
         await process.start(server.probe, timeout_s=240)
         yield server
     finally:
-        await process.terminate(grace_s=10)
+        # It gives what it has under way 30 s.
+        await process.terminate(grace_s=35)
